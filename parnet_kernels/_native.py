@@ -1,0 +1,37 @@
+"""Loads the compiled libraries; without them, defines the operators' schemas so that the reference backend works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).parent
+_SCHEMA = re.compile(r'^PARNET_SCHEMA\("(.*)"\)$', re.MULTILINE)
+
+
+def _load(library: str) -> str | None:
+    """Loads one shared object; returns None, or the reason why it could not be loaded."""
+    path = _PACKAGE / library
+    if not path.exists():
+        return f"{library} was not built (no C++ compiler at installation, or a source checkout without `make setup`)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{library} did not load: {error}"
+    return None
+
+
+def _define_schemas() -> torch.library.Library:
+    definitions = torch.library.Library("parnet", "DEF")
+    for schema in _SCHEMA.findall((_PACKAGE / "schemas.inc").read_text()):
+        definitions.define(schema.replace('\\"', '"'))
+    return definitions
+
+
+#: Why the CPU library is not there, or None.
+cpu_error: str | None = _load("_C.so")
+_definitions = _define_schemas() if cpu_error else None
+#: Why the CUDA library is not there, or None. It needs the schemas of the CPU library.
+cuda_error: str | None = "needs _C.so" if cpu_error else _load("_C_cuda.so")

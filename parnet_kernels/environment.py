@@ -1,0 +1,14 @@
+"""Every environment variable of the package, in one place. Read once, at import (at build for the last three).
+
+| variable | meaning |
+|---|---|
+| PARNET_BACKEND | run every operator on this backend or raise: cpu, reference (default: the first that can) |
+| PARNET_CPU_ISA | lower the instruction set of the CPU kernels: portable, avx2, avx512 (read by the C++ library) |
+| PARNET_CUDA | building: 0 leaves the CUDA library out, 1 fails without nvcc, auto (default) builds it where nvcc is |
+| PARNET_CUDA_ARCHS | building: CUDA architectures, default "80 86 89 90 100 120" (PTX of the last is included) |
+| MAX_JOBS | building: number of compilations at a time |
+"""
+
+import os
+
+BACKEND: str | None = os.environ.get("PARNET_BACKEND") or None
