@@ -1,10 +1,10 @@
 """Builds the two native libraries with ninja; everything else about the package stands in pyproject.toml.
 
 * `parnet_kernels/_C.so`: schemas and CPU kernels; needs a C++20 compiler.
-* `parnet_kernels/_C_cuda.so`: CUDA kernels; built where nvcc is found (see PARNET_CUDA in parnet_kernels/environment.py).
+* `parnet_kernels/_C_cuda.so`: CUDA kernels; built where nvcc is found (PARNET_CUDA in parnet_kernels/environment.py).
 
-Both use PyTorch's stable ABI and no Python.h, hence the wheel tag py3-none-<platform>: one wheel serves every Python and
-every torch >= 2.13. Neither needs a GPU or a CUDA build of torch to compile, load or register.
+Both use PyTorch's stable ABI and no Python.h, hence the wheel tag py3-none-<platform>: one wheel serves every Python
+and every torch >= 2.13. Neither needs a GPU or a CUDA build of torch to compile, load or register.
 """
 
 from __future__ import annotations
@@ -92,15 +92,15 @@ class NinjaBuild(build_ext):
         cuda = None if wanted == "0" else find_cuda()
         if cuda is None:
             if wanted == "1":
-                raise RuntimeError("PARNET_CUDA=1, but no nvcc: not under CUDA_HOME, on PATH, or from the cuda-build extra")
+                raise RuntimeError(
+                    "PARNET_CUDA=1, but no nvcc: not under CUDA_HOME, on PATH, or from the cuda-build extra"
+                )
             print(f"parnet_kernels: no CUDA library ({'PARNET_CUDA=0' if wanted == '0' else 'no nvcc found'})")
             return
         nvcc, toolkit = cuda
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS)
         gencode += f" -gencode arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"
-        yield (
-            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
-        )
+        yield (f"rule nvcc\n  command = {nvcc} -MD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc")
         objects = []
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             objects.append(f"cuda/{source.stem}.o")
@@ -110,7 +110,8 @@ class NinjaBuild(build_ext):
         archs = f"-DPARNET_CUDA_ARCHS='\"{' '.join(CUDA_ARCHS)}\"'"
         yield f"build cuda/bind.o: cxx {ROOT / 'csrc/cuda/bind.cpp'}\n  flags = {common} {torch_flags} {abi} {archs}"
         lib = next(p for p in (toolkit / "lib64", toolkit / "lib", toolkit / "targets/x86_64-linux/lib") if p.is_dir())
-        yield f"build _C_cuda.so: link {' '.join(objects)}\n  flags = {torch_link} -L{lib} -lcudart_static -ldl -lrt -lpthread"
+        yield f"build _C_cuda.so: link {' '.join(objects)}"
+        yield f"  flags = {torch_link} -L{lib} -lcudart_static -ldl -lrt -lpthread"
         libraries.append("_C_cuda.so")
 
     def get_outputs(self) -> list[str]:

@@ -1,5 +1,13 @@
 """Fused kernels for ParNet (Non-deep Networks, arXiv 2110.07641): every layer one operation."""
 
-from parnet_kernels import _native  # registers the schemas; must come first
+from parnet_kernels import _native  # noqa: F401  registers the schemas; must come first
 from parnet_kernels import ops as ops
 from parnet_kernels._version import __version__ as __version__
+from parnet_kernels.config import ParNetConfig as ParNetConfig
+from parnet_kernels.deployed import DeployedParNet as DeployedParNet
+from parnet_kernels.model import ParNet as ParNet
+from parnet_kernels.model import parnet_cifar as parnet_cifar
+from parnet_kernels.model import parnet_l as parnet_l
+from parnet_kernels.model import parnet_m as parnet_m
+from parnet_kernels.model import parnet_s as parnet_s
+from parnet_kernels.model import parnet_xl as parnet_xl

@@ -22,7 +22,10 @@ def _is_map(name: str, t: Tensor) -> None:
     _require(t.dim() == 4, name, "have 4 dimensions [N, C, H, W]", f"shape {list(t.shape)}")
     _require(t.is_floating_point(), name, "be a floating-point tensor", t.dtype)
     _require(
-        t.shape[1] > 0 and t.shape[2] > 0 and t.shape[3] > 0, name, "have C, H, W ≥ 1", f"shape {list(t.shape)}"
+        t.shape[1] > 0 and t.shape[2] > 0 and t.shape[3] > 0,
+        name,
+        "have C, H, W ≥ 1",
+        f"shape {list(t.shape)}",
     )
 
 

@@ -1,7 +1,7 @@
 """The public operators: documentation, and their registration with PyTorch's dispatcher.
 
-A call of torch.ops.parnet.<op> passes, top down: autocast (casts floating arguments), autograd (`gradients.py`), then the
-kernel, which checks the arguments (`checks.py`) and runs the first backend of `BACKENDS` that can take them.
+A call of torch.ops.parnet.<op> passes, top down: autocast (casts floating arguments), autograd (`gradients.py`), then
+the kernel, which checks the arguments (`checks.py`) and runs the first backend of `BACKENDS` that can take them.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ def fusion_se(
     result channel 2i + k = out_scale·v[channel k·K/2 + i] + out_shift
 
     Args:
-        x, y: [N, C, H, W], of one shape. weight: [K, C, 3, 3], K even. bias: [K]. gate_weight: [K, C]. gate_bias: [K] or None.
-        stride: 1 or 2. activation: as in `repvgg_sse`. out_scale, out_shift: [K], in the order of the result's channels.
+        x, y: [N, C, H, W], of one shape. weight: [K, C, 3, 3], K even. bias: [K]. gate_weight: [K, C].
+        gate_bias: [K] or None. stride: 1 or 2. activation: as in `repvgg_sse`.
+        out_scale, out_shift: [K], in the order of the result's channels.
 
     Returns:
         [N, K, ⌈H/stride⌉, ⌈W/stride⌉], channels_last if x is, else contiguous.
@@ -273,7 +274,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors: tuple[Tensor | None, ...] = ctx.saved_tensors
+        tensors: tuple[Any, ...] = ctx.saved_tensors
         wide, need = tensors, ctx.needs_input_grad[2:]
         if gradient[0].dtype in (torch.float16, torch.bfloat16):
             wide = tuple(None if t is None else t.float() for t in tensors)

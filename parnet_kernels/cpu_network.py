@@ -1,0 +1,108 @@
+"""A deployed network as one call of the native CPU kernels: packed weights, layouts and workspace stay inside."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parnet_kernels import _native
+from parnet_kernels.checks import is_channels_last
+from parnet_kernels.config import layers
+
+if TYPE_CHECKING:
+    from parnet_kernels.deployed import DeployedLayer, DeployedParNet
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_Versions = tuple[tuple[int, int], ...]
+
+
+class _Packed(NamedTuple):
+    versions: _Versions
+    weights: list[Tensor]
+    program: list[int]  # four numbers a layer: index in `weights`, input slots (second: −1 if none), output slot
+
+
+class CpuNetwork:
+    """The packed form of one `DeployedParNet`, made again whenever one of its buffers was replaced or changed in place.
+
+    Not copied, pickled or saved with the network: the copy packs its own.
+    """
+
+    def __init__(self, storage: str = "auto") -> None:
+        self.storage = storage
+        self._packed: _Packed | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[CpuNetwork], tuple[str]]:
+        return CpuNetwork, (self.storage,)
+
+    def why_not(self, network: DeployedParNet, x: Tensor) -> str | None:
+        """The reason why this call must go layer by layer, or None."""
+        if _native.cpu_error:
+            return _native.cpu_error
+        if torch.compiler.is_compiling():
+            return "the network is being traced"
+        if torch.overrides.is_tensor_like(x) and type(x) is not Tensor:
+            return f"x is a {type(x).__name__}"
+        if x.device.type != "cpu" or network.head_weight.device.type != "cpu":
+            return "not on the CPU"
+        if x.dtype not in _DTYPES or network.head_weight.dtype != x.dtype:
+            return f"x is {x.dtype} and the weights are {network.head_weight.dtype}, not both one of {_DTYPES}"
+        if x.dim() != 4 or x.shape[1] != network.config.in_chans or 0 in x.shape[1:]:
+            return f"x has shape {list(x.shape)}"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if torch.is_grad_enabled() and x.requires_grad:
+            return "x needs a gradient"
+        if network.affines:
+            return "a stream without blocks feeds a fusion"
+        if network.head_weight.is_inference():
+            return "the weights are inference tensors, whose changes cannot be seen"
+        return None
+
+    def prepare(self, network: DeployedParNet) -> _Packed:
+        """Packs the weights if they are not, or have changed since."""
+        modules = network.operators()
+        versions = _versions(modules)
+        packed = self._packed
+        if packed is None or packed.versions != versions:
+            with self._lock:
+                packed = self._packed
+                if packed is None or packed.versions != versions:
+                    self._packed = packed = self._pack(network, modules, versions)
+        return packed
+
+    def _pack(self, network: DeployedParNet, modules: list[DeployedLayer], versions: _Versions) -> _Packed:
+        optional = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
+        weights = [
+            torch.ops.parnet._cpu_pack(
+                m.kind,
+                m.stride,
+                **{**optional, **m.arguments()},
+                activation=m.activation,
+                storage=self.storage,
+            )
+            for m in modules
+        ]
+        slots, program = {"image": 0}, []
+        for index, layer in enumerate(layers(network.config)[: len(modules)]):
+            slots[layer.name] = index + 1
+            inputs = [slots[name] for name in layer.inputs]
+            program += [index, inputs[0], inputs[1] if len(inputs) == 2 else -1, index + 1]
+        return _Packed(versions, weights, program)
+
+    def run(self, network: DeployedParNet, x: Tensor, pooled: bool) -> Tensor:
+        """The last map, or its channel means [N, P] if `pooled`."""
+        packed = self.prepare(network)
+        if not network.config.pointwise_head:
+            return torch.ops.parnet._cpu_network(x, packed.weights, packed.program, pooled, is_channels_last(x))
+        features = torch.ops.parnet._cpu_network(x, packed.weights, packed.program, False, is_channels_last(x))
+        features = network.layers["combine_3"](features)
+        return features.mean((2, 3)) if pooled else features
+
+
+def _versions(modules: list[DeployedLayer]) -> _Versions:
+    return tuple((id(b), b._version) for m in modules for b in m._buffers.values() if b is not None)

@@ -1,0 +1,171 @@
+"""ParNet for inference: one operator a layer, BatchNorms and branches folded away, in levels of independent layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parnet_kernels import ops
+from parnet_kernels.config import Layer, ParNetConfig, layers, levels
+from parnet_kernels.cpu_network import CpuNetwork
+from parnet_kernels.reference import ACTIVATIONS, per_channel
+from parnet_kernels.reparam import affine_of
+
+if TYPE_CHECKING:
+    from parnet_kernels.model import ParNet
+
+
+class DeployedLayer(nn.Module):
+    """One layer as one operator; its buffers are the operator's arguments. See `ops` for their shapes."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Layer, activation: str, with_affine: bool) -> None:
+        super().__init__()
+        self.kind = layer.kind
+        self.stride = layer.stride
+        self.activation = activation
+        c, k = layer.in_channels, layer.out_channels
+        shapes: dict[str, tuple[int, ...]] = {"weight": (k, c, 3, 3), "bias": (k,), "gate_weight": (k, c)}
+        if layer.kind == "pointwise":
+            shapes = {"weight": (k, c, 1, 1), "bias": (k,)}
+        if layer.kind == "repvgg_sse":
+            shapes |= {"skip_scale": (c,), "skip_shift": (c,)}
+        if with_affine:
+            shapes |= {"out_scale": (k,), "out_shift": (k,)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    def arguments(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers())
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.kind == "pointwise":
+            return ACTIVATIONS[self.activation](F.conv2d(inputs[0], self.weight, self.bias))
+        options: dict[str, Any] = {} if self.kind == "repvgg_sse" else {"stride": self.stride}
+        return getattr(ops, self.kind)(*inputs, **self.arguments(), activation=self.activation, **options)
+
+
+class AffineLayer(nn.Module):
+    """scale·x + shift: a fusion's BatchNorm where no producer can take it over (a stream without blocks)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(c))
+        self.register_buffer("shift", torch.zeros(c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * per_channel(self.scale) + per_channel(self.shift)
+
+
+def _slot(name: str) -> str:
+    """A layer's name as a module name."""
+    return name.replace(".", "_")
+
+
+class DeployedParNet(nn.Module):
+    """ParNet for inference. Make one with `ParNet.deploy()` or `load_deployed`; it has no parameters to train.
+
+    Input [N, in_chans, H, W] with H, W ≥ 1; output logits [N, num_classes] ([N, P] without a classifier).
+
+    The BatchNorms before a fusion are the output affine of the layer that produces their input: exact at the border
+    too, where the zero padding comes after them. On the CPU, float32, float16 and bfloat16 inputs run through the native
+    network kernel, whose packed weights are made by `prepare` or at the first call and are not part of the state dict.
+    """
+
+    head_weight: Tensor
+    head_bias: Tensor
+
+    def __init__(self, config: ParNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_features = config.planes[-1]
+        graph = layers(config)
+        uses = [name for layer in graph for name in layer.inputs]
+        fused = [name for layer in graph if layer.kind == "fusion_se" for name in layer.inputs]
+        in_producer = {name for name in fused if uses.count(name) == 1}
+        self.layers = nn.ModuleDict(
+            {_slot(layer.name): DeployedLayer(layer, config.activation, layer.name in in_producer) for layer in graph}
+        )
+        width = {layer.name: layer.out_channels for layer in graph}
+        self.affines = nn.ModuleDict({_slot(n): AffineLayer(width[n]) for n in fused if n not in in_producer})
+        self.register_buffer("head_weight", torch.zeros(config.num_classes, self.num_features))
+        self.register_buffer("head_bias", torch.zeros(config.num_classes))
+        self._native = CpuNetwork()
+        self.eval()
+
+    @classmethod
+    @torch.no_grad()
+    def from_training(cls, model: ParNet) -> DeployedParNet:
+        """Folds `model` (in float64, stored in its dtype, on its device), with its running statistics."""
+        reference = next(model.parameters())
+        deployed = cls(model.config).to(reference.device, reference.dtype)
+
+        def assign(module: nn.Module, values: dict[str, Tensor]) -> None:
+            for name, value in values.items():
+                module.get_buffer(name).copy_(value)
+
+        for layer in layers(model.config):
+            assign(deployed.layers[_slot(layer.name)], model.block(layer.name).fold())
+            if layer.kind == "fusion_se":
+                norm = model.fusion_norm(layer.name)
+                for name, bn in zip(layer.inputs, (norm.b1, norm.b2), strict=True):
+                    scale, shift = affine_of(bn)
+                    if _slot(name) in deployed.affines:
+                        assign(deployed.affines[_slot(name)], {"scale": scale, "shift": shift})
+                    else:
+                        assign(deployed.layers[_slot(name)], {"out_scale": scale, "out_shift": shift})
+        if model.config.num_classes:
+            assign(deployed, {"head_weight": model.head.fc.weight, "head_bias": model.head.fc.bias})
+        return deployed
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    def operators(self) -> list[DeployedLayer]:
+        """The layers that are operators of `ops`, in order of execution."""
+        return [m for m in self.layers.values() if isinstance(m, DeployedLayer) and m.kind != "pointwise"]
+
+    def levels(self) -> list[list[Layer]]:
+        """The layers by depth; those of one level are independent of each other."""
+        return levels(self.config)
+
+    def _features(self, x: Tensor, pooled: bool) -> Tensor:
+        if self._native.why_not(self, x) is None:
+            return self._native.run(self, x, pooled)
+        made = {"image": x}
+        graph = layers(self.config)
+        for index, layer in enumerate(graph):
+            inputs: Iterable[Tensor] = (made[name] for name in layer.inputs)
+            if layer.kind == "fusion_se":
+                inputs = (
+                    self.affines[_slot(name)](made[name]) if _slot(name) in self.affines else made[name]
+                    for name in layer.inputs
+                )
+            made[layer.name] = self.layers[_slot(layer.name)](*inputs)
+            needed = {name for later in graph[index + 1 :] for name in later.inputs} | {layer.name}
+            made = {name: value for name, value in made.items() if name in needed}
+        features = made[graph[-1].name]
+        return features.mean((2, 3)) if pooled else features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map, [N, P, ⌈H/32⌉, ⌈W/32⌉] in the ImageNet variants."""
+        return self._features(x, pooled=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self._features(x, pooled=True)
+        return F.linear(pooled, self.head_weight, self.head_bias) if self.num_classes else pooled
+
+    def prepare(self) -> DeployedParNet:
+        """Packs the weights for the native CPU kernels now, not at the first call. Returns itself."""
+        self._native.prepare(self)
+        return self

@@ -1,0 +1,281 @@
+"""ParNet in training form: parallel branches with BatchNorm, named as in the published checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parnet_kernels.config import VARIANTS, Layer, ParNetConfig, cifar_config, layers
+from parnet_kernels.reference import ACTIVATIONS, interleave, shuffle
+from parnet_kernels.reparam import affine_of, fold_gated_block, fold_identity_block
+
+if TYPE_CHECKING:
+    from parnet_kernels.deployed import DeployedParNet
+
+
+class _Holder(nn.Module):
+    """Modules under given names: the published names have levels that do nothing."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, then BatchNorm."""
+
+    def __init__(self, c: int, k: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c, k, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class AvgPool(nn.Module):
+    """2×2 average pooling of x, padded with zeros at the right and bottom to an even size.
+
+    Odd sizes are thereby defined as in the folded network: the windows are taps of the 3×3 kernel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
+
+
+class Gate(nn.Module):
+    """Single-layer squeeze-excitation: σ(conv1x1(mean_hw(x))) [N, K, 1, 1] (paper section 3.1)."""
+
+    def __init__(self, c: int, k: int, groups: int) -> None:
+        super().__init__()
+        self.cvsig = _Holder(conv=nn.Conv2d(c, k, 1, groups=groups, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cvsig.conv(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class Block(nn.Module):
+    """RepVGG-SSE block (c = k, stride 1: with a skip) or gated block (otherwise); `groups` 2 in fusions.
+
+    with skip: φ(BN(conv3x3(x)) + BN(conv1x1(x)) + z·gate(z)), z = BN(x)
+    otherwise: φ((BN(conv3x3(x)) + BN(conv1x1(pooled x)))·2·gate(x))
+    """
+
+    def __init__(self, c: int, k: int, stride: int, groups: int, activation: str) -> None:
+        super().__init__()
+        self.stride = stride
+        self.groups = groups
+        self.activation = activation
+        point = ConvBN(c, k, 1, groups=groups)
+        self.rbr_dense = ConvBN(c, k, 3, stride, groups)
+        self.rbr_1x1 = point if stride == 1 else nn.Sequential(AvgPool(), point)
+        self.rbr_identity = nn.BatchNorm2d(c) if c == k and stride == 1 else None
+        self.se = Gate(c, k, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.rbr_dense(x) + self.rbr_1x1(x)
+        if self.rbr_identity is None:
+            t = t * (2 * self.se(x))
+        else:
+            z = self.rbr_identity(x)
+            t = t + z * self.se(z)
+        t = ACTIVATIONS[self.activation](t)
+        return t if self.groups == 1 else shuffle(t)
+
+    def fold(self) -> dict[str, Tensor]:
+        """The arguments of the block's operator, in float64, from its running statistics."""
+        dense = self.rbr_dense
+        point = self.rbr_1x1 if isinstance(self.rbr_1x1, ConvBN) else self.rbr_1x1[1]
+        assert isinstance(point, ConvBN)
+        weight3, bn3 = dense.conv.weight.double(), affine_of(dense.bn)
+        weight1, bn1 = point.conv.weight.double(), affine_of(point.bn)
+        gate_weight = self.se.cvsig.conv.weight.double()
+        if self.rbr_identity is None:
+            return fold_gated_block(weight3, bn3, weight1, bn1, gate_weight, self.stride)
+        return fold_identity_block(weight3, bn3, weight1, bn1, affine_of(self.rbr_identity), gate_weight)
+
+
+class Pointwise(nn.Module):
+    """φ(BN(conv1x1(x))): the last layer of the CIFAR form."""
+
+    def __init__(self, c: int, k: int, activation: str) -> None:
+        super().__init__()
+        self.dense = ConvBN(c, k, 1)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](self.dense(x))
+
+    def fold(self) -> dict[str, Tensor]:
+        """weight [K, C, 1, 1] and bias [K] of the convolution, in float64."""
+        scale, shift = affine_of(self.dense.bn)
+        return {"weight": self.dense.conv.weight.double() * scale[:, None, None, None], "bias": shift}
+
+
+class MultiBatchNorm(nn.Module):
+    """The BatchNorms of a fusion's inputs: b1 of the stream, b2 of what was fused so far."""
+
+    def __init__(self, stream: int, fused: int) -> None:
+        super().__init__()
+        self.b1 = nn.BatchNorm2d(stream)
+        self.b2 = nn.BatchNorm2d(fused)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.b1(x), self.b2(y)
+
+
+class _Named(nn.Module):
+    """Holds a block as `block`: the published names have this level."""
+
+    def __init__(self, block: Block | Pointwise) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class _Interleave(nn.Module):
+    def forward(self, xs: tuple[Tensor, Tensor]) -> Tensor:
+        return interleave(*xs)
+
+
+class ParNet(nn.Module):
+    """ParNet (Non-deep Networks, arXiv 2110.07641) in training form.
+
+    Args:
+        variant: "s", "m", "l", "xl" or a ParNetConfig.
+        overrides: fields of ParNetConfig to replace (num_classes, activation, in_chans, dropout, …).
+
+    Input [N, in_chans, H, W], any H, W ≥ 1; output logits [N, num_classes].
+
+    Raises:
+        ValueError: for an unknown variant or a configuration that is not possible.
+    """
+
+    def __init__(self, variant: str | ParNetConfig = "s", **overrides: Any) -> None:
+        super().__init__()
+        if isinstance(variant, str):
+            if variant not in VARIANTS:
+                raise ValueError(
+                    f"ParNet: `variant` must be one of {list(VARIANTS)} or a ParNetConfig, got {variant!r}"
+                )
+            variant = VARIANTS[variant]
+        self.config = config = variant.replace(**overrides) if overrides else variant
+        self._layers = layers(config)
+        made = {layer.name: _Named(self._make(layer)) for layer in self._layers}
+        self.inits = nn.ModuleList(
+            [
+                nn.Sequential(made["inits.0.0"], made["inits.0.1"]),
+                *(made[f"inits.{s}"] for s in range(1, config.streams)),
+            ]
+        )
+        self.streams = nn.ModuleList(
+            nn.Sequential(*(made[f"streams.{s}.{i}"] for i in range(config.num_blocks[s] - 1)))
+            for s in range(config.streams)
+        )
+        self.downsamples_2 = nn.ModuleList(
+            [
+                made["downsamples_2.0"],
+                *(self._fusion(made, f"downsamples_2.{s}") for s in range(1, config.streams - 1)),
+            ]
+        )
+        self.combine = nn.Sequential(*self._fusion(made, "combine"), made["combine.3"])
+        self.num_features = config.planes[-1]
+        self.head = _Holder(fc=self._classifier(config.num_classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _make(self, layer: Layer) -> Block | Pointwise:
+        act = self.config.activation
+        if layer.kind == "pointwise":
+            return Pointwise(layer.in_channels, layer.out_channels, act)
+        inputs = len(layer.inputs)
+        return Block(inputs * layer.in_channels, layer.out_channels, layer.stride, inputs, act)
+
+    def _fusion(self, made: dict[str, _Named], prefix: str) -> nn.Sequential:
+        c = next(layer.in_channels for layer in self._layers if layer.name == f"{prefix}.2")
+        return nn.Sequential(MultiBatchNorm(c, c), _Interleave(), made[f"{prefix}.2"])
+
+    def _classifier(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    def block(self, name: str) -> Block | Pointwise:
+        """The block of the layer `name` (see `config.layers`)."""
+        module = self.get_submodule(f"{name}.block")
+        assert isinstance(module, (Block, Pointwise))
+        return module
+
+    def fusion_norm(self, name: str) -> MultiBatchNorm:
+        """The BatchNorms of the inputs of the fusion layer `name`."""
+        module = self.get_submodule(name.rpartition(".")[0] + ".0")
+        assert isinstance(module, MultiBatchNorm)
+        return module
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[N, in_chans, H, W] → the last map [N, P, ⌈H/32⌉, ⌈W/32⌉] (ImageNet variants)."""
+        made: dict[str, Tensor] = {"image": x}
+        for layer in self._layers:
+            inputs = [made[name] for name in layer.inputs]
+            joined = inputs[0] if len(inputs) == 1 else interleave(*self.fusion_norm(layer.name)(*inputs))
+            made[layer.name] = self.block(layer.name)(joined)
+        return made[self._layers[-1].name]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map → logits [N, num_classes], or pooled features [N, P] if `pre_logits`."""
+        x = F.dropout(x.mean((2, 3)), self.config.dropout, self.training)
+        return x if pre_logits else self.head.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a new one, freshly initialised; 0: none."""
+        self.config = self.config.replace(num_classes=num_classes)
+        reference = next(self.parameters())
+        self.head.fc = self._classifier(num_classes).to(reference.device, reference.dtype)
+
+    def deploy(self) -> DeployedParNet:
+        """The network for inference, one operator a layer; this model is left as it is. See `DeployedParNet`."""
+        from parnet_kernels.deployed import DeployedParNet
+
+        return DeployedParNet.from_training(self)
+
+
+def parnet_s(**overrides: Any) -> ParNet:
+    """ParNet-S: 19.1 M parameters and 4.7 GMACs at 224², folded."""
+    return ParNet("s", **overrides)
+
+
+def parnet_m(**overrides: Any) -> ParNet:
+    """ParNet-M: 35.6 M parameters and 8.6 GMACs at 224², folded."""
+    return ParNet("m", **overrides)
+
+
+def parnet_l(**overrides: Any) -> ParNet:
+    """ParNet-L: 54.9 M parameters and 13.3 GMACs at 224², folded."""
+    return ParNet("l", **overrides)
+
+
+def parnet_xl(**overrides: Any) -> ParNet:
+    """ParNet-XL: 85.0 M parameters and 20.7 GMACs at 224², folded."""
+    return ParNet("xl", **overrides)
+
+
+def parnet_cifar(width: int = 32, num_classes: int = 10, head_width: int | None = None, **overrides: Any) -> ParNet:
+    """ParNet for 32×32 images; see `config.cifar_config`."""
+    return ParNet(cifar_config(width, head_width), num_classes=num_classes, **overrides)
