@@ -1,0 +1,203 @@
+// Binds the CPU kernels to the operators of schemas.inc: tensors to plain pointers, outputs, torch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "network.h"
+#include "pack.h"
+
+namespace {
+
+using parnet::cpu::Dtype, parnet::cpu::Kind, parnet::cpu::Storage, parnet::cpu::Strided;
+using torch::headeronly::MemoryFormat, torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "`x` must be float32, float16 or bfloat16");
+  }
+}
+
+Strided strided(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "`x` must be a CPU tensor [N, C, H, W], got ", x.dim(),
+                  " dimensions");
+  Strided s{const_cast<void*>(x.const_data_ptr()), dtype_of(x), {}, {}};
+  for (int i = 0; i < 4; i++) s.size[i] = x.size(i), s.stride[i] = x.stride(i);
+  return s;
+}
+
+void run_parallel(int threads, parnet::cpu::NetworkPlan::Body body, void* context) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
+}
+
+void parallel_items(int64_t count, const std::function<void(int64_t)>& body) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(i);
+  });
+}
+
+// ---- _cpu_pack
+
+Tensor as_float(const Tensor& x) {
+  return torch::stable::contiguous(
+      x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float));
+}
+std::optional<Tensor> as_float(const std::optional<Tensor>& x) {
+  return x ? std::optional<Tensor>(as_float(*x)) : std::nullopt;
+}
+const float* data(const std::optional<Tensor>& x, const char* name, int64_t count) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->is_cpu() && x->dim() == 1 && x->size(0) == count, "`", name, "` must be a CPU tensor [",
+                  count, "]");
+  return static_cast<const float*>(x->const_data_ptr());
+}
+
+Tensor pack(const std::string& kind, int64_t stride, const Tensor& weight_in, const Tensor& bias_in,
+            const Tensor& gate_weight_in, const std::optional<Tensor>& gate_bias_in,
+            const std::optional<Tensor>& skip_scale_in, const std::optional<Tensor>& skip_shift_in,
+            const std::optional<Tensor>& out_scale_in, const std::optional<Tensor>& out_shift_in,
+            const std::string& activation, const std::string& storage) {
+  parnet::cpu::LayerParameters p{};
+  if (kind == "repvgg_sse") {
+    p.kind = Kind::kRepVGG;
+  } else if (kind == "downsample_se") {
+    p.kind = Kind::kDownsample;
+  } else {
+    STD_TORCH_CHECK(kind == "fusion_se", "`kind` must be repvgg_sse, downsample_se or fusion_se, got ", kind);
+    p.kind = Kind::kFusion;
+  }
+  STD_TORCH_CHECK(activation == "silu" || activation == "relu", "`activation` must be silu or relu, got ",
+                  activation);
+  p.activation = activation == "silu" ? parnet::cpu::Activation::kSiLU : parnet::cpu::Activation::kReLU;
+  STD_TORCH_CHECK(stride == 1 || (stride == 2 && p.kind != Kind::kRepVGG),
+                  "`stride` must be 1, or 2 without a skip");
+  p.stride = stride;
+  STD_TORCH_CHECK(weight_in.is_cpu() && weight_in.dim() == 4 && weight_in.size(2) == 3 &&
+                      weight_in.size(3) == 3 && weight_in.numel() > 0,
+                  "`weight` must be a CPU tensor [K, C, 3, 3]");
+  const int64_t outputs = weight_in.size(0), channels = weight_in.size(1);
+  STD_TORCH_CHECK(p.kind != Kind::kRepVGG || outputs == channels,
+                  "`weight` must be [C, C, 3, 3] with a skip");
+  STD_TORCH_CHECK(p.kind != Kind::kFusion || outputs % 2 == 0,
+                  "`weight` must have an even number of outputs");
+  STD_TORCH_CHECK(gate_weight_in.is_cpu() && gate_weight_in.dim() == 2 && gate_weight_in.size(0) == outputs &&
+                      gate_weight_in.size(1) == channels,
+                  "`gate_weight` must be a CPU tensor [", outputs, ", ", channels, "]");
+  STD_TORCH_CHECK((p.kind == Kind::kRepVGG) == skip_scale_in.has_value() &&
+                      skip_scale_in.has_value() == skip_shift_in.has_value(),
+                  "`skip_scale` and `skip_shift` go with repvgg_sse only");
+  p.out_channels = outputs;
+  p.weight_channels = channels;
+  STD_TORCH_CHECK(storage == "auto" || storage == "f32" || storage == "compact",
+                  "`storage` must be auto, f32 or compact, got ", storage);
+  p.storage = storage == "f32" || (storage == "auto" && parnet::cpu::prefers_full(outputs, channels))
+                  ? Storage::kFull
+                  : Storage::kCompact;
+  const Tensor weight = as_float(weight_in), gate_weight = as_float(gate_weight_in);
+  const std::optional<Tensor> bias = as_float(std::optional<Tensor>(bias_in)),
+                              gate_bias = as_float(gate_bias_in), skip_scale = as_float(skip_scale_in),
+                              skip_shift = as_float(skip_shift_in), out_scale = as_float(out_scale_in),
+                              out_shift = as_float(out_shift_in);
+  p.weight = static_cast<const float*>(weight.const_data_ptr());
+  p.gate_weight = static_cast<const float*>(gate_weight.const_data_ptr());
+  p.bias = data(bias, "bias", outputs);
+  p.gate_bias = data(gate_bias, "gate_bias", outputs);
+  p.skip_scale = data(skip_scale, "skip_scale", outputs);
+  p.skip_shift = data(skip_shift, "skip_shift", outputs);
+  p.out_scale = data(out_scale, "out_scale", outputs);
+  p.out_shift = data(out_shift, "out_shift", outputs);
+
+  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
+  const parnet::cpu::PackedHeader header = parnet::cpu::plan_pack(p, k);
+  Tensor packed = torch::stable::new_empty(weight, {header.total_bytes}, ScalarType::Byte);
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % 64 == 0, "the allocator must align to 64 bytes");
+  parnet::cpu::advise_huge_pages(to, header.total_bytes);
+  constexpr int64_t kChunk = 1 << 20;
+  parallel_items((header.total_bytes + kChunk - 1) / kChunk, [&](int64_t i) {
+    std::fill_n(to + i * kChunk, std::min(kChunk, header.total_bytes - i * kChunk), 0);
+  });
+  parnet::cpu::pack(p, k, header, to, parallel_items);
+  return packed;
+}
+
+// ---- _cpu_layer, _cpu_network
+
+Tensor run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
+           std::vector<parnet::cpu::Step> steps, bool pooled, bool channels_last) {
+  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
+  parnet::cpu::Request request{.layers = {},
+                               .steps = std::move(steps),
+                               .inputs = {},
+                               .threads = static_cast<int>(torch::stable::get_num_threads()),
+                               .pooled = pooled,
+                               .direct = false};
+  std::vector<const parnet::cpu::PackedHeader*> headers;
+  for (const Tensor& p : packed) {
+    STD_TORCH_CHECK(p.is_cpu() && p.scalar_type() == ScalarType::Byte && p.is_contiguous(),
+                    "`packed` must be a contiguous uint8 CPU tensor");
+    headers.push_back(&parnet::cpu::check_packed(p.const_data_ptr(), p.numel(), k));
+    request.layers.push_back(parnet::cpu::geometry_of(*headers.back()));
+  }
+  std::vector<Strided> views;
+  for (const Tensor& x : inputs) {
+    views.push_back(strided(x));
+    const int64_t* s = views.back().size;
+    STD_TORCH_CHECK(s[2] > 0 && s[3] > 0, "`x` must have pixels, got a map of ", s[2], "x", s[3]);
+    request.inputs.push_back({s[0], s[1], s[2], s[3]});
+  }
+  const std::array<int64_t, 4> shape = parnet::cpu::result_shape(request);
+  std::vector<int64_t> size(shape.begin(), shape.begin() + (pooled ? 2 : 4));
+  const bool last = channels_last && !pooled;
+  Tensor result =
+      torch::stable::empty(size, inputs[0].scalar_type(), std::nullopt, inputs[0].device(), std::nullopt,
+                           last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (shape[0] == 0) return result;
+  request.direct = last && views[0].dtype == Dtype::kFloat && shape[1] % k.lanes == 0;
+  const int64_t c = shape[1], h = shape[2], w = shape[3];
+  Strided out{result.mutable_data_ptr(), views[0].dtype, {shape[0], c, h, w}, {c * h * w, h * w, w, 1}};
+  if (last) out.stride[1] = 1, out.stride[2] = w * c, out.stride[3] = c;
+  parnet::cpu::plan_for(request, k)->run(headers, views, out, run_parallel);
+  return result;
+}
+
+Tensor layer(const Tensor& x, const std::optional<Tensor>& y, const Tensor& packed, bool channels_last) {
+  std::vector<Tensor> inputs = {x};
+  if (y) inputs.push_back(*y);
+  return run(inputs, {packed}, {{0, 0, y ? 1 : -1, y ? 2 : 1}}, false, channels_last);
+}
+
+Tensor network(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
+               bool pooled, bool channels_last) {
+  STD_TORCH_CHECK(program.size() % 4 == 0, "`program` must be four numbers a layer, got ", program.size());
+  std::vector<parnet::cpu::Step> steps;
+  for (size_t i = 0; i < program.size(); i += 4) {
+    steps.push_back({program[i], program[i + 1], program[i + 2], program[i + 3]});
+  }
+  return run({x}, packed, std::move(steps), pooled, channels_last);
+}
+
+std::string info() { return parnet::cpu::describe_isa(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
+  m.impl("_cpu_pack", TORCH_BOX(&pack));
+  m.impl("_cpu_layer", TORCH_BOX(&layer));
+  m.impl("_cpu_network", TORCH_BOX(&network));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) { m.impl("_cpu_info", TORCH_BOX(&info)); }

@@ -1,0 +1,191 @@
+// A layer on one block of tiles: input transform, products, output transform with the whole epilogue.
+#pragma once
+#include "epilogue.h"
+#include "microkernel.h"
+#include "winograd.h"
+
+namespace parnet::cpu {
+namespace {
+
+// ---- Input transform of one tile and one block of channels.
+
+template <class Row, class Col>
+__attribute__((noinline)) void forward_tile(const float* from, int64_t row_pitch, float* v,
+                                            const int32_t* offset) {
+  Vec half[Row::kFreq][Col::kIn];
+  PARNET_UNROLL for (int j = 0; j < Col::kIn; j++) {
+    Vec d[Row::kIn], o[Row::kFreq];
+    PARNET_UNROLL for (int i = 0; i < Row::kIn; i++) d[i] = load(from + i * row_pitch + j * kLanes);
+    Row::forward(d, o);
+    PARNET_UNROLL for (int i = 0; i < Row::kFreq; i++) half[i][j] = o[i];
+  }
+  PARNET_UNROLL for (int i = 0; i < Row::kFreq; i++) {
+    Vec o[Col::kFreq];
+    Col::forward(half[i], o);
+    PARNET_UNROLL for (int j = 0; j < Col::kFreq; j++) store(v + offset[i * Col::kFreq + j], o[j]);
+  }
+}
+
+// ---- Output transform of one tile, one block of output channels and one group, to z[row][col].
+
+template <class Row, class Col>
+__attribute__((noinline)) void inverse_tile(const float* m, const int32_t* offset, float* z) {
+  Vec half[Row::kOut][Col::kFreq];
+  PARNET_UNROLL for (int j = 0; j < Col::kFreq; j++) {
+    Vec d[Row::kFreq], o[Row::kOut];
+    PARNET_UNROLL for (int i = 0; i < Row::kFreq; i++) d[i] = load(m + offset[i * Col::kFreq + j]);
+    Row::inverse(d, o);
+    PARNET_UNROLL for (int i = 0; i < Row::kOut; i++) half[i][j] = o[i];
+  }
+  PARNET_UNROLL for (int i = 0; i < Row::kOut; i++) {
+    Vec o[Col::kOut];
+    Col::inverse(half[i], o);
+    PARNET_UNROLL for (int j = 0; j < Col::kOut; j++) store(z + (i * kTile + j) * kLanes, o[j]);
+  }
+}
+
+typedef void (*ForwardTile)(const float*, int64_t, float*, const int32_t*);
+typedef void (*InverseTile)(const float*, const int32_t*, float*);
+
+#define PARNET_POLYPHASE_ROW(function, m)                                      \
+  {function<Polyphase<m>, Polyphase<1>>, function<Polyphase<m>, Polyphase<2>>, \
+   function<Polyphase<m>, Polyphase<3>>, function<Polyphase<m>, Polyphase<4>>}
+#define PARNET_TILES(function)                                                 \
+  {                                                                            \
+    {{function<Winograd4, Winograd4>, function<Winograd4, Winograd2>},         \
+     {function<Winograd2, Winograd4>, function<Winograd2, Winograd2>}},        \
+    {                                                                          \
+      PARNET_POLYPHASE_ROW(function, 1), PARNET_POLYPHASE_ROW(function, 2),    \
+          PARNET_POLYPHASE_ROW(function, 3), PARNET_POLYPHASE_ROW(function, 4) \
+    }                                                                          \
+  }
+// [stride - 1][row kind][col kind]
+constexpr ForwardTile kForward[2][4][4] = PARNET_TILES(forward_tile);
+constexpr InverseTile kInverse[2][4][4] = PARNET_TILES(inverse_tile);
+#undef PARNET_TILES
+#undef PARNET_POLYPHASE_ROW
+
+void transform(const ConvArgs& a, const TileBlock& block, int first, int last, float* v) {
+  const PackedHeader& h = *a.packed;
+  const BlockRef* refs = section<BlockRef>(h, h.block_list);
+  for (int b = first; b < last; b++) {
+    const View& in = a.in[refs[b].input];
+    const float* plane = in.base + refs[b].block * in.block;
+    for (int t = 0; t < block.count; t++) {
+      const Tile& tile = block.tiles[t];
+      const float* from = plane + tile.image * in.image + (int64_t{h.stride} * tile.row - 1) * in.row +
+                          (int64_t{h.stride} * tile.col - 1) * kLanes;
+      kForward[h.stride - 1][tile.row_kind][tile.col_kind](from, in.row, v + int64_t{b} * kRowPitch,
+                                                           block.table->v_offset + t * kMaxTransforms);
+    }
+  }
+}
+
+// ---- Products of the panels [first, last): m is [panel][m_rows][kPanel].
+
+// Transformed weights are read from memory. Matrix by matrix over the panels, so that the rows of a matrix
+// stay in L1.
+void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, int first, int last, float* m) {
+  const PackedHeader& h = *a.packed;
+  const int blocks = h.group_blocks;
+  const int64_t matrix = int64_t{blocks} * kLanes * kPanel, panel = matrix * kWeightMatrices;
+  const float* weights = section<float>(h, h.weight);
+  for (int i = 0; i < table.num_uses; i++) {
+    const MatrixUse& use = table.uses[i];
+    const int row_panels = (use.rows + kMaxRows - 1) / kMaxRows;
+    const int lines = (kLanes * kPanel / 16 + row_panels - 1) / row_panels;
+    const int fetching = (kLanes * kPanel / 16 + lines - 1) / lines;
+    for (int k = first; k < last; k++) {
+      const float* w = weights + k * panel + use.slot * matrix;
+      const float* next = k + 1 < last             ? w + panel
+                          : i + 1 < table.num_uses ? weights + first * panel + table.uses[i + 1].slot * matrix
+                                                   : weights + (last < h.panels ? last : first) * panel;
+      multiply_use<false>(v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
+                          a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel,
+                          use.rows, blocks, next, lines, fetching);
+    }
+  }
+}
+
+// Nine weights per channel are read from memory and expanded to `u`, a.chunk_blocks blocks of channels at a
+// time.
+void multiply_compact(const ConvArgs& a, const TileTable& table, const float* v, int first, int last,
+                      float* m, float* u) {
+  const PackedHeader& h = *a.packed;
+  const int blocks = h.group_blocks;
+  const float* weights = section<float>(h, h.weight);
+  const int lines_per_block = 9 * kLanes * kPanel / 16;
+  const int lines = (lines_per_block + table.row_panels - 1) / table.row_panels;
+  for (int k = first; k < last; k++) {
+    for (int b = 0; b < blocks; b += a.chunk_blocks) {
+      const int count = least(a.chunk_blocks, blocks - b), channels = count * kLanes;
+      const float* w = weights + (int64_t{k} * blocks + b) * kLanes * 9 * kPanel;
+      const int64_t slot_stride =
+          int64_t{channels} * kPanel + 16;  // 16: no power of two between the matrices
+      expand(w, channels, u, slot_stride, h.stride, a.few_slots);
+      const float* next = w + int64_t{channels} * 9 * kPanel;
+      int fetching = (lines_per_block + lines - 1) / lines;
+      for (int i = 0; i < table.num_uses; i++) {
+        const MatrixUse& use = table.uses[i];
+        const int row_panels = (use.rows + kMaxRows - 1) / kMaxRows;
+        const float* vb =
+            v + use.first_panel * a.panel_pitch + (int64_t{k % h.groups} * blocks + b) * kRowPitch;
+        float* mb = m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel;
+        const int now = fetching > 0 ? fetching : 0;
+        if (b == 0) {
+          multiply_use<false>(vb, a.panel_pitch, u + use.slot * slot_stride, mb, use.rows, count, next, lines,
+                              now);
+        } else {
+          multiply_use<true>(vb, a.panel_pitch, u + use.slot * slot_stride, mb, use.rows, count, next, lines,
+                             now);
+        }
+        next += int64_t{16} * lines * count * least(now, row_panels);
+        fetching -= row_panels;
+      }
+    }
+  }
+}
+
+// ---- The layer.
+
+// Panels whose products are in flight together: all groups of an interleaved output, else two to reuse the
+// rows in L1.
+constexpr int kPanelsAtOnce = 2;
+
+void finish(const ConvArgs& a, const TileBlock& block, int first, int last, const float* m) {
+  const PackedHeader& h = *a.packed;
+  const int64_t panel = int64_t{block.table->m_rows} * kPanel;
+  const Epilogue epilogue = choose_epilogue(h);
+  alignas(64) float z[kMaxGroups][kTile * kTile * kLanes];
+  for (int k = first; k < last; k += h.groups) {
+    for (int t = 0; t < block.count; t++) {
+      const Tile& tile = block.tiles[t];
+      const int32_t* offset = block.table->m_offset + t * kMaxTransforms;
+      for (int half = 0; half < 2; half++) {
+        const int out_block = 2 * k + h.groups * half;
+        if (out_block >= h.out_blocks) break;
+        for (int g = 0; g < h.groups; g++) {
+          kInverse[h.stride - 1][tile.row_kind][tile.col_kind](m + (k - first + g) * panel + half * kLanes,
+                                                               offset, z[g]);
+        }
+        epilogue(a, tile, k, half, out_block, z);
+      }
+    }
+  }
+}
+
+void convolve(const ConvArgs& a, const TileBlock& block, const float* v, int first, int last, float* m,
+              float* u) {
+  for (int k = first; k < last; k += kPanelsAtOnce) {
+    const int end = least(k + kPanelsAtOnce, last);
+    if (a.packed->storage == Storage::kFull) {
+      multiply_full(a, *block.table, v, k, end, m);
+    } else {
+      multiply_compact(a, *block.table, v, k, end, m, u);
+    }
+    finish(a, block, k, end, m);
+  }
+}
+
+}  // namespace
+}  // namespace parnet::cpu

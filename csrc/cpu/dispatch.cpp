@@ -1,0 +1,81 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <iterator>
+#include <stdexcept>
+
+namespace parnet::cpu {
+
+extern const Kernels kernels_portable, kernels_portable16;
+#ifdef __x86_64__
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+namespace {
+
+struct Level {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// Best last; portable16 is for tests and never chosen by itself.
+const Level* levels(int* count) {
+  static const Level all[] = {
+      {&kernels_portable16, true},
+      {&kernels_portable, true},
+#ifdef __x86_64__
+      {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")},
+#endif
+  };
+  *count = std::size(all);
+  return all;
+}
+
+const char* override_name() {
+  const char* name = std::getenv("PARNET_CPU_ISA");
+  return name && *name ? name : nullptr;
+}
+
+const Kernels& choose() {
+  int count;
+  const Level* all = levels(&count);
+  const char* wanted = override_name();
+  const Kernels* best = nullptr;
+  std::string known;
+  for (int i = 0; i < count; i++) {
+    if (all[i].supported) best = all[i].kernels;
+    if (all[i].supported && wanted && std::string(wanted) == all[i].kernels->name) return *all[i].kernels;
+    if (all[i].supported) known += std::string(known.empty() ? "" : ", ") + all[i].kernels->name;
+  }
+  if (wanted) {
+    throw std::runtime_error(std::string("PARNET_CPU_ISA must be one of ") + known +
+                             " on this processor, got '" + wanted + "'");
+  }
+  return *best;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::string describe_isa() {
+  int count;
+  const Level* all = levels(&count);
+  std::string compiled, supported;
+  for (int i = 0; i < count; i++) {
+    const std::string name = std::string("\"") + all[i].kernels->name + "\"";
+    compiled += (compiled.empty() ? "" : ", ") + name;
+    if (all[i].supported) supported += (supported.empty() ? "" : ", ") + name;
+  }
+  const char* wanted = override_name();
+  return std::string("{\"isa\": \"") + kernels().name + "\", \"lanes\": " + std::to_string(kernels().lanes) +
+         ", \"compiled\": [" + compiled + "], \"supported\": [" + supported +
+         "], \"override\": " + (wanted ? std::string("\"") + wanted + "\"" : "null") + "}";
+}
+
+}  // namespace parnet::cpu

@@ -1,0 +1,151 @@
+// y = out_scale*phi(conv_gate*(conv + bias) + skip_gate*x + skip_bias) + out_shift, and the sums of y.
+//
+// Per image and channel that is phi(conv + scale*x + offset) with a skip input and phi(scale*conv + offset)
+// without.
+#pragma once
+#include "layer.h"
+#include "simd.h"
+
+namespace parnet::cpu {
+namespace {
+
+constexpr int kTile = 4;  // the largest tile is kTile x kTile outputs
+constexpr int kMaxGroups = 2;
+
+template <class T>
+PARNET_INLINE const T* section(const PackedHeader& h, int64_t offset) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(&h) + offset);
+}
+
+typedef float TileValues[kTile * kTile * kLanes];
+typedef void (*Epilogue)(const ConvArgs&, const Tile&, int panel, int half, int out_block,
+                         const TileValues* z);
+
+template <bool SiLU>
+PARNET_INLINE Vec activate(Vec x) {
+  return SiLU ? silu(x) : relu(x);
+}
+
+// Affine, store and sum of one block of result channels. y == nullptr: only the sums are wanted.
+template <int Rows, int Cols, class Value>
+PARNET_INLINE void emit(const ConvArgs& a, const Tile& tile, int out_block, int rows, int cols, Value value) {
+  const PackedHeader& h = *a.packed;
+  if (Rows) rows = Rows, cols = Cols;
+  float* y = a.out.base == nullptr ? nullptr
+                                   : a.out.base + tile.image * a.out.image + out_block * a.out.block +
+                                         tile.row * a.out.row + tile.col * a.out.pixel;
+  const bool affine = h.out_scale != 0;
+  const Vec scale = affine ? load(section<float>(h, h.out_scale) + out_block * kLanes) : zero();
+  const Vec shift = affine ? load(section<float>(h, h.out_shift) + out_block * kLanes) : zero();
+  Vec sum = zero();
+  for (int i = 0; i < rows; i++) {
+    PARNET_UNROLL for (int j = 0; j < (Rows ? Cols : cols); j++) {
+      Vec v = value(i, j);
+      if (affine) v = fma(v, scale, shift);
+      sum = sum + v;
+      if (y) store_unaligned(y + i * a.out.row + j * a.out.pixel, v);
+    }
+  }
+  store(a.sums + (int64_t{tile.sum_row} * h.out_blocks + out_block) * kLanes, sum);
+}
+
+template <class Value>
+PARNET_INLINE void emit_tile(const ConvArgs& a, const Tile& tile, int out_block, Value value) {
+  if (tile.rows == 4 && tile.cols == 4) {
+    emit<4, 4>(a, tile, out_block, 4, 4, value);
+  } else {
+    emit<0, 0>(a, tile, out_block, tile.rows, tile.cols, value);
+  }
+}
+
+template <bool Skip, bool SiLU>
+void epilogue_dense(const ConvArgs& a, const Tile& tile, int panel, int half, int out_block,
+                    const TileValues* z) {
+  const int64_t at = (int64_t{tile.image} * a.packed->panels + panel) * kPanel + half * kLanes;
+  const Vec scale = load(a.scale + at), offset = load(a.offset + at);
+  const View& in = a.in[0];
+  const float* x =
+      in.base + tile.image * in.image + out_block * in.block + tile.row * in.row + tile.col * kLanes;
+  emit_tile(a, tile, out_block, [&](int i, int j) PARNET_INLINE_LAMBDA {
+    const Vec conv = load(z[0] + (i * kTile + j) * kLanes);
+    return activate<SiLU>(Skip ? conv + fma(scale, load(x + i * in.row + j * kLanes), offset)
+                               : fma(scale, conv, offset));
+  });
+}
+
+// Two groups whose channels alternate in the result.
+template <bool SiLU>
+void epilogue_interleaved(const ConvArgs& a, const Tile& tile, int panel, int half, int out_block,
+                          const TileValues* z) {
+  const int64_t at = (int64_t{tile.image} * a.packed->panels + panel) * kPanel + half * kLanes;
+  const Vec scale0 = load(a.scale + at), offset0 = load(a.offset + at);
+  const Vec scale1 = load(a.scale + at + kPanel), offset1 = load(a.offset + at + kPanel);
+  TileValues mixed[kMaxGroups];
+  for (int i = 0; i < tile.rows; i++) {
+    for (int j = 0; j < tile.cols; j++) {
+      const int at_z = (i * kTile + j) * kLanes;
+      Vec low, high;
+      interleave(activate<SiLU>(fma(scale0, load(z[0] + at_z), offset0)),
+                 activate<SiLU>(fma(scale1, load(z[1] + at_z), offset1)), low, high);
+      store_unaligned(mixed[0] + at_z, low);
+      store_unaligned(mixed[1] + at_z, high);
+    }
+  }
+  for (int b = 0; b < 2 && out_block + b < a.packed->out_blocks; b++) {
+    emit_tile(a, tile, out_block + b, [&](int i, int j) PARNET_INLINE_LAMBDA {
+      return load_unaligned(mixed[b] + (i * kTile + j) * kLanes);
+    });
+  }
+}
+
+Epilogue choose_epilogue(const PackedHeader& h) {
+  const bool silu = h.activation == Activation::kSiLU;
+  if (h.groups == 2) return silu ? epilogue_interleaved<true> : epilogue_interleaved<false>;
+  if (h.kind == Kind::kRepVGG) return silu ? epilogue_dense<true, true> : epilogue_dense<true, false>;
+  return silu ? epilogue_dense<false, true> : epilogue_dense<false, false>;
+}
+
+// Gates of one image from the channel sums of the inputs, for panels [first, last).
+void gate(const GateArgs& a, int image, int first, int last) {
+  const PackedHeader& h = *a.packed;
+  const int channels = h.group_blocks * kLanes;
+  const BlockRef* refs = section<BlockRef>(h, h.block_list);
+  for (int b = 0; b < h.groups * h.group_blocks; b++) {
+    const int input = refs[b].input, rows = a.sum_rows[input], pitch = h.in_blocks * kLanes;
+    const float* from = a.sums[input] + int64_t{image} * rows * pitch + refs[b].block * kLanes;
+    Vec sum = zero();
+    for (int r = 0; r < rows; r++) sum = sum + load(from + int64_t{r} * pitch);
+    store(a.means + b * kLanes, a.inverse_area * sum);
+  }
+  for (int k = first; k < last; k++) {
+    const float* mean = a.means + (k % h.groups) * channels;
+    const float* w = section<float>(h, h.gate_weight) + int64_t{k} * channels * kPanel;
+    Vec sum[4][2];
+    for (int i = 0; i < 4; i++) sum[i][0] = sum[i][1] = zero();
+    for (int c = 0; c < channels; c += 4, w += 4 * kPanel) {
+      PARNET_UNROLL for (int i = 0; i < 4; i++) {
+        prefetch(w + 1024 + i * kPanel);
+        const Vec x = splat(mean[c + i]);
+        sum[i][0] = fma(x, load(w + i * kPanel), sum[i][0]);
+        sum[i][1] = fma(x, load(w + i * kPanel + kLanes), sum[i][1]);
+      }
+    }
+    for (int half = 0; half < 2; half++) {
+      const int at = k * kPanel + half * kLanes;
+      const int64_t to = int64_t{image} * h.panels * kPanel + at;
+      const Vec total = (sum[0][half] + sum[1][half]) + (sum[2][half] + sum[3][half]);
+      const Vec bias = load(section<float>(h, h.bias) + at);
+      const Vec g = sigmoid(total + load(section<float>(h, h.gate_bias) + at));
+      if (h.kind == Kind::kRepVGG) {
+        store(a.scale + to, g * load(section<float>(h, h.skip_scale) + at));
+        store(a.offset + to, fma(g, load(section<float>(h, h.skip_shift) + at), bias));
+      } else {
+        store(a.scale + to, 2.f * g);
+        store(a.offset + to, 2.f * g * bias);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace parnet::cpu

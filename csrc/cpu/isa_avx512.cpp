@@ -1,0 +1,9 @@
+// 32 vector registers of 16 lanes.
+#define PARNET_LANES 16
+#define PARNET_ROWS 12
+#include "kernels.h"
+
+namespace parnet::cpu {
+extern const Kernels kernels_avx512;
+constinit const Kernels kernels_avx512 = table_of("avx512");
+}  // namespace parnet::cpu

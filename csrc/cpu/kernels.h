@@ -1,0 +1,17 @@
+// Everything compiled once per instruction set. Included by the isa_*.cpp files only, which define
+// PARNET_LANES, PARNET_ROWS and the name of the table.
+#pragma once
+#include "convert.h"
+#include "convolution.h"
+#include "stem.h"
+
+namespace parnet::cpu {
+namespace {
+
+constexpr Kernels table_of(const char* name) {
+  return {name, kLanes, kMaxRows, expand,       transform, convolve,
+          gate, stem,   enter,    enter_planes, leave,     leave_means};
+}
+
+}  // namespace
+}  // namespace parnet::cpu

@@ -1,0 +1,152 @@
+// The contract between the baseline code (packing, planning, scheduling) and the kernels compiled once per
+// instruction set: plain data only, so that no inline function of one instruction set can end up in the code
+// of another.
+#pragma once
+#include <stdint.h>
+
+namespace parnet::cpu {
+
+enum class Kind : int32_t { kRepVGG, kDownsample, kFusion };
+enum class Activation : int32_t { kSiLU, kReLU };
+enum class Storage : int32_t { kFull, kCompact };
+enum class Dtype : int32_t { kFloat, kHalf, kBFloat16 };
+
+// A 1-D scheme has at most 6 weight slots (evaluation points), so a layer has 36 products of transformed
+// matrices.
+constexpr int kSlots = 6;
+constexpr int kWeightMatrices = kSlots * kSlots;
+// The largest 2-D tile, stride-2 4x4 outputs, has 9 x 9 transformed values; its products use the 36 matrices
+// repeatedly.
+constexpr int kMaxTransforms = 81;
+// Up to this many input channels the first layer of a network runs as a direct convolution on planar rows.
+constexpr int kStemChannels = 4;
+
+// Start of a packed layer. Offsets are bytes from the start of the header; 0 means absent. "Panel" = 2*lanes
+// output channels of one group. Grouped layers interleave panels: panel 2*i+g is the i-th panel of group g.
+struct PackedHeader {
+  uint64_t magic;
+  int32_t version, lanes;
+  Kind kind;
+  Activation activation;
+  Storage storage;
+  int32_t stride, groups;
+  int32_t in_channels;   // of one input
+  int32_t out_channels;  // of the result
+  int32_t in_blocks;     // blocks of `lanes` channels in one input
+  int32_t out_blocks;
+  int32_t group_blocks;  // input blocks that one group multiplies, both inputs together
+  int32_t panels;        // all groups
+  int64_t total_bytes;
+  int64_t weight;  // full: [panel][36][group channel][2*lanes]; compact: [panel][group channel][9][2*lanes]
+  int64_t stem_weight;  // [panel][channel*9][2*lanes], at most kStemChannels channels
+  int64_t gate_weight;  // [panel][group channel][2*lanes]
+  int64_t gate_bias, bias, skip_scale, skip_shift;  // [panel][2*lanes]
+  int64_t out_scale, out_shift;                     // [out block][lanes], in the order of the result
+  int64_t block_list;                               // BlockRef[groups*group_blocks]
+};
+
+// One block of input channels as a group of a layer reads it.
+struct BlockRef {
+  int32_t input, block;
+};
+
+// Blocked activations [image][block][row][pixel][lane]; `base` is pixel (0, 0), surrounded by a halo of
+// zeros. Strides in floats. A view of a user's channels_last tensor has no halo and is only written.
+struct View {
+  float* base;
+  int64_t image, block, row, pixel;
+};
+
+// One output tile. `row_kind`/`col_kind` select the 1-D schemes, `rows`/`cols` how much of the tile lies in
+// the map.
+struct Tile {
+  int32_t image, row, col, sum_row;
+  uint8_t row_kind, col_kind, rows, cols;
+};
+
+// The rows of all tiles that multiply the same weight matrix.
+struct MatrixUse {
+  int32_t slot, rows, first_panel, first_row;
+};
+
+// Where the transformed values of the tiles of a block lie; blocks with the same sequence of tile kinds share
+// one.
+struct TileTable {
+  const int32_t* v_offset;  // [tile][kMaxTransforms], floats from the start of a block of transformed inputs
+  const int32_t* m_offset;  // [tile][kMaxTransforms], floats from the start of a panel of products
+  const MatrixUse* uses;
+  int32_t num_uses, row_panels, m_rows;
+};
+
+struct TileBlock {
+  const Tile* tiles;
+  const TileTable* table;
+  int32_t count;
+};
+
+struct ConvArgs {
+  const PackedHeader* packed;
+  View in[2];
+  View out;      // base == nullptr: only the channel sums are wanted
+  float* sums;   // [sum row][out block][lane]
+  float* scale;  // [image][panel][2*lanes]: multiplies the skip input, or the convolution if there is no skip
+  float* offset;        // [image][panel][2*lanes]
+  int64_t panel_pitch;  // floats between row panels of transformed inputs
+  int32_t out_rows, out_cols;
+  int32_t chunk_blocks;  // compact storage: input blocks whose weights are expanded at a time
+  int32_t few_slots;     // the tiles use only the slots 0, 1, 4, 5 of the stride-2 scheme
+};
+
+struct GateArgs {
+  const PackedHeader* packed;
+  const float* sums[2];  // of each input: [image][sum row][block][lane]
+  int32_t sum_rows[2];   // per image
+  float inverse_area;
+  float* scale;
+  float* offset;
+  float* means;  // scratch, groups*group_blocks*lanes floats
+};
+
+struct StemArgs {
+  const PackedHeader* packed;
+  const float* planes;  // [image][channel][rows][pitch], one zero row above, one zero column left, zeros
+                        // right and below
+  int64_t image, channel, pitch;
+  View out;
+  float* sums;  // [image][out row][out block][lane]
+  const float* scale;
+  const float* offset;
+  int32_t out_rows, out_cols;
+};
+
+// A user's tensor; strides in elements.
+struct Strided {
+  void* data;
+  Dtype dtype;
+  int64_t size[4], stride[4];
+};
+
+struct Kernels {
+  const char* name;
+  int32_t lanes, max_rows;
+  // 3x3 weights of one panel, [channel][9][2*lanes] -> [slot][channel][2*lanes] with `slot_stride` floats
+  // between slots.
+  void (*expand)(const float* compact, int channels, float* full, int64_t slot_stride, int stride,
+                 int few_slots);
+  // Input transform of blocks [first, last) of the layer's block list.
+  void (*transform)(const ConvArgs&, const TileBlock&, int first, int last, float* v);
+  // Products, output transform and epilogue for panels [first, last) of one block of tiles.
+  void (*convolve)(const ConvArgs&, const TileBlock&, const float* v, int first, int last, float* m,
+                   float* u);
+  void (*gate)(const GateArgs&, int image, int first, int last);
+  void (*stem)(const StemArgs&, int image, int first_row, int last_row);
+  // User tensor -> blocked view (or zero-padded planes), rows [first, last); channel sums of those rows to
+  // `sums`.
+  void (*enter)(const Strided&, const View&, int image, int first, int last, float* sums, float* lines);
+  void (*enter_planes)(const Strided&, const StemArgs&, int image, int first, int last, float* sums);
+  void (*leave)(const View&, const Strided&, int image, int first, int last);
+  void (*leave_means)(const float* sums, int sum_rows, int blocks, float inverse_area, const Strided&,
+                      int image);
+};
+
+}  // namespace parnet::cpu

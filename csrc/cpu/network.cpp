@@ -1,0 +1,307 @@
+#include "network.h"
+
+#include <algorithm>
+#include <list>
+#include <stdexcept>
+
+#include "pack.h"
+
+namespace parnet::cpu {
+namespace {
+
+// Rows of an image are converted in at most this many items, whatever the thread count: their channel sums
+// are added in the order of the items.
+constexpr int64_t kRowChunks = 16;
+// Above this, transformed inputs are not shared between the items of a layer but made by each for itself.
+constexpr int64_t kSharedBytes = int64_t{32} << 20;
+constexpr size_t kCachedPlans = 32;
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+[[noreturn]] void bad_program(const std::string& what) { throw std::runtime_error("program: " + what); }
+
+std::array<int64_t, 4> output_shape(const Geometry& g, const std::array<int64_t, 4>& in) {
+  return {in[0], g.out_channels, div_up(in[2], g.stride), div_up(in[3], g.stride)};
+}
+
+int sum_chunks(int64_t rows) { return div_up(rows, div_up(rows, kRowChunks)); }
+
+}  // namespace
+
+std::array<int64_t, 4> result_shape(const Request& r) {
+  std::vector<std::array<int64_t, 4>> slots = r.inputs;
+  std::array<int64_t, 4> last{};
+  if (r.steps.empty()) bad_program("no layers");
+  for (const Step& s : r.steps) {
+    if (s.packed < 0 || s.packed >= static_cast<int64_t>(r.layers.size()))
+      bad_program("no such packed layer");
+    const Geometry& g = r.layers[s.packed];
+    const auto known = [&](int64_t slot) -> const std::array<int64_t, 4>& {
+      if (slot < 0 || slot >= static_cast<int64_t>(slots.size()) || slots[slot][1] < 0)
+        bad_program("a slot is read before it is written");
+      if (slots[slot][1] != g.in_channels) {
+        bad_program("layer " + std::to_string(s.packed) + " takes " + std::to_string(g.in_channels) +
+                    " channels, got " + std::to_string(slots[slot][1]));
+      }
+      return slots[slot];
+    };
+    if ((s.other >= 0) != (g.kind == Kind::kFusion))
+      bad_program("a second input goes with fusion layers only");
+    if (s.other >= 0 && known(s.other) != known(s.input))
+      bad_program("the inputs of a fusion differ in shape");
+    last = output_shape(g, known(s.input));
+    if (s.output < static_cast<int64_t>(r.inputs.size())) bad_program("an input slot is overwritten");
+    if (s.output >= static_cast<int64_t>(slots.size())) slots.resize(s.output + 1, {0, -1, 0, 0});
+    slots[s.output] = last;
+  }
+  if (r.pooled) last[2] = last[3] = 1;
+  return last;
+}
+
+int64_t NetworkPlan::reserve(int64_t floats) {
+  const int64_t at = floats_;
+  floats_ += div_up(floats, 16) * 16;
+  return at;
+}
+
+int NetworkPlan::add_stage(Work work, int index, int64_t items, std::vector<int> after) {
+  std::sort(after.begin(), after.end());
+  after.erase(std::unique(after.begin(), after.end()), after.end());
+  stages_.push_back({work, index, items, tickets_, std::move(after)});
+  tickets_ += items;
+  return stages_.size() - 1;
+}
+
+// A buffer with a halo of zeros: one row and column before the map, one after it, two where tiles overhang
+// odd sizes. Takes the buffer of a dead value of the same shape; `after` then gains the stages that still
+// read it.
+void NetworkPlan::reserve_activation(Value& v, std::vector<int>& after) {
+  const int64_t rows = v.shape[2] + 2 + v.shape[2] % 2, cols = v.shape[3] + 2 + v.shape[3] % 2;
+  const int lanes = kernels_.lanes;
+  v.view = {nullptr, v.blocks * rows * cols * lanes, rows * cols * lanes, cols * lanes, lanes};
+  for (size_t i = 0; i < idle_values_.size(); i++) {
+    Value& dead = values_[idle_values_[i]];
+    if (dead.shape == v.shape) {
+      v.start = dead.start;
+      after.insert(after.end(), dead.readers.begin(), dead.readers.end());
+      idle_values_.erase(idle_values_.begin() + i);
+      break;
+    }
+  }
+  v.floats = v.shape[0] * v.view.image;
+  // Conversions read whole vectors of pixels, up to `lanes` pixels beyond the last row.
+  if (v.start < 0) v.start = reserve(v.floats + lanes * lanes);
+  v.offset = v.start + v.view.row + lanes;
+}
+
+// Values in SSA form: the inputs, then one per layer, in execution order: by dependency level.
+void NetworkPlan::plan_values() {
+  std::vector<int> slot_value, slot_level;
+  for (const auto& shape : request_.inputs) {
+    slot_value.push_back(values_.size());
+    slot_level.push_back(0);
+    values_.push_back({});
+    values_.back().shape = shape;
+  }
+  for (const Step& s : request_.steps) {
+    const Geometry& g = request_.layers[s.packed];
+    Layer layer{};
+    layer.step = s;
+    layer.input = slot_value[s.input];
+    layer.other = s.other >= 0 ? slot_value[s.other] : -1;
+    layer.level = 1 + std::max(slot_level[s.input], s.other >= 0 ? slot_level[s.other] : 0);
+    layer.output = values_.size();
+    values_.push_back({});
+    values_.back().shape = output_shape(g, values_[layer.input].shape);
+    if (s.output >= static_cast<int64_t>(slot_value.size())) {
+      slot_value.resize(s.output + 1, -1);
+      slot_level.resize(s.output + 1, 0);
+    }
+    slot_value[s.output] = layer.output;
+    slot_level[s.output] = layer.level;
+    result_ = layer.output;
+    // Planes serve stems only; an image that another kind of layer reads as well is entered as blocks.
+    layer.stem = s.input < static_cast<int64_t>(request_.inputs.size()) && g.kind == Kind::kDownsample &&
+                 g.in_channels <= kStemChannels;
+    layers_.push_back(layer);
+  }
+  for (const Layer& reader : layers_) {
+    if (reader.stem) continue;
+    for (Layer& layer : layers_) {
+      if (layer.input == reader.input || layer.input == reader.other) layer.stem = false;
+    }
+  }
+  std::stable_sort(layers_.begin(), layers_.end(),
+                   [](const Layer& a, const Layer& b) { return a.level < b.level; });
+  for (size_t i = 0; i < layers_.size(); i++) {
+    values_[layers_[i].input].last_use = i;
+    if (layers_[i].other >= 0) values_[layers_[i].other].last_use = i;
+  }
+  for (Value& v : values_) v.blocks = div_up(v.shape[1], kernels_.lanes);
+}
+
+void NetworkPlan::plan_inputs() {
+  for (size_t i = 0; i < request_.inputs.size(); i++) {
+    Value& v = values_[i];
+    const auto is_stem = [&](const Layer& l) { return l.stem && l.input == static_cast<int>(i); };
+    const bool planes = std::any_of(layers_.begin(), layers_.end(), is_stem);
+    v.sum_rows = sum_chunks(v.shape[2]);
+    v.sums = reserve(v.shape[0] * v.sum_rows * v.blocks * kernels_.lanes);
+    if (planes) {
+      // Pixels of a row panel are read to the full width of the panel, at most at stride 2.
+      const int64_t pitch = div_up(v.shape[3] + 2 + 2 * kernels_.max_rows, 16) * 16, rows = v.shape[2] + 3;
+      v.view = {nullptr, v.shape[1] * rows * pitch, rows * pitch, pitch, 1};
+      v.floats = v.shape[0] * v.view.image;
+      v.start = v.offset = reserve(v.floats);
+    } else {
+      std::vector<int> none;
+      reserve_activation(v, none);
+    }
+    v.stage = add_stage(planes ? Work::kEnterPlanes : Work::kEnter, i, v.shape[0] * v.sum_rows, {});
+  }
+}
+
+// Tile plans, shared between layers of one shape, and the workspace of transformed inputs: as many regions as
+// a level has layers, each reused from level to level.
+void NetworkPlan::plan_tiles() {
+  std::vector<int64_t> regions;
+  for (size_t i = 0, lane = 0; i < layers_.size(); i++) {
+    Layer& l = layers_[i];
+    lane = i && layers_[i - 1].level == l.level ? lane + 1 : 0;
+    l.v_region = -1;
+    if (l.stem) continue;
+    const Geometry& g = request_.layers[l.step.packed];
+    const auto& shape = values_[l.output].shape;
+    for (size_t j = 0; j < i && !l.tiles; j++) {
+      if (layers_[j].tiles && request_.layers[layers_[j].step.packed] == g &&
+          values_[layers_[j].output].shape == shape) {
+        l.tiles = layers_[j].tiles;
+      }
+    }
+    if (!l.tiles) l.tiles = std::make_shared<TilePlan>(g, kernels_, shape[0], shape[2], shape[3]);
+    const int64_t blocks = l.tiles->blocks.size(), refs = int64_t{g.groups} * g.group_blocks;
+    const int64_t shared = blocks * l.tiles->v_floats;
+    l.panels_per_item = g.panels;
+    if (shared * 4 <= kSharedBytes) {
+      l.v_region = lane;
+      if (regions.size() <= lane) regions.resize(lane + 1, 0);
+      regions[lane] = std::max(regions[lane], shared);
+      l.transform_items = std::clamp<int64_t>(div_up(8 * request_.threads, blocks), 1, refs);
+      const bool fine = g.groups == 1 && blocks * g.panels < 32 * request_.threads;
+      l.panels_per_item = fine ? 1 : std::min(2, g.panels);
+    } else {
+      v_scratch_ = std::max(v_scratch_, l.tiles->v_floats);
+    }
+    m_scratch_ = std::max(m_scratch_, l.tiles->m_floats);
+    u_scratch_ = std::max(u_scratch_, l.tiles->u_floats);
+    means_scratch_ = std::max(means_scratch_, refs * kernels_.lanes);
+  }
+  for (const int64_t floats : regions) v_regions_.push_back({reserve(floats), -1});
+}
+
+int NetworkPlan::plan_gate(Layer& l) {
+  const Geometry& g = request_.layers[l.step.packed];
+  const int64_t images = values_[l.input].shape[0];
+  l.gates = reserve(2 * images * g.panels * 2 * kernels_.lanes);
+  l.gate_items = std::clamp<int64_t>(div_up(request_.threads, images), 1, g.panels);
+  means_scratch_ = std::max(means_scratch_, int64_t{g.groups} * g.group_blocks * kernels_.lanes);
+  return add_stage(Work::kGate, index_of(l), images * l.gate_items, input_stages(l));
+}
+
+void NetworkPlan::plan_transform(Layer& l) {
+  if (l.v_region < 0) return;
+  auto after = input_stages(l);
+  if (v_regions_[l.v_region].last_reader >= 0) after.push_back(v_regions_[l.v_region].last_reader);
+  const int64_t items = l.tiles->blocks.size() * l.transform_items;
+  l.transform_stage = add_stage(Work::kTransform, index_of(l), items, after);
+  values_[l.input].readers.push_back(l.transform_stage);
+  if (l.other >= 0) values_[l.other].readers.push_back(l.transform_stage);
+}
+
+void NetworkPlan::plan_main(Layer& l, int gate_stage) {
+  const Geometry& g = request_.layers[l.step.packed];
+  Value& out = values_[l.output];
+  std::vector<int> after = input_stages(l);
+  after.push_back(gate_stage);
+  if (l.transform_stage >= 0) after.push_back(l.transform_stage);
+  out.sum_rows = l.stem ? out.shape[2] : l.tiles->tiles_per_image;
+  out.sums = reserve(out.shape[0] * out.sum_rows * out.blocks * kernels_.lanes);
+  const bool last = l.output == result_;
+  if (last && request_.direct) {
+    const int64_t channels = out.shape[1], row = out.shape[3] * channels;
+    out.view = {nullptr, out.shape[2] * row, kernels_.lanes, row, channels};
+  } else if (!last || !request_.pooled || l.stem) {
+    reserve_activation(out, after);
+  }
+  if (l.stem) {
+    out.stage = add_stage(Work::kStem, index_of(l), out.shape[0] * sum_chunks(out.shape[2]), after);
+  } else {
+    const int64_t items = l.tiles->blocks.size() * div_up(g.panels, l.panels_per_item);
+    out.stage = add_stage(Work::kConvolve, index_of(l), items, after);
+    if (l.v_region >= 0) v_regions_[l.v_region].last_reader = out.stage;
+  }
+  values_[l.input].readers.push_back(out.stage);
+  if (l.other >= 0) values_[l.other].readers.push_back(out.stage);
+}
+
+// After the last layer that reads a value, its buffer serves later values of the same shape.
+void NetworkPlan::release_inputs(const Layer& l) {
+  const auto release = [&](int value) {
+    const Value& v = values_[value];
+    if (v.last_use == static_cast<size_t>(index_of(l)) && v.start >= 0 && v.view.pixel != 1) {
+      idle_values_.push_back(value);
+    }
+  };
+  release(l.input);
+  if (l.other >= 0 && l.other != l.input) release(l.other);
+}
+
+NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(request), kernels_(k) {
+  result_shape(request);  // validates the program
+  plan_values();
+  plan_inputs();
+  plan_tiles();
+  for (size_t first = 0, last; first < layers_.size(); first = last) {
+    for (last = first; last < layers_.size() && layers_[last].level == layers_[first].level;) last++;
+    std::vector<int> gates;
+    for (size_t i = first; i < last; i++) gates.push_back(plan_gate(layers_[i]));
+    for (size_t i = first; i < last; i++) plan_transform(layers_[i]);
+    for (size_t i = first; i < last; i++) {
+      plan_main(layers_[i], gates[i - first]);
+      release_inputs(layers_[i]);
+    }
+  }
+  const Value& out = values_[result_];
+  if (request_.pooled) {
+    add_stage(Work::kMeans, result_, out.shape[0], {out.stage});
+  } else if (!request_.direct) {
+    add_stage(Work::kLeave, result_, out.shape[0] * sum_chunks(out.shape[2]), {out.stage});
+  }
+  // Scratch of each worker; lines for conversions share the space of the expanded weights.
+  for (const auto& shape : request_.inputs) {
+    u_scratch_ = std::max(u_scratch_, kernels_.lanes * div_up(shape[3], 16) * 16);
+  }
+  for (int64_t* floats : {&v_scratch_, &m_scratch_, &u_scratch_, &means_scratch_})
+    *floats = div_up(*floats, 16) * 16;
+  // 1040: workers start neither on the same cache set nor on the same page.
+  scratch_floats_ = v_scratch_ + m_scratch_ + u_scratch_ + means_scratch_ + 1040;
+  scratch_ = reserve(request_.threads * scratch_floats_);
+  pool_ = std::make_unique<WorkspacePool>(floats_, 2 + stages_.size());
+}
+
+std::shared_ptr<const NetworkPlan> plan_for(const Request& request, const Kernels& k) {
+  static std::mutex mutex;
+  static std::list<std::shared_ptr<const NetworkPlan>> plans;  // most recently used first
+  const std::lock_guard lock(mutex);
+  for (auto it = plans.begin(); it != plans.end(); ++it) {
+    if ((*it)->request() == request) {
+      plans.splice(plans.begin(), plans, it);
+      return plans.front();
+    }
+  }
+  plans.push_front(std::make_shared<NetworkPlan>(request, k));
+  if (plans.size() > kCachedPlans) plans.pop_back();
+  return plans.front();
+}
+
+}  // namespace parnet::cpu

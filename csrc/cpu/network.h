@@ -1,0 +1,129 @@
+// A network (or a single layer) as a list of stages of independent work items, planned once per shape and
+// thread count.
+//
+// Running: every thread takes the next item by incrementing one ticket counter, waits until the stages it
+// depends on are complete, and executes it. Items are handed out in the order of the stages and a stage
+// depends on earlier stages only. So the oldest unfinished item can always run and is held by a thread that
+// is running it: no deadlock, however many threads really take part (one, if the caller is already inside a
+// parallel region).
+#pragma once
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+#include "workspace.h"
+
+namespace parnet::cpu {
+
+// Slots hold activations; the first slots hold the user's tensors.
+struct Step {
+  int64_t packed, input, other, output;
+  bool operator==(const Step&) const = default;
+};
+
+struct Request {
+  std::vector<Geometry> layers;  // by packed index
+  std::vector<Step> steps;       // in an order that respects dependencies; the last one gives the result
+  std::vector<std::array<int64_t, 4>> inputs;  // N, C, H, W
+  int threads;
+  bool pooled;  // the result is [N, K, 1, 1] channel means
+  bool direct;  // the result is stored by the last layer itself: float, channels_last, whole blocks of
+                // channels
+  bool operator==(const Request&) const = default;
+};
+
+// Shape of the result. Throws std::runtime_error if the program is malformed.
+std::array<int64_t, 4> result_shape(const Request&);
+
+class NetworkPlan {
+ public:
+  NetworkPlan(const Request&, const Kernels&);
+
+  // body(worker) must be called at least once by `parallel`, at most `threads` times, possibly at the same
+  // time.
+  using Body = void (*)(void* context);
+  using RunParallel = void (*)(int threads, Body, void* context);
+  void run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
+           const Strided& output, RunParallel) const;
+
+  const Request& request() const { return request_; }
+
+ private:
+  friend class NetworkRun;
+  enum class Work { kEnter, kEnterPlanes, kGate, kTransform, kConvolve, kStem, kLeave, kMeans };
+
+  // A blocked activation (or planes for a stem) in the workspace, with the sums its producer leaves.
+  struct Value {
+    std::array<int64_t, 4> shape;
+    int blocks;
+    View view;            // base unused
+    int64_t offset = -1;  // of pixel (0, 0) in the workspace, or -1: not stored there
+    int64_t floats;       // whole buffer, from `start`
+    int64_t start = -1;
+    int64_t sums = -1;
+    int sum_rows = 0;          // per image
+    int stage = -1;            // that completes it
+    std::vector<int> readers;  // stages
+    size_t last_use = 0;       // position in execution order
+  };
+  struct Layer {
+    Step step;
+    int input, other, output;  // values
+    int level;
+    bool stem;
+    std::shared_ptr<const TilePlan> tiles;
+    int64_t gates;        // scale, then offset
+    int v_region;         // of transformed inputs that the items share, or -1: each item transforms its own
+    int gate_items;       // per image
+    int transform_items;  // per block of tiles
+    int transform_stage = -1;
+    int panels_per_item;
+  };
+  struct Stage {
+    Work work;
+    int index;  // of the layer, or of the value
+    int64_t items, first_ticket;
+    std::vector<int> after;
+  };
+
+  struct Region {
+    int64_t start;
+    int last_reader;  // stage
+  };
+
+  void plan_values();
+  void plan_inputs();
+  void plan_tiles();
+  int plan_gate(Layer&);
+  void plan_transform(Layer&);
+  void plan_main(Layer&, int gate_stage);
+  void release_inputs(const Layer&);
+  int add_stage(Work, int index, int64_t items, std::vector<int> after);
+  int64_t reserve(int64_t floats);
+  void reserve_activation(Value&, std::vector<int>& after);
+  int index_of(const Layer& l) const { return &l - layers_.data(); }
+  std::vector<int> input_stages(const Layer& l) const {
+    return l.other < 0 ? std::vector<int>{values_[l.input].stage}
+                       : std::vector<int>{values_[l.input].stage, values_[l.other].stage};
+  }
+
+  const Request request_;
+  const Kernels& kernels_;
+  std::vector<Value> values_;
+  std::vector<Layer> layers_;  // in execution order
+  std::vector<Stage> stages_;
+  std::vector<int> idle_values_;  // whose buffers may be reused
+  int64_t floats_ = 0, tickets_ = 0;
+  std::vector<Region> v_regions_;
+  int64_t scratch_, scratch_floats_;  // of all workers, of one: transformed inputs, products, weights, means
+  int64_t v_scratch_ = 0, m_scratch_ = 0, u_scratch_ = 0, means_scratch_ = 0;
+  int result_;  // value
+  std::unique_ptr<WorkspacePool> pool_;
+};
+
+// The plan for a request, from a cache of the most recently used ones.
+std::shared_ptr<const NetworkPlan> plan_for(const Request&, const Kernels&);
+
+}  // namespace parnet::cpu

@@ -1,0 +1,161 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "pack.h"
+
+namespace parnet::cpu {
+namespace {
+
+// A block of about this many tiles: enough rows to use a weight matrix many times, while the products of a
+// panel (tiles * 36 * 64 bytes) and the rows of one matrix stay in L2.
+constexpr int kBlockTiles = 49;
+// Bytes of expanded weights that should stay in L2 next to the products.
+constexpr int64_t kExpandedBytes = 200 << 10;
+// Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
+// more rows.
+constexpr int64_t kFewOutputs = 128;
+
+struct Segment {
+  int start, kind, size;
+};
+
+// Stride 1: fours, and a two where one or two remain. Stride 2: `largest`, then the rest exactly; kind is
+// size - 1.
+std::vector<Segment> segments(int length, int stride, int largest) {
+  std::vector<Segment> result;
+  for (int at = 0; at < length;) {
+    const int rest = length - at;
+    if (stride == 1) {
+      const int step = rest <= 2 ? 2 : 4;
+      result.push_back({at, step == 2, std::min(rest, step)});
+      at += step;
+    } else {
+      const int step = std::min(rest, largest);
+      result.push_back({at, step - 1, step});
+      at += step;
+    }
+  }
+  return result;
+}
+
+// Weight slots of the transformed values of a 1-D scheme, see winograd.h.
+const std::vector<int>& slots(int stride, int kind) {
+  static const std::vector<int> winograd[] = {{0, 1, 2, 3, 4, 5}, {0, 1, 2, 5}};
+  static const std::vector<int> polyphase[] = {
+      {0, 4, 5}, {0, 1, 4, 5, 5}, {0, 1, 2, 4, 5, 5, 5}, {0, 1, 2, 3, 4, 5, 5, 5, 5}};
+  return stride == 1 ? winograd[kind] : polyphase[kind];
+}
+
+int div_up(int a, int b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Geometry geometry_of(const PackedHeader& h) {
+  return {h.kind,         h.storage,   h.stride,     h.groups,       h.in_channels,
+          h.out_channels, h.in_blocks, h.out_blocks, h.group_blocks, h.panels};
+}
+
+const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const Tile* tiles, int count) {
+  // uses[slot] lists the rows of each weight matrix in the order of the tiles.
+  std::vector<int> rows(kWeightMatrices, 0);
+  auto table = std::make_unique<Table>();
+  std::vector<int32_t>&v = table->v_offset, &m = table->m_offset;
+  v.assign(count * kMaxTransforms, 0);
+  m.assign(count * kMaxTransforms, 0);
+  std::vector<int> slot_of(count * kMaxTransforms, -1);
+  for (int t = 0; t < count; t++) {
+    int at = t * kMaxTransforms;
+    for (const int row : slots(g.stride, tiles[t].row_kind)) {
+      for (const int col : slots(g.stride, tiles[t].col_kind)) {
+        slot_of[at] = row * kSlots + col;
+        m[at] = rows[slot_of[at]]++;
+        at++;
+      }
+    }
+  }
+  std::vector<int> use_of(kWeightMatrices, -1);
+  int panels = 0, m_rows = 0;
+  for (int slot = 0; slot < kWeightMatrices; slot++) {
+    if (!rows[slot]) continue;
+    use_of[slot] = table->uses.size();
+    table->uses.push_back({slot, rows[slot], panels, m_rows});
+    panels += div_up(rows[slot], k.max_rows);
+    m_rows += rows[slot];
+    m_rows += m_rows % 2 == 0;  // an odd number of rows: no power of two between the products of two matrices
+  }
+  const int panel = 2 * k.lanes;
+  for (size_t i = 0; i < slot_of.size(); i++) {
+    if (slot_of[i] < 0) continue;
+    const MatrixUse& use = table->uses[use_of[slot_of[i]]];
+    const int row = m[i], count_panels = div_up(use.rows, k.max_rows);
+    const int small = use.rows / count_panels, bigger = use.rows % count_panels;  // as in multiply_use()
+    const int in_bigger = bigger * (small + 1);
+    const int which = row < in_bigger ? row / (small + 1) : bigger + (row - in_bigger) / small;
+    const int within = row < in_bigger ? row % (small + 1) : (row - in_bigger) % small;
+    v[i] = (use.first_panel + which) * panel_pitch + within * k.lanes;
+    m[i] = (use.first_row + row) * panel;
+  }
+  table->view = {v.data(), m.data(), table->uses.data(), static_cast<int32_t>(table->uses.size()),
+                 panels,   m_rows};
+  tables_.push_back(std::move(table));
+  return &tables_.back()->view;
+}
+
+TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_rows, int out_cols) {
+  const int largest = images * out_rows * out_cols <= kFewOutputs ? 2 : 4;
+  few_slots = g.stride == 2 && largest == 2;
+  const auto rows = segments(out_rows, g.stride, largest), cols = segments(out_cols, g.stride, largest);
+  tiles_per_image = rows.size() * cols.size();
+  for (int64_t image = 0; image < images; image++) {
+    for (const Segment& row : rows) {
+      for (const Segment& col : cols) {
+        tiles.push_back({static_cast<int32_t>(image), row.start, col.start,
+                         static_cast<int32_t>(tiles.size()), static_cast<uint8_t>(row.kind),
+                         static_cast<uint8_t>(col.kind), static_cast<uint8_t>(row.size),
+                         static_cast<uint8_t>(col.size)});
+      }
+    }
+  }
+  // A little more than a whole number of cache lines between row panels: no power of two.
+  panel_pitch = int64_t{g.groups} * g.group_blocks * k.max_rows * k.lanes + 16;
+  // Blocks do not straddle images unless several images fit into one.
+  const int whole = std::max(1, kBlockTiles / tiles_per_image);
+  const int unit = whole * tiles_per_image;
+  v_floats = m_floats = 0;
+  const TileBlock* previous = nullptr;
+  blocks.reserve(tiles.size());
+  for (int64_t start = 0; start < static_cast<int64_t>(tiles.size()); start += unit) {
+    const int count = std::min<int64_t>(unit, tiles.size() - start), parts = div_up(count, kBlockTiles);
+    for (int part = 0, at = 0; part < parts; part++) {
+      const int size = count / parts + (part < count % parts);
+      const Tile* first = &tiles[start + at];
+      const TileTable* table = nullptr;
+      for (const TileBlock& b : blocks) {
+        if (b.count == size && std::equal(first, first + size, b.tiles, [](const Tile& x, const Tile& y) {
+              return x.row_kind == y.row_kind && x.col_kind == y.col_kind;
+            })) {
+          table = b.table;
+          break;
+        }
+      }
+      if (!table) table = table_of(g, k, first, size);
+      blocks.push_back({first, table, size});
+      previous = &blocks.back();
+      v_floats = std::max(v_floats, previous->table->row_panels * panel_pitch);
+      m_floats = std::max(m_floats, int64_t{previous->table->m_rows} * 2 * k.lanes);
+      at += size;
+    }
+  }
+  m_floats *= 2;  // panels in flight
+  const int matrices = few_slots ? 16 : kWeightMatrices;
+  const int64_t block_bytes = int64_t{matrices} * k.lanes * 2 * k.lanes * 4;
+  const int chunks =
+      std::max<int64_t>(1, (g.group_blocks * block_bytes + kExpandedBytes / 2) / kExpandedBytes);
+  chunk_blocks = div_up(g.group_blocks, chunks);
+  u_floats = g.storage == Storage::kCompact
+                 ? int64_t{kWeightMatrices} * (int64_t{chunk_blocks} * k.lanes * 2 * k.lanes + 16)
+                 : 0;
+}
+
+}  // namespace parnet::cpu

@@ -1,0 +1,44 @@
+// How one layer's map is cut into tiles, and the tiles into blocks. Depends on shapes only; results never
+// depend on it.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "layer.h"
+
+namespace parnet::cpu {
+
+// The geometry of a packed layer: what planning needs of a header, and what makes two plans equal.
+struct Geometry {
+  Kind kind;
+  Storage storage;
+  int32_t stride, groups, in_channels, out_channels, in_blocks, out_blocks, group_blocks, panels;
+  bool operator==(const Geometry&) const = default;
+};
+Geometry geometry_of(const PackedHeader&);
+
+struct TilePlan {
+  std::vector<Tile> tiles;
+  std::vector<TileBlock> blocks;
+  int64_t panel_pitch;  // floats
+  int64_t v_floats;     // transformed inputs of the largest block
+  int64_t m_floats;     // products of the panels in flight
+  int64_t u_floats;     // expanded weights of a chunk
+  int32_t chunk_blocks, few_slots;
+  int32_t tiles_per_image;
+
+  TilePlan(const Geometry&, const Kernels&, int64_t images, int out_rows, int out_cols);
+  TilePlan(const TilePlan&) = delete;
+
+ private:
+  struct Table {
+    std::vector<int32_t> v_offset, m_offset;
+    std::vector<MatrixUse> uses;
+    TileTable view;
+  };
+  std::vector<std::unique_ptr<Table>> tables_;
+
+  const TileTable* table_of(const Geometry&, const Kernels&, const Tile* tiles, int count);
+};
+
+}  // namespace parnet::cpu

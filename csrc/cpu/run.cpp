@@ -1,0 +1,254 @@
+// Execution of a planned network; the rules are in network.h.
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+
+#include "network.h"
+
+namespace parnet::cpu {
+namespace {
+
+// Tests set PARNET_CPU_POISON=1: memory that a run must write before it reads starts as NaN.
+bool poisoned() {
+  static const bool on = std::getenv("PARNET_CPU_POISON") && *std::getenv("PARNET_CPU_POISON") == '1';
+  return on;
+}
+
+void pause() {
+#ifdef __x86_64__
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+class NetworkRun {
+ public:
+  NetworkRun(const NetworkPlan& plan, const std::vector<const PackedHeader*>& packed,
+             const std::vector<Strided>& inputs, const Strided& output, Workspace& workspace)
+      : plan_(plan), packed_(packed), inputs_(inputs), output_(output), workspace_(workspace) {
+    workspace_.reset_counters();
+    if (poisoned()) poison();
+  }
+
+  void work() {
+    const int worker = workspace_.counter(0).value++;
+    float* scratch = workspace_.at(plan_.scratch_ + worker * plan_.scratch_floats_);
+    const auto& stages = plan_.stages_;
+    for (size_t s = 0;;) {
+      const int64_t ticket = workspace_.counter(1).value++;
+      if (ticket >= plan_.tickets_) return;
+      while (ticket >= stages[s].first_ticket + stages[s].items) s++;
+      for (const int before : stages[s].after) wait(before);
+      execute(stages[s], ticket - stages[s].first_ticket, scratch);
+      workspace_.counter(2 + s).value.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+ private:
+  using Work = NetworkPlan::Work;
+  using Value = NetworkPlan::Value;
+  using Layer = NetworkPlan::Layer;
+
+  void wait(int stage) {
+    const auto& done = workspace_.counter(2 + stage).value;
+    for (int spins = 0; done.load(std::memory_order_acquire) < plan_.stages_[stage].items; spins++) {
+      // The thread that this one waits for may need this processor.
+      spins < 2000 ? pause() : static_cast<void>(sched_yield());
+    }
+  }
+
+  View view_of(const Value& v) const {
+    View view = v.view;
+    view.base = v.offset >= 0 ? workspace_.at(v.offset) : nullptr;
+    return view;
+  }
+  View output_view(const Layer& l) const {
+    View view = view_of(plan_.values_[l.output]);
+    if (l.output == plan_.result_ && plan_.request_.direct) view.base = static_cast<float*>(output_.data);
+    return view;
+  }
+  const PackedHeader& packed_of(const Layer& l) const { return *packed_[l.step.packed]; }
+  float* scales(const Layer& l) const { return workspace_.at(l.gates); }
+  float* offsets(const Layer& l) const {
+    return scales(l) + plan_.values_[l.input].shape[0] * packed_of(l).panels * 2 * plan_.kernels_.lanes;
+  }
+
+  void execute(const NetworkPlan::Stage& stage, int64_t item, float* scratch) {
+    float* m = scratch + plan_.v_scratch_;
+    float* u = m + plan_.m_scratch_;
+    float* means = u + plan_.u_scratch_;
+    switch (stage.work) {
+      case Work::kEnter:
+      case Work::kEnterPlanes:
+        return enter(stage, item, u);
+      case Work::kGate:
+        return gate(plan_.layers_[stage.index], item, means);
+      case Work::kTransform:
+        return transform(plan_.layers_[stage.index], item);
+      case Work::kConvolve:
+        return convolve(plan_.layers_[stage.index], item, scratch, m, u);
+      case Work::kStem:
+        return stem(plan_.layers_[stage.index], item);
+      case Work::kLeave: {
+        const Value& v = plan_.values_[stage.index];
+        const Rows rows = rows_of(item, v.shape[2], stage.items / v.shape[0]);
+        return plan_.kernels_.leave(view_of(v), output_, rows.image, rows.first, rows.last);
+      }
+      case Work::kMeans: {
+        const Value& v = plan_.values_[stage.index];
+        return plan_.kernels_.leave_means(workspace_.at(v.sums), v.sum_rows, v.blocks,
+                                          1.f / (v.shape[2] * v.shape[3]), output_, item);
+      }
+    }
+  }
+
+  struct Rows {
+    int image, first, last;
+  };
+  // Item `item` when the rows of each image are split into `chunks`.
+  static Rows rows_of(int64_t item, int64_t rows, int64_t chunks) {
+    const int64_t chunk = item % chunks;
+    return {static_cast<int>(item / chunks), static_cast<int>(rows * chunk / chunks),
+            static_cast<int>(rows * (chunk + 1) / chunks)};
+  }
+
+  StemArgs stem_args(const Layer& l) const {
+    const Value &in = plan_.values_[l.input], &out = plan_.values_[l.output];
+    StemArgs a{};
+    a.packed = &packed_of(l);
+    a.planes = workspace_.at(in.offset);
+    a.image = in.view.image;
+    a.channel = in.view.block;
+    a.pitch = in.view.row;
+    a.out = output_view(l);
+    a.sums = workspace_.at(out.sums);
+    a.scale = scales(l);
+    a.offset = offsets(l);
+    a.out_rows = out.shape[2];
+    a.out_cols = out.shape[3];
+    return a;
+  }
+
+  void enter(const NetworkPlan::Stage& stage, int64_t item, float* lines) {
+    const Value& v = plan_.values_[stage.index];
+    const Strided& x = inputs_[stage.index];
+    const Rows rows = rows_of(item, v.shape[2], v.sum_rows);
+    float* sums = workspace_.at(v.sums) + item * v.blocks * plan_.kernels_.lanes;
+    if (stage.work == Work::kEnter) {
+      return plan_.kernels_.enter(x, view_of(v), rows.image, rows.first, rows.last, sums, lines);
+    }
+    StemArgs a{};
+    a.planes = workspace_.at(v.offset);
+    a.image = v.view.image;
+    a.channel = v.view.block;
+    a.pitch = v.view.row;
+    plan_.kernels_.enter_planes(x, a, rows.image, rows.first, rows.last, sums);
+  }
+
+  void gate(const Layer& l, int64_t item, float* means) {
+    const Value& in = plan_.values_[l.input];
+    const Value& other = plan_.values_[l.other >= 0 ? l.other : l.input];
+    GateArgs a;
+    a.packed = &packed_of(l);
+    a.sums[0] = workspace_.at(in.sums);
+    a.sums[1] = workspace_.at(other.sums);
+    a.sum_rows[0] = in.sum_rows;
+    a.sum_rows[1] = other.sum_rows;
+    a.inverse_area = 1.f / (in.shape[2] * in.shape[3]);
+    a.scale = scales(l);
+    a.offset = offsets(l);
+    a.means = means;
+    const Rows panels = rows_of(item, a.packed->panels, l.gate_items);
+    plan_.kernels_.gate(a, panels.image, panels.first, panels.last);
+  }
+
+  ConvArgs conv_args(const Layer& l) const {
+    const Value& out = plan_.values_[l.output];
+    ConvArgs a{};
+    a.packed = &packed_of(l);
+    a.in[0] = view_of(plan_.values_[l.input]);
+    if (l.other >= 0) a.in[1] = view_of(plan_.values_[l.other]);
+    a.out = output_view(l);
+    a.sums = workspace_.at(out.sums);
+    a.scale = scales(l);
+    a.offset = offsets(l);
+    a.panel_pitch = l.tiles->panel_pitch;
+    a.chunk_blocks = l.tiles->chunk_blocks;
+    a.few_slots = l.tiles->few_slots;
+    return a;
+  }
+
+  float* shared_v(const Layer& l, int64_t block) const {
+    return workspace_.at(plan_.v_regions_[l.v_region].start + block * l.tiles->v_floats);
+  }
+
+  void transform(const Layer& l, int64_t item) {
+    const ConvArgs a = conv_args(l);
+    const Rows blocks = rows_of(item, a.packed->groups * a.packed->group_blocks, l.transform_items);
+    plan_.kernels_.transform(a, l.tiles->blocks[blocks.image], blocks.first, blocks.last,
+                             shared_v(l, blocks.image));
+  }
+
+  void convolve(const Layer& l, int64_t item, float* v, float* m, float* u) {
+    const ConvArgs a = conv_args(l);
+    const int64_t items = (a.packed->panels + l.panels_per_item - 1) / l.panels_per_item;
+    const int64_t block = item / items, first = item % items * l.panels_per_item;
+    const int last = std::min<int64_t>(first + l.panels_per_item, a.packed->panels);
+    const TileBlock& tiles = l.tiles->blocks[block];
+    if (l.v_region >= 0) {
+      v = shared_v(l, block);
+    } else {
+      plan_.kernels_.transform(a, tiles, 0, a.packed->groups * a.packed->group_blocks, v);
+    }
+    plan_.kernels_.convolve(a, tiles, v, first, last, m, u);
+  }
+
+  void stem(const Layer& l, int64_t item) {
+    const StemArgs a = stem_args(l);
+    const int64_t images = plan_.values_[l.output].shape[0];
+    const Rows rows = rows_of(item, a.out_rows, plan_.stages_[plan_.values_[l.output].stage].items / images);
+    plan_.kernels_.stem(a, rows.image, rows.first, rows.last);
+  }
+
+  void poison() {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const auto fill = [&](int64_t start, int64_t floats) { std::fill_n(workspace_.at(start), floats, nan); };
+    fill(plan_.scratch_, plan_.request_.threads * plan_.scratch_floats_);
+    for (const Layer& l : plan_.layers_) {
+      const int64_t images = plan_.values_[l.input].shape[0];
+      fill(l.gates, 2 * images * packed_of(l).panels * 2 * plan_.kernels_.lanes);
+      if (l.v_region >= 0) {
+        fill(plan_.v_regions_[l.v_region].start, l.tiles->blocks.size() * l.tiles->v_floats);
+      }
+    }
+    for (const Value& v : plan_.values_) {
+      fill(v.sums, v.shape[0] * v.sum_rows * v.blocks * plan_.kernels_.lanes);
+      if (v.offset < 0 || v.view.pixel == 1) continue;
+      for (int64_t i = 0; i < v.shape[0] * v.blocks * v.shape[2]; i++) {
+        const int64_t row = i % v.shape[2], block = i / v.shape[2] % v.blocks,
+                      image = i / v.shape[2] / v.blocks;
+        fill(v.offset + image * v.view.image + block * v.view.block + row * v.view.row,
+             v.shape[3] * v.view.pixel);
+      }
+    }
+  }
+
+  const NetworkPlan& plan_;
+  const std::vector<const PackedHeader*>& packed_;
+  const std::vector<Strided>& inputs_;
+  const Strided& output_;
+  Workspace& workspace_;
+};
+
+void NetworkPlan::run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
+                      const Strided& output, RunParallel parallel) const {
+  std::unique_ptr<Workspace> workspace = pool_->take();
+  NetworkRun run(*this, packed, inputs, output, *workspace);
+  parallel(request_.threads, [](void* context) { static_cast<NetworkRun*>(context)->work(); }, &run);
+  pool_->put(std::move(workspace));
+}
+
+}  // namespace parnet::cpu

@@ -1,0 +1,139 @@
+// One vector type for every instruction set, on the vector extensions of GCC and Clang. `kLanes` is the block
+// size of the activations; where a hardware vector is narrower, a Vec consists of several.
+#pragma once
+#include <stdint.h>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define PARNET_INLINE inline __attribute__((always_inline))
+#define PARNET_INLINE_LAMBDA __attribute__((always_inline))
+#define PARNET_UNROLL _Pragma("GCC unroll 16")
+
+namespace parnet::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kNative = 16;
+#elif defined(__AVX__)
+constexpr int kNative = 8;
+#else
+constexpr int kNative = 4;
+#endif
+constexpr int kLanes = PARNET_LANES;
+constexpr int kParts = kLanes / kNative;
+constexpr int kPanel = 2 * kLanes;     // output channels of a weight panel
+constexpr int kMaxRows = PARNET_ROWS;  // tiles of a row panel: 2*kMaxRows accumulators must fit the registers
+constexpr int kRowPitch = kMaxRows * kLanes;
+
+typedef float Native __attribute__((vector_size(kNative * 4), may_alias));
+typedef float NativeUnaligned __attribute__((vector_size(kNative * 4), aligned(4), may_alias));
+typedef int32_t NativeInt __attribute__((vector_size(kNative * 4), may_alias));
+
+struct Vec {
+  Native part[kParts];
+};
+
+#define PARNET_EACH(expression)                                                 \
+  Vec result;                                                                   \
+  PARNET_UNROLL for (int p = 0; p < kParts; p++) result.part[p] = (expression); \
+  return result
+
+PARNET_INLINE Vec load(const float* from) { PARNET_EACH(reinterpret_cast<const Native*>(from)[p]); }
+PARNET_INLINE Vec load_unaligned(const float* from) {
+  PARNET_EACH(reinterpret_cast<const NativeUnaligned*>(from)[p]);
+}
+PARNET_INLINE void store(float* to, Vec v) {
+  PARNET_UNROLL for (int p = 0; p < kParts; p++) reinterpret_cast<Native*>(to)[p] = v.part[p];
+}
+PARNET_INLINE void store_unaligned(float* to, Vec v) {
+  PARNET_UNROLL for (int p = 0; p < kParts; p++) reinterpret_cast<NativeUnaligned*>(to)[p] = v.part[p];
+}
+PARNET_INLINE Vec splat(float x) { PARNET_EACH(x - Native{}); }
+PARNET_INLINE Vec zero() { PARNET_EACH(Native{}); }
+PARNET_INLINE Vec operator+(Vec a, Vec b) { PARNET_EACH(a.part[p] + b.part[p]); }
+PARNET_INLINE Vec operator-(Vec a, Vec b) { PARNET_EACH(a.part[p] - b.part[p]); }
+PARNET_INLINE Vec operator*(Vec a, Vec b) { PARNET_EACH(a.part[p] * b.part[p]); }
+PARNET_INLINE Vec operator*(float a, Vec b) { return splat(a) * b; }
+PARNET_INLINE Vec operator/(Vec a, Vec b) { PARNET_EACH(a.part[p] / b.part[p]); }
+// The compiler contracts these to fused instructions where they exist.
+PARNET_INLINE Vec fma(Vec a, Vec b, Vec c) { PARNET_EACH(a.part[p] * b.part[p] + c.part[p]); }
+PARNET_INLINE Vec fma(float a, Vec b, Vec c) { return fma(splat(a), b, c); }
+// NaN in `a` is replaced by `b`.
+PARNET_INLINE Vec min(Vec a, Vec b) { PARNET_EACH(a.part[p] < b.part[p] ? a.part[p] : b.part[p]); }
+PARNET_INLINE Vec max(Vec a, Vec b) { PARNET_EACH(a.part[p] > b.part[p] ? a.part[p] : b.part[p]); }
+
+// 1 + 2^t for t in [-126, 127]: 2^round(t) goes into the exponent bits, a polynomial does the rest.
+PARNET_INLINE Vec one_plus_exp2(Vec t) {
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
+  const Vec shifted = t + splat(magic);
+  const Vec f = t - (shifted - splat(magic));
+  Vec y = splat(1.5403530393381609e-4f);
+  y = fma(y, f, splat(1.3333558146428443e-3f));
+  y = fma(y, f, splat(9.6181291076284772e-3f));
+  y = fma(y, f, splat(5.5504108664821580e-2f));
+  y = fma(y, f, splat(2.4022650695910072e-1f));
+  y = fma(y, f, splat(6.9314718055994531e-1f));
+  y = fma(y, f, splat(1.f));
+  PARNET_UNROLL for (int p = 0; p < kParts; p++) {
+    y.part[p] = (Native)((NativeInt)y.part[p] + ((NativeInt)shifted.part[p] << 23));
+  }
+  return y + splat(1.f);
+}
+
+// 1 + exp(-x), saturating. NaN gives a finite value: callers keep NaN through their own use of x.
+PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
+  const Vec t = -1.4426950408889634f * x;
+  return one_plus_exp2(min(max(t, splat(-126.f)), splat(126.f)));
+}
+
+PARNET_INLINE Vec silu(Vec x) {
+  // min(x, 0)*0 is NaN for -inf, as in PyTorch's x*sigmoid(x), and 0 otherwise.
+  return x / fma(0.f, min(x, zero()), one_plus_exp_minus(x));
+}
+PARNET_INLINE Vec relu(Vec x) { PARNET_EACH(x.part[p] < Native{} ? Native{} : x.part[p]); }
+PARNET_INLINE Vec sigmoid(Vec x) {
+  const Vec y = splat(1.f) / one_plus_exp_minus(x);
+  PARNET_EACH(x.part[p] == x.part[p] ? y.part[p] : x.part[p]);
+}
+
+// (a0 b0 a1 b1 ...): the first kLanes values to `low`, the rest to `high`.
+PARNET_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+  Native out[2 * kParts];
+  PARNET_UNROLL for (int p = 0; p < kParts; p++) {
+    const Native x = a.part[p], y = b.part[p];
+#if defined(__AVX512F__)
+    out[2 * p] = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    out[2 * p + 1] =
+        __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX__)
+    out[2 * p] = __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+    out[2 * p + 1] = __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    out[2 * p] = __builtin_shufflevector(x, y, 0, 4, 1, 5);
+    out[2 * p + 1] = __builtin_shufflevector(x, y, 2, 6, 3, 7);
+#endif
+  }
+  PARNET_UNROLL for (int p = 0; p < kParts; p++) low.part[p] = out[p], high.part[p] = out[kParts + p];
+}
+
+// Transposes a kLanes x kLanes square: log2(kLanes) perfect shuffles of its rows.
+PARNET_INLINE void transpose(Vec* rows) {
+  PARNET_UNROLL for (int step = 1; step < kLanes; step *= 2) {
+    Vec next[kLanes];
+    PARNET_UNROLL for (int i = 0; i < kLanes / 2; i++) {
+      interleave(rows[i], rows[i + kLanes / 2], next[2 * i], next[2 * i + 1]);
+    }
+    PARNET_UNROLL for (int i = 0; i < kLanes; i++) rows[i] = next[i];
+  }
+}
+
+PARNET_INLINE void prefetch(const float* at) { __builtin_prefetch(at, 0, 3); }
+template <class T>
+PARNET_INLINE T least(T a, T b) {
+  return a < b ? a : b;
+}
+
+}  // namespace
+}  // namespace parnet::cpu
