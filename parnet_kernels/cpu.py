@@ -1,7 +1,131 @@
+"""The CPU backend of the public operators: the native kernels of csrc/cpu, and a cache of packed weights.
+
+The kernels read weights in a transformed layout ("packed", `torch.ops.parnet._cpu_pack`). The public operators take
+plain weights, so the packed form is cached per weight tensor. An entry
+
+* lives as long as the weight tensor, and holds no reference to any of the layer's parameters;
+* is used only if every parameter is the same tensor object with the same version counter and the same memory as when it
+  was packed, so in-place updates, `load_state_dict`, optimizer steps and `p.data = …` are always seen;
+* is also checked against a fingerprint of the values: all of bias, scales and shifts, and 64 values spread over each of
+  `weight` and `gate_weight`. So updates that bypass the version counter (`weight.data.mul_(2)`, NumPy views, another
+  process) are seen if they change any of these values, as every update of a whole tensor does. An update of single
+  weights behind autograd's back may not be seen: call `clear_cache()` after one.
+
+Inference tensors have no version counter: their entry holds a copy of the parameters, compared in full at every call.
+"""
+
 from __future__ import annotations
 
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
+
+from parnet_kernels import _native
+from parnet_kernels.checks import is_channels_last
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PARAMETERS = {
+    "repvgg_sse": ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias"),
+    "downsample_se": ("weight", "bias", "gate_weight", "gate_bias"),
+    "fusion_se": ("weight", "bias", "gate_weight", "gate_bias"),
+}
+_OPTIONAL = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
+
+Parameters = dict[str, Tensor | None]
 
 
 def why_not(op: str, x: Tensor) -> str | None:
-    return "not built yet"
+    """The reason why the kernels cannot run `op` on x, or None. Arguments are already checked to agree with each other."""
+    if _native.cpu_error:
+        return _native.cpu_error
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, not one of {_DTYPES}"
+    if 0 in x.shape[1:]:
+        return f"x has shape {list(x.shape)}"
+    return None
+
+
+def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tensor:
+    """One call of a public operator: `tensors` are its positional arguments, `options` the others."""
+    inputs = 2 if op == "fusion_se" else 1
+    x, y = tensors[0], tensors[1] if inputs == 2 else None
+    assert x is not None
+    parameters: Parameters = dict(zip(_PARAMETERS[op], tensors[inputs:], strict=True))
+    parameters["out_scale"], parameters["out_shift"] = options["out_scale"], options["out_shift"]
+    packed = packed_weights(op, options.get("stride", 1), options["activation"], parameters)
+    return torch.ops.parnet._cpu_layer(x, y, packed, is_channels_last(x))
+
+
+def pack(op: str, stride: int, activation: str, parameters: Parameters, storage: str = "auto") -> Tensor:
+    """The packed form of one layer; `storage` "f32" is faster from cache, "compact" a quarter of the size."""
+    arguments = {**_OPTIONAL, **parameters}
+    return torch.ops.parnet._cpu_pack(op, stride, **arguments, activation=activation, storage=storage)
+
+
+# ------------------------------------------------------------------ cache
+
+
+class _State(NamedTuple):
+    """What identifies the parameters of an entry: compared by value, holds no tensor."""
+
+    objects: tuple[int, ...]  # ids are unique while the weakrefs beside them are alive
+    versions: tuple[tuple[int, int], ...]  # version counter and address
+    fingerprint: int
+
+
+class _Entry(NamedTuple):
+    references: list[weakref.ref[Tensor]]
+    state: _State | list[Tensor]  # of inference tensors: copies
+    packed: Tensor
+
+
+_Key = tuple[int, str, int, str]
+_entries: dict[_Key, _Entry] = {}
+_lock = threading.Lock()
+
+
+def clear_cache() -> None:
+    """Forgets all packed weights of the public operators; the next call of each packs again."""
+    with _lock:
+        _entries.clear()
+
+
+def packed_weights(op: str, stride: int, activation: str, parameters: Parameters) -> Tensor:
+    """The packed form of a layer, from the cache if it is still that of these parameters."""
+    weight = parameters["weight"]
+    assert weight is not None
+    key = (id(weight), op, stride, activation)
+    present = [p for p in parameters.values() if p is not None]
+    inference = any(p.is_inference() for p in present)
+    entry = _entries.get(key)
+    if entry is not None and len(entry.references) == len(present):
+        same_objects = all(r() is p for r, p in zip(entry.references, present, strict=True))
+        if same_objects and _is_current(entry, present, inference):
+            return entry.packed
+    # State first: an update by another thread while packing must make the entry stale, not hide in it.
+    state = [p.clone() for p in present] if inference else _state(present)
+    packed = pack(op, stride, activation, parameters)
+    forget = weakref.ref(weight, lambda _: _entries.pop(key, None))
+    references = [forget if p is weight else weakref.ref(p) for p in present]
+    with _lock:
+        _entries[key] = _Entry(references, state, packed)
+    return packed
+
+
+def _is_current(entry: _Entry, present: list[Tensor], inference: bool) -> bool:
+    if isinstance(entry.state, _State):
+        return not inference and entry.state == _state(present)
+    return inference and all(torch.equal(a, b) for a, b in zip(entry.state, present, strict=True))
+
+
+def _state(present: list[Tensor]) -> _State:
+    return _State(
+        tuple(map(id, present)),
+        tuple((p._version, p.data_ptr()) for p in present),
+        torch.ops.parnet._cpu_fingerprint(present),
+    )

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -190,6 +191,32 @@ Tensor network(const Tensor& x, const std::vector<Tensor>& packed, const std::ve
   return run({x}, packed, std::move(steps), pooled, channels_last);
 }
 
+// ---- _cpu_fingerprint: a hash of all values of vectors and of 64 values spread over larger tensors.
+
+int64_t fingerprint(const std::vector<Tensor>& tensors) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const Tensor& x : tensors) {
+    const int64_t count = x.numel(), samples = x.dim() == 1 ? count : std::min<int64_t>(count, 64);
+    const size_t bytes = x.element_size();
+    const char* base = static_cast<const char*>(x.const_data_ptr());
+    const bool contiguous = x.is_contiguous();
+    for (int64_t i = 0; i < samples; i++) {
+      int64_t at = samples > 1 ? i * (count - 1) / (samples - 1) : 0,
+              offset = 0;  // in the order of the sizes
+      if (contiguous) {
+        offset = at;
+      } else {
+        for (int64_t d = x.dim() - 1; d >= 0; d--) offset += at % x.size(d) * x.stride(d), at /= x.size(d);
+      }
+      uint64_t value = 0;
+      std::memcpy(&value, base + offset * bytes, std::min(bytes, sizeof(value)));
+      hash = (hash ^ value) * 0x100000001b3;
+      hash ^= hash >> 29;
+    }
+  }
+  return static_cast<int64_t>(hash);
+}
+
 std::string info() { return parnet::cpu::describe_isa(); }
 
 }  // namespace
@@ -198,6 +225,9 @@ STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_pack", TORCH_BOX(&pack));
   m.impl("_cpu_layer", TORCH_BOX(&layer));
   m.impl("_cpu_network", TORCH_BOX(&network));
+  m.impl("_cpu_fingerprint", TORCH_BOX(&fingerprint));
 }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(parnet, m) { m.def("_cpu_fingerprint(Tensor[] tensors) -> int"); }
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) { m.impl("_cpu_info", TORCH_BOX(&info)); }
