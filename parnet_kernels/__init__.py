@@ -3,6 +3,10 @@
 from parnet_kernels import _native  # noqa: F401  registers the schemas; must come first
 from parnet_kernels import ops as ops
 from parnet_kernels._version import __version__ as __version__
+from parnet_kernels.checkpoint import CheckpointError as CheckpointError
+from parnet_kernels.checkpoint import load_checkpoint as load_checkpoint
+from parnet_kernels.checkpoint import load_deployed as load_deployed
+from parnet_kernels.checkpoint import save as save
 from parnet_kernels.config import ParNetConfig as ParNetConfig
 from parnet_kernels.deployed import DeployedParNet as DeployedParNet
 from parnet_kernels.model import ParNet as ParNet

@@ -37,6 +37,8 @@ class ParNetConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "planes", tuple(self.planes))
         object.__setattr__(self, "num_blocks", tuple(self.num_blocks))
+        if self.planes and self.stem_width == min(64, self.planes[0]):
+            object.__setattr__(self, "stem_width", None)  # one network, one configuration
 
         def require(condition: bool, argument: str, requirement: str) -> None:
             if not condition:
@@ -85,7 +87,7 @@ VARIANTS: dict[str, ParNetConfig] = {
 
 
 def cifar_config(width: int = 32, head_width: int | None = None) -> ParNetConfig:
-    """The CIFAR form, for 32×32 images: stride-1 stem, streams of `width`, 2·`width` and 4·`width`, a 1×1 convolution last.
+    """The CIFAR form, for 32×32 images: stride-1 stem; streams of `width`, 2·`width`, 4·`width`; a 1×1 convolution.
 
     `head_width` None: 16·`width`. The paper's text leaves details open; this is our reading: streams of 3, 4 and 4
     identity blocks, stem and first stream of one width, BatchNorm and φ after the 1×1 convolution.

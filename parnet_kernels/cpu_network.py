@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from parnet_kernels import _native
+from parnet_kernels import _native, ops
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import layers
 
@@ -41,10 +41,12 @@ class CpuNetwork:
 
     def why_not(self, network: DeployedParNet, x: Tensor) -> str | None:
         """The reason why this call must go layer by layer, or None."""
-        if _native.cpu_error:
-            return _native.cpu_error
         if torch.compiler.is_compiling():
             return "the network is being traced"
+        if _native.cpu_error:
+            return _native.cpu_error
+        if ops.forced_backend() not in (None, "cpu"):
+            return f"the backend {ops.forced_backend()!r} is asked for"
         if torch.overrides.is_tensor_like(x) and type(x) is not Tensor:
             return f"x is a {type(x).__name__}"
         if x.device.type != "cpu" or network.head_weight.device.type != "cpu":

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parnet_kernels import ops
+from parnet_kernels import _native, ops
 from parnet_kernels.config import Layer, ParNetConfig, layers, levels
 from parnet_kernels.cpu_network import CpuNetwork
 from parnet_kernels.reference import ACTIVATIONS, per_channel
@@ -74,7 +74,7 @@ def _slot(name: str) -> str:
 class DeployedParNet(nn.Module):
     """ParNet for inference. Make one with `ParNet.deploy()` or `load_deployed`; it has no parameters to train.
 
-    Input [N, in_chans, H, W] with H, W ≥ 1; output logits [N, num_classes] ([N, P] without a classifier).
+    Input [N, in_chans, H, W], H, W ≥ 1; output logits [N, num_classes] ([N, P] without a classifier).
 
     The BatchNorms before a fusion are the output affine of the layer that produces their input: exact at the border
     too, where the zero padding comes after them. On the CPU, float32, float16 and bfloat16 inputs run through the native
@@ -166,6 +166,7 @@ class DeployedParNet(nn.Module):
         return F.linear(pooled, self.head_weight, self.head_bias) if self.num_classes else pooled
 
     def prepare(self) -> DeployedParNet:
-        """Packs the weights for the native CPU kernels now, not at the first call. Returns itself."""
-        self._native.prepare(self)
+        """Packs the weights for the native CPU kernels now, not at the first call; returns itself."""
+        if not _native.cpu_error:
+            self._native.prepare(self)
         return self

@@ -97,7 +97,7 @@ def _gated_convolution(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-    """(d_x, d_weight, d_bias, d_gate_weight, d_gate_bias) of t = s·conv, s = 2σ(gate of x), conv = conv3x3(x) + bias."""
+    """(d_x, d_weight, d_bias, d_gate_weight, d_gate_bias) of t = s·conv, s = 2σ(gate), conv = conv3x3(x) + bias."""
     d_conv = d_t * s
     d_x, d_weight = _convolution(d_conv, x, weight, stride, groups, need_x, need_weight)
     d_logit = (d_t * conv).sum((2, 3)) * (s * (1 - s / 2)).flatten(1)  # (2σ)′ = 2σ(1 − σ)

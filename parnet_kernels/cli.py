@@ -1,0 +1,155 @@
+"""The `parnet` command: info, demo, predict, convert, bench."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from parnet_kernels import _native, ops
+from parnet_kernels._version import __version__
+from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
+
+app = typer.Typer(
+    help="ParNet (Non-deep Networks) with fused kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+class Activation(StrEnum):
+    silu = "silu"
+    relu = "relu"
+
+
+CheckpointArgument = Annotated[Path, typer.Argument(help="Training checkpoint (.pth) or safetensors file.")]
+EmaOption = Annotated[bool, typer.Option("--ema", help="Take the EMA weights of a training checkpoint.")]
+ActivationOption = Annotated[
+    Activation | None, typer.Option(help="Activation the checkpoint was trained with; default: read off its weights.")
+]
+
+
+def installation() -> dict[str, Any]:
+    """What `parnet info` tells: versions, devices, and for each backend whether it is there, or why not."""
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    example = torch.empty(1, 8, 8, 8, device="cuda" if torch.cuda.is_available() else "cpu")
+    backends = ops.explain("repvgg_sse", example)
+    return {
+        "parnet_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+        "backends": {name: "available" if reason is None else reason for name, reason in backends.items()},
+        "cpu": _native.cpu_error or json.loads(torch.ops.parnet._cpu_info()),
+        "cuda_library": _native.cuda_error or f"built for sm_{torch.ops.parnet._cuda_info().replace(' ', ', sm_')}",
+    }
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, devices, and which backends are available, or why not."""
+    found = installation()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table(show_header=False)
+    for name, value in found.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        for key, entry in entries:
+            text = ", ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+            table.add_row(f"{name} {key}".strip(), text)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the trained network.")] = Path("out/demo"),
+) -> None:
+    """Train a small ParNet on handwritten digits, deploy it, compare and time; exits 1 if a check fails."""
+    try:
+        from parnet_kernels.demo import run
+    except ImportError as error:
+        raise typer.BadParameter(f"the demo needs `pip install parnet-kernels[demo]`: {error}") from error
+    if not run(out, console):
+        raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    checkpoint: Annotated[Path, typer.Option(help="Training checkpoint (.pth) or safetensors file.")],
+    size: Annotated[int, typer.Option(min=1, help="Pixels of the square the network sees.")] = 224,
+    crop: Annotated[float, typer.Option(min=0.01, max=1, help="That square's share of the resized image.")] = 0.875,
+    top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 5,
+    labels: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
+    ema: EmaOption = False,
+    activation: ActivationOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Classify images."""
+    from parnet_kernels.images import load_image
+
+    network = load_model(checkpoint, ema, activation)
+    if not network.num_classes:
+        raise CheckpointError(f"{checkpoint} has no classifier")
+    names = labels.read_text().splitlines() if labels else [str(i) for i in range(network.num_classes)]
+    if len(names) != network.num_classes:
+        raise typer.BadParameter(f"{labels} names {len(names)} classes, the network has {network.num_classes}")
+    results: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for path in images:
+            image = load_image(path, size, crop, network.config.in_chans).to(network.head_weight.dtype)
+            scores, classes = network(image)[0].float().softmax(0).topk(min(top, network.num_classes))
+            found = [
+                {"class": c, "label": names[c], "probability": p}
+                for c, p in zip(classes.tolist(), scores.tolist(), strict=True)
+            ]
+            results.append({"image": str(path), "top": found})
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    table = Table("image", "class", "probability")
+    for result in results:
+        for i, entry in enumerate(result["top"]):
+            table.add_row("" if i else result["image"], entry["label"], f"{entry['probability']:.2%}")
+    console.print(table)
+
+
+@app.command()
+def convert(
+    checkpoint: CheckpointArgument,
+    output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    deployed: Annotated[bool, typer.Option("--deployed", help="Fold into the inference form.")] = False,
+    ema: EmaOption = False,
+    activation: ActivationOption = None,
+) -> None:
+    """Convert a training checkpoint to safetensors, in training or deployed form."""
+    if output.suffix != ".safetensors":
+        raise typer.BadParameter(f"output must end in .safetensors, got {output}")
+    model = load_checkpoint(checkpoint, ema, activation)
+    save(model.deploy() if deployed else model, output)
+    form = "deployed" if deployed else "training"
+    widths = ", ".join(map(str, model.config.planes))
+    console.print(f"{output}: {form} form, planes {widths}, activation {model.config.activation}")
+
+
+def main() -> None:
+    """The entry point: what a user can mend is one line on standard error and exit status 1."""
+    try:
+        app()
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"parnet: {error}", file=sys.stderr)
+        sys.exit(1)

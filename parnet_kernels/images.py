@@ -1,0 +1,41 @@
+"""Image files → network input, as ImageNet models are evaluated: resize, centre crop, normalise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
+    """[1, channels, size, size], float32. The shorter side becomes size / crop pixels (bilinear), the centre is taken.
+
+    Three channels are normalised with ImageNet's mean and deviation; one channel is grey in 0…1.
+
+    Raises:
+        OSError: no such file, or not an image.
+        ValueError: for a number of channels other than 1 and 3.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, the network wants {channels}")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
+    except UnidentifiedImageError as error:
+        raise OSError(f"{path} is not an image") from error
+    scale = size / crop / min(image.size)
+    image = image.resize(
+        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR
+    )
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    x = torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)[None]
+    if channels == 3:
+        x = (x - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+    return x.contiguous()

@@ -1,0 +1,172 @@
+"""Published checkpoints, our own files, and files that are wrong."""
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import OracleParNet, randomize
+
+from parnet_kernels import ParNet, ParNetConfig, load_checkpoint, load_deployed, parnet_cifar, save
+from parnet_kernels.checkpoint import CheckpointError, infer_config, load_model
+from parnet_kernels.config import VARIANTS
+
+CONFIG = ParNetConfig((5, 7, 6, 9), (2, 3, 2), num_classes=4)
+
+
+def trained(activation: str, seed: int = 0) -> OracleParNet:
+    """An independent network whose running statistics come from data."""
+    torch.manual_seed(seed)
+    network = OracleParNet(CONFIG.planes, CONFIG.num_blocks, CONFIG.num_classes, activation=activation)
+    randomize(network, seed)
+    for _ in range(10):
+        network.train()(torch.randn(8, 3, 64, 64))
+    return network.eval()
+
+
+def published(network: torch.nn.Module, ema: torch.nn.Module | None = None, prefix: str = "") -> dict:
+    """The dict that the training script's saver writes."""
+    content = {
+        "epoch": 3,
+        "arch": "simpnet",
+        "state_dict": {prefix + k: v for k, v in network.state_dict().items()},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]},
+        "version": 2,
+        "args": argparse.Namespace(lr=0.1, additional_branches=[["swish"]], resume=None),
+        "metric": 76.6,
+    }
+    if ema is not None:
+        averaged = {k: v.float() * 0.7 if k.endswith("num_batches_tracked") else v for k, v in ema.state_dict().items()}
+        content["state_dict_ema"] = averaged
+    return content
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "module."])
+@torch.no_grad()
+def test_published_file(tmp_path: Path, activation: str, prefix: str) -> None:
+    network, ema = trained(activation), trained(activation, seed=1)
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(published(network, ema, prefix), path)
+    x = torch.randn(2, 3, 64, 64)
+    for flag, expected in ((False, network), (True, ema)):
+        model = load_checkpoint(path, ema=flag)
+        assert model.config == CONFIG.replace(activation=activation)
+        assert not model.training
+        assert torch.allclose(model(x), expected(x), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(load_model(path)(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_dicts() -> None:
+    network = trained("silu")
+    for content in (published(network), network.state_dict(), {"state_dict": network.state_dict()}):
+        assert load_checkpoint(content).config.planes == CONFIG.planes
+    without_counters = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    load_checkpoint(without_counters)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_is_inferred_from_shapes(variant: str) -> None:
+    with torch.device("meta"):
+        state = ParNet(variant, num_classes=7, in_chans=4).state_dict()
+    assert infer_config(state) == VARIANTS[variant].replace(num_classes=7, in_chans=4)
+
+
+def test_cifar_form_is_inferred() -> None:
+    model = parnet_cifar(width=4)
+    assert infer_config(model.state_dict()) == model.config
+
+
+def test_activation_is_cross_checked() -> None:
+    silu, relu = trained("silu").state_dict(), trained("relu").state_dict()
+    assert load_checkpoint(silu).config.activation == "silu"
+    assert load_checkpoint(relu).config.activation == "relu"
+    with pytest.raises(CheckpointError, match="was not trained with ReLU"):
+        load_checkpoint(silu, activation="relu")
+    with pytest.warns(UserWarning, match="looks trained with ReLU"):
+        assert load_checkpoint(relu, activation="silu").config.activation == "silu"
+    fresh = OracleParNet(CONFIG.planes, CONFIG.num_blocks, 4).state_dict()
+    assert load_checkpoint(fresh).config.activation == "silu"
+    with pytest.raises(ValueError, match="`activation` must be 'silu', 'relu' or None, got 'gelu'"):
+        load_checkpoint(fresh, activation="gelu")
+
+
+@torch.no_grad()
+def test_safetensors_of_both_forms(tmp_path: Path) -> None:
+    model = load_checkpoint(trained("relu").state_dict())
+    deployed = model.deploy()
+    x = torch.randn(1, 3, 64, 64)
+    save(model, tmp_path / "training.safetensors")
+    save(deployed.prepare(), tmp_path / "deployed.safetensors")
+    assert torch.equal(load_checkpoint(tmp_path / "training.safetensors")(x), model(x))
+    assert torch.equal(load_deployed(tmp_path / "deployed.safetensors")(x), deployed(x))
+    for name in ("training", "deployed"):
+        assert torch.equal(load_model(tmp_path / f"{name}.safetensors")(x), deployed(x))
+    save(deployed.half(), tmp_path / "half.safetensors")
+    assert load_deployed(tmp_path / "half.safetensors").head_weight.dtype == torch.float16
+    with pytest.raises(CheckpointError, match=r"holds a ParNet in training form, expected the deployed form"):
+        load_deployed(tmp_path / "training.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds a ParNet in deployed form, expected the training form"):
+        load_checkpoint(tmp_path / "deployed.safetensors")
+    with pytest.raises(CheckpointError, match="was saved with activation 'relu', asked for 'silu'"):
+        load_checkpoint(tmp_path / "training.safetensors", activation="silu")
+
+
+class Harmful:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harm-was-done",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Harmful()}, "zip.pth")
+    Path("plain.pth").write_bytes(pickle.dumps({"state_dict": Harmful()}, protocol=2))
+    for name in ("zip.pth", "plain.pth"):
+        with pytest.raises(CheckpointError, match=rf"cannot read {name}: it needs GLOBAL posix.mkdir, which may not"):
+            load_checkpoint(name)
+    assert not Path("harm-was-done").exists()
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.pth"
+    torch.save(published(trained("silu")), whole)
+    (tmp_path / "half.pth").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "text.safetensors").write_text("not a checkpoint")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save({"state_dict": {"epoch": 3}}, tmp_path / "numbers.pth")
+    for name, message in {
+        "half.pth": "truncated, or not a PyTorch checkpoint",
+        "empty.pth": "truncated, or not a PyTorch checkpoint",
+        "text.pth": "not a PyTorch checkpoint",
+        "text.safetensors": "truncated, or not a safetensors file",
+        "list.pth": "holds a list, expected a state dict",
+        "other.pth": "is not a ParNet checkpoint: it has no entries 'inits.1",
+        "numbers.pth": "holds no state dict",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*none\.pth"):
+        load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError):
+        load_deployed(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="holds no EMA weights"):
+        load_checkpoint(whole, ema=True)
+
+
+def test_wrong_entries() -> None:
+    state = dict(trained("silu").state_dict())
+    weight = state.pop("streams.1.0.block.rbr_1x1.conv.weight")
+    with pytest.raises(CheckpointError, match=r"1 missing, the first is 'streams\.1\.0\.block\.rbr_1x1\.conv\.weight'"):
+        load_checkpoint(state)
+    state["streams.1.0.block.rbr_1x1.conv.weight"] = weight[:2]
+    with pytest.raises(CheckpointError, match="1 of the wrong shape"):
+        load_checkpoint(state)
+    state["streams.1.0.block.rbr_1x1.conv.weight"] = weight
+    state["extra.weight"] = weight
+    with pytest.raises(CheckpointError, match=r"1 unexpected, the first is 'extra\.weight'"):
+        load_checkpoint(state)

@@ -1,0 +1,116 @@
+"""The `parnet` command through its installed entry point."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import randomize
+from PIL import Image
+
+from parnet_kernels import ParNetConfig, __version__, load_checkpoint, load_deployed, parnet_cifar, save
+from parnet_kernels.model import ParNet
+
+PARNET = Path(sys.executable).with_name("parnet")
+
+
+def parnet(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PARNET, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, an RGB photograph, a grey one."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    model = randomize(ParNet(ParNetConfig((5, 7, 6, 9), (2, 3, 2), num_classes=4)))
+    torch.save({"state_dict": model.state_dict()}, folder / "model.pth")
+    save(parnet_cifar(width=4, num_classes=3, in_chans=1).deploy(), folder / "grey.safetensors")
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.png")
+    Image.fromarray(pixels[..., 0]).save(folder / "grey.png")
+    return folder
+
+
+def test_info() -> None:
+    result = parnet("info", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["parnet_kernels"] == __version__
+    assert found["torch"] == torch.__version__
+    assert found["backends"]["reference"] == "available"
+    assert found["backends"]["cpu"] == "available"
+    assert found["cpu"]["isa"] in ("portable", "avx2", "avx512")
+    table = parnet("info")
+    assert table.returncode == 0
+    assert __version__ in table.stdout
+
+
+def test_predict(folder: Path) -> None:
+    (folder / "labels.txt").write_text("ant\nbee\ncat\ndog\n")
+    common = ("--checkpoint", folder / "model.pth", "--labels", folder / "labels.txt", "--size", 64)
+    result = parnet("predict", folder / "photo.png", folder / "grey.png", *common, "--top", 2, "--json")
+    assert result.returncode == 0, result.stderr
+    photo, grey = json.loads(result.stdout)
+    assert (photo["image"], grey["image"]) == (str(folder / "photo.png"), str(folder / "grey.png"))
+    assert len(photo["top"]) == 2
+    assert photo["top"][0]["probability"] >= photo["top"][1]["probability"]
+    assert photo["top"][0]["label"] == ("ant", "bee", "cat", "dog")[photo["top"][0]["class"]]
+    table = parnet("predict", folder / "photo.png", *common)
+    assert table.returncode == 0
+    assert photo["top"][0]["label"] in table.stdout
+
+
+def test_predict_grey(folder: Path) -> None:
+    result = parnet(
+        "predict", folder / "photo.png", "--checkpoint", folder / "grey.safetensors", "--size", 32, "--json"
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)[0]["top"]) == 3
+
+
+def test_convert(folder: Path) -> None:
+    for flags, load in (((), load_checkpoint), (("--deployed",), load_deployed)):
+        result = parnet("convert", folder / "model.pth", folder / "out.safetensors", *flags)
+        assert result.returncode == 0, result.stderr
+        assert load(folder / "out.safetensors").config.planes == (5, 7, 6, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("predict", "none.png", "--checkpoint", "model.pth"), "none.png"),
+        (("predict", "model.pth", "--checkpoint", "model.pth"), "model.pth is not an image"),
+        (("predict", "photo.png", "--checkpoint", "photo.png"), "cannot read"),
+        (("predict", "photo.png", "--checkpoint", "none.pth"), "no checkpoint file"),
+        (("convert", "none.pth", "out.safetensors"), "no checkpoint file"),
+        (("convert", "model.pth", "out.pth"), "must end in .safetensors"),
+        (("convert", "model.pth", "out.safetensors", "--ema"), "holds no EMA weights"),
+        (("predict", "photo.png", "--checkpoint", "model.pth", "--labels", "photo_labels.txt"), "the network has 4"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
+)
+def test_errors_are_one_line(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    (folder / "photo_labels.txt").write_text("only one\n")
+    names = {"none.png", "photo.png", "model.pth", "none.pth", "out.safetensors", "out.pth", "photo_labels.txt"}
+    result = parnet(*(folder / a if a in names else a for a in arguments))
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+
+
+def test_demo_checks_itself(tmp_path: Path) -> None:
+    """One epoch is not enough for the accuracy: the demo's parts run, its other checks hold, and it says so."""
+    code = (
+        "import sys; from pathlib import Path; from rich.console import Console; from parnet_kernels.demo import run; "
+        f"sys.exit(0 if run(Path({str(tmp_path)!r}), Console(width=150), epochs=1) else 1)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.count("FAILED") == 1
+    assert result.stdout.count("passed") == 2
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    assert load_deployed(tmp_path / "digits.safetensors").num_classes == 10

@@ -1,0 +1,258 @@
+"""The deployed network: equal to the training form at every size, dtype and layout, and a well-behaved module."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from oracle import error, randomize
+
+from parnet_kernels import DeployedParNet, ParNet, ParNetConfig, ops, parnet_cifar
+from parnet_kernels.config import VARIANTS, cifar_config
+
+TINY = {
+    "3 streams": ParNetConfig((5, 7, 6, 9), (2, 3, 2), num_classes=4),
+    "2 streams": ParNetConfig((3, 4, 5), (2, 2), num_classes=4),
+    "4 streams, relu": ParNetConfig((4, 5, 6, 8, 7), (2, 2, 3, 2), num_classes=4, activation="relu"),
+    "empty streams": ParNetConfig((5, 7, 6, 9), (1, 1, 1), num_classes=4),
+    "empty middle stream": ParNetConfig((4, 6, 4, 5), (2, 1, 2), num_classes=4),
+    "no classifier": ParNetConfig((5, 7, 6, 9), (2, 2, 2), num_classes=0),
+    "five channels in": ParNetConfig((5, 7, 6, 9), (2, 2, 2), num_classes=4, in_chans=5),
+    "cifar": cifar_config(6).replace(num_classes=4),
+    "cifar, other stem": cifar_config(6).replace(num_classes=4, stem_width=5),
+}
+each_tiny = pytest.mark.parametrize("config", TINY.values(), ids=TINY)
+
+
+def pair(config: ParNetConfig | str, hard: bool = False) -> tuple[ParNet, DeployedParNet]:
+    """(training form in float64, deployed form in float32), BatchNorms as far from the identity as trained ones."""
+    torch.manual_seed(0)
+    model = randomize(ParNet(config), hard=hard).eval()
+    return copy.deepcopy(model).double(), model.deploy()
+
+
+def image(size: tuple[int, int], n: int = 2, channels: int = 3) -> torch.Tensor:
+    return torch.randn(n, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+@each_tiny
+@pytest.mark.parametrize("size", [(1, 1), (1, 33), (32, 32), (37, 50), (65, 67)], ids=str)
+@torch.no_grad()
+def test_exact_in_float64(config: ParNetConfig, size: tuple[int, int]) -> None:
+    model, _ = pair(config, hard=True)
+    x = image(size, channels=config.in_chans).double()
+    deployed = model.deploy()
+    assert error(deployed(x), model(x)) <= 1e-12
+    assert error(deployed.forward_features(x), model.forward_features(x)) <= 1e-12
+
+
+@each_tiny
+@pytest.mark.parametrize("size", [(1, 1), (37, 50), (64, 64)], ids=str)
+@torch.no_grad()
+def test_float32(config: ParNetConfig, size: tuple[int, int]) -> None:
+    model, deployed = pair(config)
+    x = image(size, channels=config.in_chans)
+    assert error(deployed(x), model(x.double())) <= 5e-6
+    assert error(deployed.forward_features(x), model.forward_features(x.double())) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [
+        ("s", (224, 224)),
+        ("s", (192, 256)),
+        ("s", (225, 225)),
+        ("s", (97, 131)),
+        ("m", (224, 224)),
+        *(pytest.param(v, s, marks=pytest.mark.slow) for v in "m" for s in ((192, 256), (97, 131))),
+        ("l", (97, 131)),
+        ("xl", (97, 131)),
+        *(pytest.param(v, s, marks=pytest.mark.slow) for v in ("l", "xl") for s in ((224, 224), (192, 256))),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_variants(variant: str, size: tuple[int, int]) -> None:
+    model, deployed = pair(variant)
+    x = image(size, n=1)
+    expected = model(x.double())
+    assert error(deployed(x), expected) <= 5e-6
+    assert error(model.deploy()(x.double()), expected) <= 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=str)
+@torch.no_grad()
+def test_16_bit(dtype: torch.dtype, limit: float) -> None:
+    model, deployed = pair("s")
+    x = image((160, 160), n=1)
+    narrow = deployed.to(dtype)(x.to(dtype))
+    assert narrow.dtype == dtype
+    assert error(narrow, model(x.double())) <= limit
+
+
+@each_tiny
+@torch.no_grad()
+def test_channels_last(config: ParNetConfig) -> None:
+    _, deployed = pair(config)
+    x = image((64, 48), channels=config.in_chans)
+    last = x.to(memory_format=torch.channels_last)
+    assert torch.allclose(deployed(last), deployed(x), rtol=1e-4, atol=1e-5)
+    features = deployed.to(memory_format=torch.channels_last).forward_features(last)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_layer_by_layer_equals_network_kernel() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    x = image((64, 48))
+    found = deployed(x)
+    with ops.use_backend("reference"):
+        expected = deployed(x)
+    assert error(found, expected) <= 5e-6
+
+
+@torch.no_grad()
+def test_batches() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    x = image((48, 64), n=5)
+    together = deployed(x)
+    assert torch.allclose(together, torch.cat([deployed(x[i : i + 1]) for i in range(5)]), rtol=1e-4, atol=1e-6)
+    assert deployed(x[:0]).shape == (0, 4)
+
+
+def test_deploy_leaves_the_model_as_it_is() -> None:
+    model = randomize(ParNet(TINY["3 streams"])).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    deployed = model.deploy()
+    deployed.layers["inits_0_0"].weight.zero_()
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_nothing_to_train() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    assert not list(deployed.parameters())
+    assert not deployed.training
+
+
+@torch.no_grad()
+def test_state_dict_round_trip() -> None:
+    config = TINY["3 streams"]
+    _, deployed = pair(config)
+    x = image((64, 64))
+    other = DeployedParNet(config)
+    other.load_state_dict(deployed.prepare().state_dict(), strict=True)
+    assert torch.equal(other(x), deployed(x))
+
+
+@torch.no_grad()
+def test_copies() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    x = image((64, 64))
+    expected = deployed(x)
+    for twin in (copy.deepcopy(deployed), pickle.loads(pickle.dumps(deployed))):
+        assert torch.equal(twin(x), expected)
+        twin.layers["streams_0_0"].bias.add_(1)
+        assert not torch.equal(twin(x), expected)
+    assert torch.equal(deployed(x), expected)
+
+
+@torch.no_grad()
+def test_changes_of_weights_are_seen() -> None:
+    """In place, by assignment, by load_state_dict, by conversion: never a stale packed weight."""
+    model, deployed = pair(TINY["3 streams"])
+    x = image((64, 64))
+    before = deployed(x)
+    state = copy.deepcopy(deployed.state_dict())
+
+    deployed.layers["streams_1_0"].weight.mul_(0.5)
+    with ops.use_backend("reference"):
+        expected = deployed(x)
+    assert error(deployed(x), expected) <= 5e-6
+    assert not torch.allclose(expected, before, rtol=1e-3)
+
+    deployed.load_state_dict(state)
+    assert torch.equal(deployed(x), before)
+
+    deployed.layers["combine_3"].bias = deployed.layers["combine_3"].bias + 1
+    assert not torch.allclose(deployed(x), before, rtol=1e-3)
+    deployed.load_state_dict(state)
+    assert error(deployed.double()(x.double()), model(x.double())) <= 5e-6
+    assert torch.equal(deployed.float()(x), before)
+
+
+@torch.no_grad()
+def test_threads_share_a_network() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    images = [image((40 + i, 64)) for i in range(4)]
+    expected = [deployed(x) for x in images]
+    fresh = copy.deepcopy(deployed)
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            if not torch.equal(fresh(images[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_gradient_of_the_input() -> None:
+    model, deployed = pair(TINY["3 streams"])
+    x = image((33, 40)).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    (found,) = torch.autograd.grad(deployed(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(model(wide).square().sum(), wide)
+    assert error(found, expected) <= 1e-4
+
+
+@torch.no_grad()
+def test_compile_and_export() -> None:
+    torch._dynamo.reset()
+    _, deployed = pair(TINY["3 streams"])
+    x = image((64, 64))
+    expected = deployed(x)
+    assert error(torch.compile(deployed, fullgraph=True)(x), expected) <= 1e-5
+    exported = torch.export.export(deployed, (x,))
+    assert error(exported.module()(x), expected) <= 1e-5
+
+
+def test_cifar_form() -> None:
+    model = randomize(parnet_cifar(width=32)).eval()
+    deployed = model.deploy()
+    assert sum(b.numel() for b in deployed.buffers()) == 1_304_938
+    with torch.no_grad():
+        assert deployed(image((32, 32))).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 32, 32), "`x` must have 4 dimensions"),
+        (torch.zeros(1, 4, 32, 32), "`weight` must have shape"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "`weight` must have the dtype of `x`"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "`x` must be a floating-point tensor"),
+        (torch.zeros(1, 3, 0, 32), "`x` must have C, H, W ≥ 1"),
+    ],
+    ids=["rank", "channels", "dtype", "integers", "empty"],
+)
+def test_bad_images(x: torch.Tensor, message: str) -> None:
+    _, deployed = pair(TINY["3 streams"])
+    with pytest.raises(ValueError, match=message):
+        deployed(x)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_levels_are_independent(variant: str) -> None:
+    with torch.device("meta"):
+        levels = DeployedParNet(VARIANTS[variant]).levels()
+    done = {"image"}
+    for level in levels:
+        assert all(set(layer.inputs) <= done for layer in level)
+        done |= {layer.name for layer in level}
