@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parnet_kernels import checks, cpu, gradients, reference
+from parnet_kernels import checks, cpu, gradients, reference, triton
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.environment import BACKEND
 
@@ -170,8 +170,9 @@ class _Reference:
         return y.contiguous(memory_format=layout)
 
 
-#: In order of preference. Each has `why_not(op, x)`, the reason why it cannot run op on x or None, and `run`.
-BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": _Reference}
+#: In order of preference. Each has `why_not(op, x)`, the reason why it cannot run op on x or None, and `run`. It may
+#: have `backward(op, g, tensors, options, need)`: gradients of tensors, out_scale, out_shift, once differentiable.
+BACKENDS: dict[str, Any] = {"triton": triton, "cpu": cpu, "reference": _Reference}
 
 _forced: ContextVar[str | None] = ContextVar("parnet_backend", default=BACKEND)
 
@@ -190,6 +191,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend asked for by `use_backend` or PARNET_BACKEND, or None."""
+    return _forced.get()
 
 
 def explain(op: str, x: Tensor) -> dict[str, str | None]:
@@ -269,6 +275,10 @@ class _Differentiable(torch.autograd.Function):
         ctx.operator, ctx.options = operator, options
         ctx.save_for_backward(*tensors)
         *positional, out_scale, out_shift = tensors
+        # Chosen here, since use_backend does not reach the threads of the autograd engine.
+        x = tensors[0]
+        assert x is not None
+        ctx.own = getattr(_choose(operator.name, x), "backward", None)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.op(*positional, **options, out_scale=out_scale, out_shift=out_shift)
 
@@ -276,6 +286,10 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors: tuple[Any, ...] = ctx.saved_tensors
         wide, need = tensors, ctx.needs_input_grad[2:]
+        if ctx.own is not None and not torch.is_grad_enabled():
+            *positional, out_scale, out_shift = tensors
+            options = {**ctx.options, "out_scale": out_scale, "out_shift": out_shift}
+            return (None, None, *ctx.own(ctx.operator.name, gradient[0], positional, options, need))
         if gradient[0].dtype in (torch.float16, torch.bfloat16):
             wide = tuple(None if t is None else t.float() for t in tensors)
         found = getattr(gradients, ctx.operator.name)(gradient[0].to(wide[0].dtype), *wide, **ctx.options, need=need)

@@ -1,0 +1,245 @@
+"""Tile choice, in one place: a table per architecture × kind of product × layer shape, and the split of the reduction.
+
+The tables are modelled (occupancy and shared memory from offline compilation, bytes from the simulator:
+bench/triton_static.py), not measured. `autotune.py` measures and writes a table to the user's cache directory, which
+then comes first. No table entry spills registers; those of sm_80 fit 99 KB of shared memory, so that they also serve
+sm_86, 89 and 120. Rejected: 128×128×64 on sm_80 (96 KB, one CTA an SM); 64×64 with split K at 28×28×256 (the
+workspace outweighs the map).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: Of a product: 16-bit operands; one tf32 product; or exact float32 (FMA, or three tf32 products).
+MODES = ("half", "tf32", "exact")
+KINDS = ("conv", "weight")
+FINISH_BM = 16  # rows of a tile of the kernel that adds the parts of a split: bandwidth-bound, wants many programs
+_SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """bm × bn results a program, bk of the reduction a step."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`tile` serves products of at least `rows` × `columns`; the first rule that fits is taken."""
+
+    rows: int
+    columns: int
+    tile: Tile
+
+
+@dataclass(frozen=True)
+class Plan:
+    tile: Tile
+    splits: int
+    precision: str  # of tl.dot
+    finish_bm: int = FINISH_BM
+
+    def chunk(self, channels: int) -> int:
+        """Channels a step: the largest power of two that divides them, at most tile.bk."""
+        return min(self.tile.bk, channels & -channels)
+
+
+def _rules(*rules: tuple[int, int, tuple[int, int, int, int, int]]) -> tuple[Rule, ...]:
+    return tuple(Rule(rows, columns, Tile(*tile)) for rows, columns, tile in rules)
+
+
+# (rows, columns) at least → (bm, bn, bk, warps, stages). Rows of "conv" are result pixels, columns output channels;
+# of "weight", output and input channels.
+_EXACT_CONV = _rules((8192, 64, (64, 64, 16, 4, 3)), (0, 32, (32, 32, 32, 4, 3)), (0, 0, (64, 16, 16, 4, 3)))
+_EXACT_WEIGHT = _rules((64, 64, (64, 64, 16, 4, 3)), (0, 0, (32, 32, 16, 4, 3)))
+TABLES: dict[str, dict[tuple[str, str], tuple[Rule, ...]]] = {
+    "sm_80": {
+        ("conv", "half"): _rules(
+            (12544, 96, (128, 128, 32, 8, 4)),
+            (3136, 48, (128, 64, 64, 4, 3)),
+            (0, 48, (64, 64, 64, 4, 3)),
+            (4096, 24, (128, 32, 32, 4, 4)),
+            (0, 0, (64, 16, 32, 4, 4)),
+        ),
+        ("conv", "tf32"): _rules(
+            (12544, 96, (128, 64, 32, 4, 3)), (0, 48, (64, 64, 32, 4, 3)), (0, 0, (64, 16, 32, 4, 4))
+        ),
+        ("conv", "exact"): _EXACT_CONV,
+        ("weight", "half"): _rules(
+            (96, 96, (128, 128, 32, 8, 4)), (48, 48, (64, 64, 64, 4, 3)), (0, 0, (32, 32, 64, 4, 3))
+        ),
+        ("weight", "tf32"): _rules((48, 48, (64, 64, 32, 4, 3)), (0, 0, (32, 32, 32, 4, 3))),
+        ("weight", "exact"): _EXACT_WEIGHT,
+    },
+    "sm_90": {
+        ("conv", "half"): _rules(
+            (33792, 192, (128, 256, 64, 8, 3)),
+            (12544, 96, (128, 128, 64, 8, 4)),
+            (3136, 48, (128, 64, 64, 4, 4)),
+            (0, 48, (64, 64, 64, 4, 4)),
+            (4096, 24, (128, 32, 64, 4, 4)),
+            (0, 0, (64, 16, 32, 4, 4)),
+        ),
+        ("conv", "tf32"): _rules(
+            (12544, 96, (128, 128, 32, 8, 4)), (0, 48, (64, 64, 32, 4, 4)), (0, 0, (64, 16, 32, 4, 4))
+        ),
+        ("conv", "exact"): _EXACT_CONV,
+        ("weight", "half"): _rules(
+            (96, 96, (128, 128, 64, 8, 4)), (48, 48, (64, 64, 64, 4, 4)), (0, 0, (64, 32, 64, 4, 4))
+        ),
+        ("weight", "tf32"): _rules((48, 48, (64, 64, 32, 4, 4)), (0, 0, (64, 32, 32, 4, 4))),
+        ("weight", "exact"): _EXACT_WEIGHT,
+    },
+    "sm_100": {
+        ("conv", "half"): _rules(
+            (37888, 192, (128, 256, 64, 8, 3)),
+            (12544, 96, (128, 128, 64, 4, 4)),
+            (0, 48, (128, 64, 64, 4, 4)),
+            (0, 0, (64, 16, 32, 4, 4)),
+        ),
+        ("conv", "tf32"): _rules(
+            (12544, 96, (128, 128, 32, 4, 4)), (0, 48, (128, 64, 32, 4, 4)), (0, 0, (64, 16, 32, 4, 4))
+        ),
+        ("conv", "exact"): _EXACT_CONV,
+        ("weight", "half"): _rules(
+            (96, 96, (128, 128, 64, 4, 4)), (48, 48, (64, 64, 64, 4, 4)), (0, 0, (64, 32, 64, 4, 4))
+        ),
+        ("weight", "tf32"): _rules((48, 48, (64, 64, 32, 4, 4)), (0, 0, (64, 32, 32, 4, 4))),
+        ("weight", "exact"): _EXACT_WEIGHT,
+    },
+    "gfx942": {
+        ("conv", "half"): _rules(
+            (24320, 96, (128, 128, 32, 4, 2)), (0, 48, (64, 64, 64, 4, 2)), (0, 0, (64, 16, 32, 4, 2))
+        ),
+        ("conv", "tf32"): _rules(
+            (24320, 48, (128, 64, 32, 4, 2)), (0, 48, (64, 64, 32, 4, 2)), (0, 0, (64, 16, 32, 4, 2))
+        ),
+        ("conv", "exact"): _rules((0, 48, (64, 64, 16, 4, 2)), (0, 0, (64, 16, 16, 4, 2))),
+        ("weight", "half"): _rules((96, 96, (128, 128, 32, 4, 2)), (0, 0, (64, 64, 32, 4, 2))),
+        ("weight", "tf32"): _rules((0, 0, (64, 64, 32, 4, 2))),
+        ("weight", "exact"): _rules((0, 0, (64, 64, 16, 4, 2))),
+    },
+}
+
+
+def architecture(device: torch.device) -> str:
+    """The table that serves the device: the newest not newer than it; gfx942's for AMD; sm_80's for the interpreter."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units), which the split of the reduction tries to fill."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _SMS["sm_80"]
+
+
+def mode_of(dtype: torch.dtype, precision: str) -> str:
+    if dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    return "tf32" if precision == "tf32" else "exact"
+
+
+def _first_fit(rules: tuple[Rule, ...], rows: int, columns: int) -> Tile:
+    return next(r.tile for r in rules if rows >= r.rows and columns >= r.columns)
+
+
+def tile_for(arch: str, kind: str, mode: str, rows: int, columns: int) -> Tile:
+    """The tile for a product of rows × columns: the user's table if it has the shape, else the first rule that fits."""
+    tuned = user_table(arch).get(shape_key(kind, mode, rows, columns))
+    return tuned or _first_fit(TABLES[arch][kind, mode], rows, columns)
+
+
+def split(tiles: int, steps: int, sms: int) -> int:
+    """Parts of the reduction: only where three parts fit at once, since a split writes and reads its results once
+    more.
+    """
+    if tiles * 3 > sms:
+        return 1
+    return max(1, min(8, sms // tiles, steps // 8))
+
+
+def plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    rows: int,
+    columns: int,
+    channels: int,
+    taps: int,
+    classes: int,
+) -> Plan:
+    """For a convolution of `rows` pixels (of one class) × `columns` channels, reduced over taps × channels."""
+    tile = tile_for(architecture(device), "conv", mode_of(dtype, precision), rows, columns)
+    tiles = -(-rows // tile.bm) * -(-columns // tile.bn) * classes
+    return Plan(tile, split(tiles, taps * channels // tile.bk, processors(device)), precision)
+
+
+def weight_plan(
+    device: torch.device, dtype: torch.dtype, precision: str, rows: int, columns: int, products: int, pixels: int
+) -> Plan:
+    """For `products` (taps × inputs × groups) products of rows × columns channels, reduced over `pixels`.
+
+    Pixels are split until every processor has two programs; each part keeps at least 8 steps.
+    """
+    tile = tile_for(architecture(device), "weight", mode_of(dtype, precision), rows, columns)
+    tiles = -(-rows // tile.bm) * -(-columns // tile.bn) * products
+    parts = min(2 * processors(device) // tiles, pixels // (8 * tile.bk), 64)
+    return Plan(tile, max(1, parts), precision)
+
+
+# ------------------------------------------------------------------ the user's table
+
+
+def shape_key(kind: str, mode: str, rows: int, columns: int) -> str:
+    """Rows count by powers of two, so that a table serves neighbouring batch sizes."""
+    return f"{kind}/{mode}/{rows.bit_length()}/{columns}"
+
+
+def table_path(arch: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "parnet_kernels" / f"triton-{arch}.json"
+
+
+@functools.cache
+def user_table(arch: str) -> dict[str, Tile]:
+    """What `autotune` wrote, or nothing. A file that cannot be read is reported once and ignored."""
+    path = table_path(arch)
+    try:
+        return {key: Tile(**tile) for key, tile in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"parnet_kernels: ignoring the tile table {path}: {error}", stacklevel=2)
+        return {}
+
+
+def write_user_table(arch: str, entries: dict[str, Tile]) -> Path:
+    """Adds entries to the user's table; the file is replaced as a whole, so that a reader never sees half of it."""
+    path = table_path(arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {**user_table(arch), **entries}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({key: asdict(tile) for key, tile in sorted(merged.items())}, indent=1) + "\n")
+    temporary.replace(path)
+    user_table.cache_clear()
+    return path
