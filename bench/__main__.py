@@ -1,0 +1,146 @@
+"""The command line: `python -m bench`, `make bench`, `parnet bench`."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import machine as machines
+from bench import report
+from bench.engines import ENGINES
+from bench.measure import Bench, Plan, Row
+from bench.workloads import Workload, select
+from parnet_kernels.config import VARIANTS
+
+SUITES = {"ops": ["ops"], "net": ["net"], "all": ["net", "ops"]}
+QUICK_LAYERS = ("streams.0.0", "streams.1.0", "streams.2.0")
+
+
+def _list(option: str, text: str, allowed: list[str]) -> list[str]:
+    found = [part.strip().lower() for part in text.split(",") if part.strip()]
+    if unknown := [part for part in found if part not in allowed]:
+        raise typer.BadParameter(f"{unknown} not among {allowed}", param_hint=option)
+    if not found:
+        raise typer.BadParameter("is empty", param_hint=option)
+    return found
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter("must be numbers, such as 1,8", param_hint=option) from None
+    if min(found) < 1:
+        raise typer.BadParameter("must be at least 1", param_hint=option)
+    return found
+
+
+def run(
+    workloads: list[Workload],
+    thread_counts: list[int],
+    engines: list[str],
+    plan: Plan,
+    machine: machines.Machine,
+    console: Console,
+    minutes: float,
+) -> Iterator[Row]:
+    """Measures cell by cell; stops at `minutes`, and says so."""
+    cells = [(workload, threads) for workload in workloads for threads in thread_counts]
+    deadline = time.monotonic() + 60 * minutes
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="parnet-bench-") as folder,
+        Progress(*columns, console=console) as bar,
+    ):
+        bench = Bench(engines, machine, plan, Path(folder))
+        task = bar.add_task("starting", total=len(cells), left="")
+        start = time.monotonic()
+        try:
+            for done, (workload, threads) in enumerate(cells):
+                if time.monotonic() > deadline:
+                    console.print(f"{minutes:g} minutes are over: {len(cells) - done} cells left out", style="yellow")
+                    return
+                where = f"{workload.title}, batch {workload.batch}, {threads} thr."
+
+                def say(what: str, where: str = where) -> None:
+                    bar.update(task, description=f"{where}: {what}")
+
+                yield from bench.cell(workload, threads, say)
+                each = (time.monotonic() - start) / (done + 1)
+                left = min(each * (len(cells) - done - 1), deadline - time.monotonic())
+                bar.update(task, advance=1, left=f"about {left / 60:.0f} min left")
+        finally:
+            bench.close()
+
+
+def main(
+    suite: Annotated[str, typer.Option(help="ops (single layers), net (whole networks) or all")] = "all",
+    variants: Annotated[str, typer.Option(help="of s,m,l,xl")] = "s,m,l,xl",
+    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8",
+    threads: Annotated[str, typer.Option(help="numbers of threads; default: 1 and the number of cores")] = "",
+    engines: Annotated[str, typer.Option(help=f"of {','.join(ENGINES)}")] = ",".join(ENGINES),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="ParNet-S and its three blocks, batch 1, all cores: about a minute")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="rounds over all engines; default 7, with --quick 3")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="stop after this time, keeping what is measured")] = 90,
+    size: Annotated[int, typer.Option(min=1, help="height and width of the images")] = 224,
+    out: Annotated[Path | None, typer.Option(help="folder; default out/bench/<time>")] = None,
+) -> None:
+    """Latency of ParNet on the CPU: this package against the engines one would use instead.
+
+    An engine's result is compared with a float64 reference first; no time is given for a wrong one. Writes tables, CSV,
+    JSON and plots. Everything (the default) takes about an hour and a half and stops there; --quick about a minute.
+    """
+    if suite not in SUITES:
+        raise typer.BadParameter(f"{suite!r} not among {list(SUITES)}", param_hint="--suite")
+    cores = machines.physical_cores()
+    chosen = select(
+        SUITES[suite],
+        _list("--variants", "s" if quick else variants, list(VARIANTS)),
+        _numbers("--batch", "1" if quick else batch),
+        size,
+    )
+    if quick:
+        chosen = [w for w in chosen if w.layer is None or w.layer in QUICK_LAYERS]
+    counts = _numbers("--threads", threads) if threads else [cores] if quick else sorted({1, cores})
+    plan = Plan(rounds=rounds or (3 if quick else 7), cold_bytes=max(56 << 20, 7 * machines.cache_bytes() // 4))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    machine = machines.describe()
+    machines.measure_ceilings(machine, counts)
+    names = [name for name in ENGINES if name in _list("--engines", engines, list(ENGINES))]
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = out or Path("out") / "bench" / stamp
+    rows: list[Row] = []
+    try:
+        for row in run(chosen, counts, names, plan, machine, console, minutes):
+            rows.append(row)
+    except KeyboardInterrupt:
+        console.print("interrupted: what is measured is kept", style="yellow")
+    if not rows:
+        raise typer.Exit(1)
+    report.show(console, rows, machine)
+    for path in report.write(rows, machine, folder):
+        console.print(f"wrote {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,50 @@
+"""torch.compile with freezing: constant folding and oneDNN's prepacked weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.engines import Task
+from bench.engines.torch_eager import Eager, TorchProgram, TorchRunner
+from bench.workloads import FEW_COPIES
+
+
+class CompileRunner(TorchRunner):
+    @torch.no_grad()  # as it was compiled: inference mode would compile it again
+    def run(self, copy: int) -> Tensor:
+        return self.calls[copy](*self.inputs)
+
+
+class Compile(Eager):
+    # Each copy is compiled for itself. Where this few do not fill the cache, their weights stay in it: an advantage of
+    # at most the time it takes to read them, 1-2 % of a layer.
+    max_copies = FEW_COPIES
+    mode = "default"
+
+    def forms(self, task: Task) -> list[str]:
+        return ["frozen NHWC"]  # freezing turns convolutions to channels_last whatever the input; this saves a copy
+
+    def build(self, task: Task, form: str) -> TorchRunner:
+        import torch._inductor.config as inductor
+
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of idle compilers
+        inductor.freezing = True
+        inductor.compile_threads = 1
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in task.inputs]
+        calls: list[Callable[..., Tensor]] = []
+        with torch.no_grad():
+            for program in task.programs:
+                torch._dynamo.reset()  # one compiled function an object, whatever came before
+                module = TorchProgram(program, torch.channels_last).eval()
+                compiled = torch.compile(module, mode=self.mode, fullgraph=True, dynamic=False)
+                compiled(*inputs)
+                calls.append(compiled)
+        return CompileRunner(task, calls, inputs)
+
+
+class CompileMaxAutotune(Compile):
+    mode = "max-autotune"

@@ -1,0 +1,206 @@
+"""A graph of deployed layers as the few primitive steps that a general inference engine knows, in their cheapest form.
+
+What other engines would do at run time is folded here, exactly, so that they get their best form: the 2 of 2σ(·) goes
+into the convolution's weights, the skip's affine into the gate's, a fusion's interleaving and channel shuffle into the
+order of weights and of concatenated slices. So a result may be stored in another channel order: `Program.order`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.workloads import Graph, Node
+
+
+@dataclass(frozen=True)
+class Step:
+    """Computes `out` from the tensors named `inputs`."""
+
+    out: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conv(Step):
+    """k×k convolution, padding k // 2."""
+
+    weight: Tensor
+    bias: Tensor
+    stride: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Gate(Step):
+    """σ(weight · mean_hw(x) + bias): [N, K, 1, 1]."""
+
+    weight: Tensor  # [K, C / groups]
+    bias: Tensor
+    groups: int
+
+
+@dataclass(frozen=True)
+class Skip(Step):
+    """(scale·x + shift)·gate of inputs (x, gate)."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class Scale(Step):
+    """x·gate of inputs (x, gate)."""
+
+
+@dataclass(frozen=True)
+class Add(Step):
+    pass
+
+
+@dataclass(frozen=True)
+class Act(Step):
+    kind: str
+
+
+@dataclass(frozen=True)
+class Affine(Step):
+    """scale·x + shift."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class Concat(Step):
+    """Slices of the inputs' channels, one behind the other."""
+
+    slices: tuple[tuple[str, int, int], ...]  # name, first channel, last channel + 1
+
+
+@dataclass(frozen=True)
+class Head(Step):
+    """weight · mean_hw(x) + bias: [N, K]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Program:
+    inputs: dict[str, tuple[int, ...]]
+    steps: tuple[Step, ...]
+    order: Tensor | None  # channel i of the stored result is channel order[i] of the true one; None: the same
+
+    @property
+    def output(self) -> str:
+        return self.steps[-1].out
+
+    def restore(self, stored: Tensor) -> Tensor:
+        """The result in its true order."""
+        if self.order is None:
+            return stored
+        true = torch.empty_like(stored)
+        true[:, self.order] = stored
+        return true
+
+
+def _runs(positions: list[int]) -> list[tuple[int, int]]:
+    """Maximal ranges of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for p in positions:
+        if runs and runs[-1][1] == p:
+            runs[-1] = (runs[-1][0], p + 1)
+        else:
+            runs.append((p, p + 1))
+    return runs
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, inputs: list[Tensor]) -> None:
+        self.steps: list[Step] = []
+        self.shapes = {name: tuple(t.shape) for name, t in zip(graph.inputs, inputs, strict=True)}
+        self.order = {name: torch.arange(shape[1]) for name, shape in self.shapes.items()}
+        for node in graph.nodes:
+            self.node(node)
+        last = graph.nodes[-1].name
+        order = self.order[last]
+        if graph.head is not None:
+            weight, bias = graph.head
+            self.steps.append(Head("logits", (last,), weight[:, order], bias))
+        same = graph.head is not None or bool((order == torch.arange(len(order))).all())
+        self.program = Program(self.shapes, tuple(self.steps), None if same else order)
+
+    def node(self, node: Node) -> None:
+        p, name = node.parameters, node.name
+        order = self.order[node.inputs[0]]
+        if node.kind == "pointwise":
+            self.conv(node, node.inputs[0], p["weight"][:, order], p["bias"], 1, 1)
+            return self.finish(node, f"{name}/conv", torch.arange(len(p["bias"])))
+        if node.kind == "repvgg_sse":  # stored in the order of its input: the skip adds them
+            a, c = p["skip_scale"][order], p["skip_shift"][order]
+            weight = p["gate_weight"][order][:, order]
+            bias = weight.double() @ c.double()
+            if "gate_bias" in p:
+                bias += p["gate_bias"][order]
+            self.conv(node, node.inputs[0], p["weight"][order][:, order], p["bias"][order], 1, 1)
+            gate_weight = (weight.double() * a.double()).float()
+            self.steps += [
+                Gate(f"{name}/gate", node.inputs, gate_weight, bias.float(), 1),
+                Skip(f"{name}/skip", (node.inputs[0], f"{name}/gate"), a, c),
+                Add(f"{name}/sum", (f"{name}/conv", f"{name}/skip")),
+            ]
+            return self.finish(node, f"{name}/sum", order)
+        k = len(p["bias"])
+        weight, gate_weight, groups, source = p["weight"], p["gate_weight"], 1, node.inputs[0]
+        if node.kind == "fusion_se":
+            groups, source = 2, f"{name}/input"
+            columns = self.concat(
+                node, source
+            )  # [2, C]: for each group, which of its columns of the weights comes where
+            halves = [(w.chunk(2, 0)) for w in (weight, gate_weight)]
+            weight, gate_weight = (
+                torch.cat([half[:, columns[group]] for group, half in enumerate(pair)]) for pair in halves
+            )
+        else:
+            weight, gate_weight = weight[:, order], gate_weight[:, order]
+        self.conv(node, source, 2 * weight, 2 * p["bias"], node.stride, groups)
+        self.steps += [
+            Gate(f"{name}/gate", (source,), gate_weight, p.get("gate_bias", torch.zeros(k)), groups),
+            Scale(f"{name}/scaled", (f"{name}/conv", f"{name}/gate")),
+        ]
+        true = torch.arange(k).view(k // groups, groups).t().flatten() if groups == 2 else torch.arange(k)
+        return self.finish(node, f"{name}/scaled", true)
+
+    def conv(self, node: Node, source: str, weight: Tensor, bias: Tensor, stride: int, groups: int) -> None:
+        self.steps.append(Conv(f"{node.name}/conv", (source,), weight.contiguous(), bias, stride, groups))
+
+    def concat(self, node: Node, out: str) -> Tensor:
+        """Gathers each group's channels of both inputs as slices; returns their places in the interleaved order."""
+        c = len(self.order[node.inputs[0]])
+        slices, columns = [], []
+        for group in range(2):
+            for j, name in enumerate(node.inputs):
+                order = self.order[name]
+                interleaved = 2 * order + j
+                inside = (interleaved >= group * c) & (interleaved < (group + 1) * c)
+                positions = inside.nonzero().flatten()
+                slices += [(name, start, stop) for start, stop in _runs(positions.tolist())]
+                columns.append(interleaved[positions] - group * c)
+        self.steps.append(Concat(out, node.inputs, tuple(slices)))
+        return torch.cat(columns).view(2, c)
+
+    def finish(self, node: Node, source: str, order: Tensor) -> None:
+        affine = "out_scale" in node.parameters
+        self.steps.append(Act(f"{node.name}/act" if affine else node.name, (source,), node.activation))
+        if affine:
+            scale, shift = (node.parameters[n][order] for n in ("out_scale", "out_shift"))
+            self.steps.append(Affine(node.name, (f"{node.name}/act",), scale, shift))
+        self.order[node.name] = order
+
+
+def lower(graph: Graph, inputs: list[Tensor]) -> Program:
+    """The steps of `graph` for inputs of these shapes."""
+    return _Lowering(graph, inputs).program

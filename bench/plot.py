@@ -1,0 +1,86 @@
+"""The rows as bar charts: ours in colour, the others in greys and blues of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.engines import ENGINES
+from bench.machine import Machine
+from bench.measure import Row
+
+COLOURS = {
+    "eager": "#c9ced6",
+    "eager-cl": "#aeb6c2",
+    "compile": "#8f9bad",
+    "compile-max": "#738197",
+    "onnxruntime": "#9ecae1",
+    "openvino": "#6baed6",
+    "ncnn": "#4292c6",
+    "mnn": "#2171b5",
+    "ours": "#e6550d",
+}
+TITLES = {"net": "whole network", "ops": "single layers, cold weights"}
+
+
+def plot(rows: list[Row], machine: Machine, folder: Path) -> list[Path]:
+    """net.png and ops.png, each a panel for every batch and number of threads."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    made = []
+    for suite in TITLES:
+        right = [row for row in rows if row.suite == suite and row.status == "ok"]
+        if right:
+            made.append(_figure(suite, right, machine, folder / f"{suite}.png"))
+    return made
+
+
+def _figure(suite: str, rows: list[Row], machine: Machine, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    panels = sorted({(row.batch, row.threads) for row in rows})
+    engines = [name for name in ENGINES if any(row.engine == name for row in rows)]
+    workloads = list(dict.fromkeys(row.workload for row in rows))
+    width = max(7.0, 1.6 + 0.13 * len(engines) * len(workloads))
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(width, 1.2 + 2.6 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axis, (batch, threads) in zip(axes[:, 0], panels, strict=True):
+        own = [row for row in rows if (row.batch, row.threads) == (batch, threads)]
+        _panel(axis, own, engines, workloads)
+        axis.set_title(f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}", loc="left", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
+    figure.supxlabel(f"{TITLES[suite]}; {machine.cpu}; {machine.date}", fontsize=8, color="#666666")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path
+
+
+def _panel(axis: Any, rows: list[Row], engines: list[str], workloads: list[str]) -> None:
+    """Latency relative to ours where ours ran, in milliseconds otherwise; whiskers from p10 to p90."""
+    ours = {row.workload: row.median_ms for row in rows if row.engine == "ours"}
+    relative = set(ours) == {row.workload for row in rows}
+    bar = 0.84 / len(engines)
+    for i, engine in enumerate(engines):
+        places, heights, whiskers = [], [], []
+        for row in rows:
+            if row.engine == engine:
+                unit = ours[row.workload] if relative else 1.0
+                places.append(workloads.index(row.workload) + (i - (len(engines) - 1) / 2) * bar)
+                heights.append(row.median_ms / unit)
+                whiskers.append(((row.median_ms - row.p10_ms) / unit, (row.p90_ms - row.median_ms) / unit))
+        axis.bar(places, heights, bar * 0.92, color=COLOURS[engine], label=ENGINES[engine].title, zorder=2)
+        if places:
+            low_high = list(zip(*whiskers, strict=True))
+            axis.errorbar(places, heights, low_high, fmt="none", ecolor="#333333", elinewidth=0.7, zorder=3)
+    if relative:
+        axis.axhline(1, color=COLOURS["ours"], linewidth=0.8, zorder=1)
+    axis.set_ylabel("time / ours" if relative else "ms", fontsize=9)
+    labels = [f"{name}\n{ours[name]:.3g} ms" if name in ours else name for name in workloads]
+    axis.set_xticks(range(len(workloads)), labels, fontsize=8, rotation=30 if len(workloads) > 6 else 0)
+    axis.set_xlim(-0.6, len(workloads) - 0.4)
+    axis.set_ylim(0, None)
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
