@@ -1,0 +1,277 @@
+// The state of a simulated launch: blocks, warps, clocks, reports.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "instruction.hpp"
+
+namespace ptxsim {
+
+struct Context;
+using Handler = void (*)(Context&, const Instruction&);
+
+constexpr u64 kSharedWindow = 0x0001000000000000ull;  // where shared memory lies in generic addresses
+constexpr u64 kLocalWindow = 0x0002000000000000ull;
+constexpr int kConstantBytes = 384;  // a constant: 32 lanes of 32 bits, then 32 lanes of 64 bits
+constexpr int kMaxWarps = 32;
+constexpr int kMaxAgents =
+    kMaxWarps + 2;  // warps, bulk engine on shared memory, bulk engine on global memory
+
+// ---- ordering
+// ---------------------------------------------------------------------------------------------- Time is one
+// counter per block. It is stamped on every access and moves on at every release, so that "agent a's accesses
+// up to stamp s" names a prefix of a's work.
+struct VectorClock {
+  std::array<u32, kMaxAgents> t{};
+  void join(const VectorClock& other) {
+    for (int i = 0; i < kMaxAgents; i++) t[i] = std::max(t[i], other.t[i]);
+  }
+  bool covers(const VectorClock& other) const {
+    for (int i = 0; i < kMaxAgents; i++)
+      if (t[i] < other.t[i]) return false;
+    return true;
+  }
+  bool empty() const {
+    return std::all_of(t.begin(), t.end(), [](u32 x) { return x == 0; });
+  }
+};
+
+// What is known of other blocks: (block, snapshot of its clock), sorted by block. Shared and never changed.
+struct KnownBlock {
+  u32 block, snapshot;
+};
+using Knowledge = std::shared_ptr<const std::vector<KnownBlock>>;
+
+// What an agent has seen and made visible. Barriers and mbarriers join these.
+struct SyncState {
+  VectorClock seen;        // accesses of this block's agents that are ordered before now
+  VectorClock fenced;      // the part of `seen` that a GPU-scope fence has made visible to other blocks
+  VectorClock proxied;     // the part of `seen` that a proxy fence has made visible to the async proxy
+  Knowledge acquired;      // other blocks' releases that were observed with acquire semantics
+  Knowledge pending;       // ... observed by a relaxed access that no fence has followed yet
+  Knowledge fenced_known;  // `acquired` at the time of the last fence
+};
+
+struct WriteRecord {
+  u32 block, stamp, pc;
+  u8 agent;
+  bool strong;
+};
+
+// ---- warps and blocks
+// --------------------------------------------------------------------------------------
+enum class GroupState : u8 { Running, AtBarrier, AtWarpSync };
+
+// Lanes of a warp that are at the same instruction.
+struct Group {
+  u32 pc, mask;
+  GroupState state = GroupState::Running;
+  u32 needed = 0;             // AtWarpSync: lanes that must come
+  int barrier = 0;            // AtBarrier: its number
+  bool warp_barrier = false;  // AtWarpSync: at bar.warp.sync
+};
+
+struct CpAsyncCopy {
+  u32 mask, pc;
+  int size;
+  u32 dst[32], group[32];
+  u8 data[32][16];
+};
+
+struct WgmmaCall {
+  u32 pc, group;
+  bool scale_d;
+  u64 desc_a, desc_b;
+};
+
+struct Warp {
+  int id;
+  u8* regs = nullptr;
+  u8* local = nullptr;
+  u32 live = 0;
+  std::vector<Group> groups;
+  std::vector<u32> call_stack[32];
+  SyncState sync;
+  std::vector<CpAsyncCopy> copies;
+  u32 copy_groups[32] = {};  // groups committed by each lane
+  std::vector<WgmmaCall> wgmma;
+  u32 wgmma_groups = 0;
+  u32 bulk_groups[32] = {};
+  std::vector<std::pair<u32, u32>> records;  // per store instruction of late: (pc, record number)
+  size_t recent_record = 0;
+  bool yielding = false;  // it polls: let others run
+  bool spinning = false;  // diverged and polling: let another group of its lanes run
+};
+
+struct Mbarrier {
+  u32 expected = 0, pending = 0, phase = 0;
+  s64 tx = 0;
+  SyncState arriving, completed;
+};
+
+struct Barrier {
+  bool used = false;
+  u32 lanes = 0, warps = 0, expected = 0, predicates = 0;  // expected 0: the whole block
+  std::array<u32, kMaxWarps> lane_mask{};
+  SyncState arriving;
+};
+
+constexpr int kBarriers = 17;  // 16 of the block and the cluster's (clusters have one block here)
+
+// A bulk or tensor copy that was issued and has not happened yet.
+struct BulkCopy {
+  Warp* warp;
+  u32 pc, lane, smem, bytes, mbar;
+  u32 group;  // of a store: which of the thread's bulk groups
+  u32 stamp, delay;
+  u64 global;  // address of the data or of the tensor map
+  s32 coord[5];
+  bool load, tensor, done, read_waited;
+};
+
+struct Block {
+  u32 id[3];
+  u32 number;  // linear
+  int n_warps, n_threads;
+  u32 clock = 1;
+  u32 live = 0;
+  u8* smem = nullptr;
+  // Shadow of shared memory, one entry a byte
+  u8 *initialised = nullptr, *in_flight = nullptr, *writer = nullptr;  // writer: agent, 0x80 if strong
+  u32 *write_stamp = nullptr, *write_pc = nullptr, *read_pc = nullptr;
+  u32* read_stamp = nullptr;                          // [agent][byte]
+  u32 *chunk_write = nullptr, *chunk_read = nullptr;  // newest stamp of each 16 bytes
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers];
+  std::map<u32, Mbarrier> mbarriers;
+  std::vector<BulkCopy> bulk;
+  bool bulk_used = false;
+  u32 unreleased_pc = ~0u;  // last atomic on global memory that published nothing, for the text of reports
+  u64 polls = 0;
+
+  int bulk_agent() const { return n_warps; }
+  int bulk_global_agent() const { return n_warps + 1; }
+  int shared_agents() const { return n_warps + (bulk_used ? 1 : 0); }
+};
+
+// ---- results
+// -----------------------------------------------------------------------------------------------
+#define PTXSIM_REPORT_KINDS(X)                                                             \
+  X(UninitShared, "uninit-shared")                                                         \
+  X(UninitGlobal, "uninit-global") X(Race, "race") X(GlobalRace, "global-race")            \
+      X(AsyncHazard, "async-hazard") X(Proxy, "missing-proxy-fence") X(Barrier, "barrier") \
+          X(WarpSync, "warp-sync")
+
+enum class ReportKind : int {
+#define X(name, text) name,
+  PTXSIM_REPORT_KINDS(X)
+#undef X
+};
+
+struct Report {
+  ReportKind kind;
+  u32 pc, block[3], thread[3];
+  u64 count;
+  std::string message;
+};
+
+// Counters of one instruction
+struct Counters {
+  u64 executed, lanes, requests, sectors, bytes, wavefronts, ideal_wavefronts;
+};
+
+enum AllocationKind : s32 { kReadWrite = 0, kConstant = 1, kParameter = 2 };
+
+// Addresses here are integers so that the layout can be a numpy record.
+struct Allocation {
+  u64 base, size, host;
+  u64 shadow;   // one byte a byte: shadow bits below
+  u64 writes;   // u32 a byte: number of the newest WriteRecord, or 0
+  u64 readers;  // ReadRecord for each 16 bytes; 0: no race checks
+  s32 kind, id;
+};
+enum : u8 { kUninitialised = 1, kWasRead = 2, kWasWritten = 4 };
+
+struct Reader {
+  u32 block1, stamp, pc;  // block1: block number + 1; 0: nobody
+  u16 bytes;              // which of the 16
+  u8 warp, unused;
+};
+struct ReadRecord {
+  Reader last, before;  // two different readers
+};
+
+// Any fault stops the launch.
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+class L2Model;
+
+struct Machine {
+  // The program
+  std::vector<Instruction> program;
+  std::vector<Handler> handlers;
+  std::vector<u8> classes;
+  std::vector<s32> operands;
+  std::vector<u8> constants;
+  const u8* aligned_constants = nullptr;
+  std::vector<std::pair<s32, s32>> special_registers;  // (which, register offset)
+  u32 register_bytes = 0, local_bytes = 0, entry = 0;
+
+  // The launch
+  u32 grid[3], block_dim[3], shared_bytes = 0;
+  std::vector<Allocation> allocations;
+  size_t last_allocation = 0;
+  bool races = true, strict = false;
+  u32 seed = 0;
+  double approx_error = 0;
+  u64 max_instructions = 0;
+  u32 random_state = 1;
+  L2Model* l2 = nullptr;
+  std::function<void()> poll_signals;
+
+  // What came out
+  std::vector<Counters> counters;
+  std::vector<Report> reports;
+  std::unordered_map<u64, size_t> report_index;
+  std::string output;
+  u64 instructions = 0, blocks_done = 0, barriers = 0, progress = 0;
+  u32 fault_pc = 0;
+
+  // Ordering between blocks
+  std::vector<WriteRecord> write_records;
+  std::vector<VectorClock> snapshots;
+  std::unordered_map<u64, Knowledge> released;  // by address / 4
+
+  u32 random() {  // 16 bits
+    random_state = random_state * 1664525 + 1013904223;
+    return random_state >> 16;
+  }
+};
+
+// What a handler gets: the warp, the lanes that take part and the instruction's counters.
+struct Context {
+  Machine* machine;
+  Block* block;
+  Warp* warp;
+  u8* regs;
+  const u8* constants;
+  const s32* operands;
+  Counters* counters;
+  u32 mask, pc;
+};
+
+[[noreturn]] void fault(Context& c, int lane, const std::string& message);
+void report(Context& c, ReportKind kind, int lane, u32 other_pc, const std::string& message);
+std::string agent_name(const Block& block, int agent);
+inline int line_of(const Context& c, u32 pc) { return c.machine->program[pc].line; }
+
+}  // namespace ptxsim

@@ -1,0 +1,74 @@
+// Checked access to global, shared and local memory, and the ordering that the checks are made against.
+#pragma once
+#include "operands.hpp"
+
+namespace ptxsim {
+
+enum AccessFlags : int {
+  kRead = 1,
+  kWrite = 2,
+  kAtomic = 4,
+  kStrongAccess = 8,  // volatile, relaxed, acquire or release
+  kAsync = 16,        // issues an asynchronous copy
+  kUncounted = 32,
+};
+
+// ---- global memory (global_memory.cpp)
+// ------------------------------------------------------------------------
+Allocation* find_allocation(Machine& m, u64 address);
+std::string describe_address(Machine& m, u64 address);
+// Checks an access of `size` bytes at each active lane's address; gives host pointers.
+void global_access(Context& c, const u64* address, u32 mask, int size, int flags, u8** pointer);
+// The same for [address, +bytes) of one lane as one request; `agent` does it.
+u8* global_range(Context& c, int lane, u64 address, u32 bytes, int flags, int agent);
+void count_global_request(Context& c, const u64* address, u32 mask, int size);
+
+// ---- ordering between blocks (ordering.cpp)
+// ------------------------------------------------------------------- The warp now knows what `from` holds.
+void absorb(Context& c, const SyncState& from);
+Knowledge merge(Machine& m, const Knowledge& a, const Knowledge& b);
+// Everything the warp has done and seen becomes visible to whoever joins `into`.
+void publish(Context& c, SyncState& into);
+inline void advance_clock(Block& b) { b.clock++; }
+// Effects of a strong access on ordering. `writes`: it stores; `reads`: it loads (an atomic does both).
+void synchronise(Context& c, const Instruction& in, u64 address, bool reads, bool writes);
+void check_global_order(Context& c, Allocation& a, u64 address, int size, int lane, int flags, int agent,
+                        bool written_before);
+
+// ---- shared memory (shared_memory.cpp)
+// ------------------------------------------------------------------------
+void shared_access(Context& c, const u32* address, u32 mask, int size, int flags, u8** pointer);
+void check_shared(Context& c, int lane, u32 address, int size, int flags, int agent);
+void note_shared_write(Context& c, u32 address, int size, int agent, u32 pc);
+void count_wavefronts(Context& c, const u32* address, u32 mask, int size);
+void check_proxy(Context& c, int lane, u32 address, int size);
+
+// ---- any space (load_store.cpp)
+// -------------------------------------------------------------------------------
+void resolve(Context& c, Space space, const u64* address, u32 mask, int size, int flags, u8** pointer);
+
+// ---- asynchronous copies and mbarriers
+// ------------------------------------------------------------------------
+void complete_copies(Context& c, u32 mask, u32 newest_kept, bool all);  // cp_async.cpp
+Mbarrier& mbarrier_at(Context& c, int lane, u32 address);               // mbarrier.cpp
+void mbarrier_try_complete(Context& c, Mbarrier& b);
+bool bulk_step(Context& c);                  // bulk_copy.cpp: time passes; true if a copy was completed
+void bulk_finish(Context& c, bool exiting);  // all of them
+bool bulk_force_one(Context& c);
+
+// ---- atomics (atomics.cpp)
+// ------------------------------------------------------------------------------------ The value after `op`.
+// flush: subnormals count as zero (f32 additions in global memory).
+u64 apply_atomic(Atomic op, Type type, u64 old, u64 operand, u64 other, bool flush_subnormals);
+
+// True if the store that is being executed leaves this byte as it is. `offset` is the byte's place in the
+// access.
+bool stores_same_byte(const Context& c, int lane, int offset, u8 current);
+
+inline VectorClock view_of(const Context& c) {  // what the warp has seen, itself included
+  VectorClock v = c.warp->sync.seen;
+  v.t[c.warp->id] = c.block->clock;
+  return v;
+}
+
+}  // namespace ptxsim
