@@ -1,0 +1,1 @@
+"""Tests of the simulator itself; none of them needs the package's kernels."""
