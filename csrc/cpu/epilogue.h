@@ -26,83 +26,97 @@ PARNET_INLINE Vec activate(Vec x) {
   return SiLU ? silu(x) : relu(x);
 }
 
-// Affine, store and sum of one block of result channels. y == nullptr: only the sums are wanted.
-template <int Rows, int Cols, class Value>
-PARNET_INLINE void emit(const ConvArgs& a, const Tile& tile, int out_block, int rows, int cols, Value value) {
+// Affine, store and sum of one block of result channels; value(i, j) is phi(...) of one pixel. Sizes of 0 are
+// run-time.
+template <bool Affine, int Rows, int Cols, class Value>
+PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block, Value value) {
   const PackedHeader& h = *a.packed;
-  if (Rows) rows = Rows, cols = Cols;
-  float* y = a.out.base == nullptr ? nullptr
-                                   : a.out.base + tile.image * a.out.image + out_block * a.out.block +
-                                         tile.row * a.out.row + tile.col * a.out.pixel;
-  const bool affine = h.out_scale != 0;
-  const Vec scale = affine ? load(section<float>(h, h.out_scale) + out_block * kLanes) : zero();
-  const Vec shift = affine ? load(section<float>(h, h.out_shift) + out_block * kLanes) : zero();
-  Vec sum = zero();
-  for (int i = 0; i < rows; i++) {
-    PARNET_UNROLL for (int j = 0; j < (Rows ? Cols : cols); j++) {
+  const int rows = Rows ? Rows : tile.rows, cols = Cols ? Cols : tile.cols;
+  const int64_t pixel = a.out.pixel;
+  float* y = a.out.base + tile.image * a.out.image + out_block * a.out.block + tile.row * a.out.row +
+             tile.col * pixel;
+  Vec scale = zero(), shift = zero(), sum = zero();
+  if (Affine) {
+    scale = load(section<float>(h, h.out_scale) + out_block * kLanes);
+    shift = load(section<float>(h, h.out_shift) + out_block * kLanes);
+  }
+  for (int i = 0; i < rows; i++, y += a.out.row) {
+    const auto one = [&](int j) PARNET_INLINE_LAMBDA {
       Vec v = value(i, j);
-      if (affine) v = fma(v, scale, shift);
+      if (Affine) v = fma(v, scale, shift);
       sum = sum + v;
-      if (y) store_unaligned(y + i * a.out.row + j * a.out.pixel, v);
+      store_unaligned(y + j * pixel, v);
+    };
+    if constexpr (Cols) {
+      PARNET_UNROLL
+      for (int j = 0; j < Cols; j++) one(j);
+    } else {
+      for (int j = 0; j < cols; j++) one(j);
     }
   }
   store(a.sums + (int64_t{tile.sum_row} * h.out_blocks + out_block) * kLanes, sum);
 }
 
-template <class Value>
-PARNET_INLINE void emit_tile(const ConvArgs& a, const Tile& tile, int out_block, Value value) {
+template <bool Affine, class Value>
+PARNET_INLINE void emit(const ConvArgs& a, const Tile& tile, int out_block, Value value) {
   if (tile.rows == 4 && tile.cols == 4) {
-    emit<4, 4>(a, tile, out_block, 4, 4, value);
+    emit_sized<Affine, 4, 4>(a, tile, out_block, value);
   } else {
-    emit<0, 0>(a, tile, out_block, tile.rows, tile.cols, value);
+    emit_sized<Affine, 0, 0>(a, tile, out_block, value);
   }
 }
 
-template <bool Skip, bool SiLU>
+template <bool Skip, bool SiLU, bool Affine>
 void epilogue_dense(const ConvArgs& a, const Tile& tile, int panel, int half, int out_block,
                     const TileValues* z) {
   const int64_t at = (int64_t{tile.image} * a.packed->panels + panel) * kPanel + half * kLanes;
   const Vec scale = load(a.scale + at), offset = load(a.offset + at);
   const View& in = a.in[0];
+  const int64_t row = in.row;
   const float* x =
-      in.base + tile.image * in.image + out_block * in.block + tile.row * in.row + tile.col * kLanes;
-  emit_tile(a, tile, out_block, [&](int i, int j) PARNET_INLINE_LAMBDA {
+      in.base + tile.image * in.image + out_block * in.block + tile.row * row + tile.col * kLanes;
+  emit<Affine>(a, tile, out_block, [&](int i, int j) PARNET_INLINE_LAMBDA {
     const Vec conv = load(z[0] + (i * kTile + j) * kLanes);
-    return activate<SiLU>(Skip ? conv + fma(scale, load(x + i * in.row + j * kLanes), offset)
+    return activate<SiLU>(Skip ? conv + fma(scale, load(x + i * row + j * kLanes), offset)
                                : fma(scale, conv, offset));
   });
 }
 
 // Two groups whose channels alternate in the result.
-template <bool SiLU>
+template <bool SiLU, bool Affine>
 void epilogue_interleaved(const ConvArgs& a, const Tile& tile, int panel, int half, int out_block,
                           const TileValues* z) {
   const int64_t at = (int64_t{tile.image} * a.packed->panels + panel) * kPanel + half * kLanes;
   const Vec scale0 = load(a.scale + at), offset0 = load(a.offset + at);
   const Vec scale1 = load(a.scale + at + kPanel), offset1 = load(a.offset + at + kPanel);
-  TileValues mixed[kMaxGroups];
+  alignas(64) TileValues mixed[kMaxGroups];
   for (int i = 0; i < tile.rows; i++) {
     for (int j = 0; j < tile.cols; j++) {
       const int at_z = (i * kTile + j) * kLanes;
       Vec low, high;
       interleave(activate<SiLU>(fma(scale0, load(z[0] + at_z), offset0)),
                  activate<SiLU>(fma(scale1, load(z[1] + at_z), offset1)), low, high);
-      store_unaligned(mixed[0] + at_z, low);
-      store_unaligned(mixed[1] + at_z, high);
+      store(mixed[0] + at_z, low);
+      store(mixed[1] + at_z, high);
     }
   }
   for (int b = 0; b < 2 && out_block + b < a.packed->out_blocks; b++) {
-    emit_tile(a, tile, out_block + b, [&](int i, int j) PARNET_INLINE_LAMBDA {
-      return load_unaligned(mixed[b] + (i * kTile + j) * kLanes);
+    emit<Affine>(a, tile, out_block + b, [&](int i, int j) PARNET_INLINE_LAMBDA {
+      return load(mixed[b] + (i * kTile + j) * kLanes);
     });
   }
 }
 
+template <bool SiLU, bool Affine>
 Epilogue choose_epilogue(const PackedHeader& h) {
-  const bool silu = h.activation == Activation::kSiLU;
-  if (h.groups == 2) return silu ? epilogue_interleaved<true> : epilogue_interleaved<false>;
-  if (h.kind == Kind::kRepVGG) return silu ? epilogue_dense<true, true> : epilogue_dense<true, false>;
-  return silu ? epilogue_dense<false, true> : epilogue_dense<false, false>;
+  if (h.groups == 2) return epilogue_interleaved<SiLU, Affine>;
+  return h.kind == Kind::kRepVGG ? epilogue_dense<true, SiLU, Affine> : epilogue_dense<false, SiLU, Affine>;
+}
+Epilogue choose_epilogue(const PackedHeader& h) {
+  const bool affine = h.out_scale != 0;
+  if (h.activation == Activation::kSiLU)
+    return affine ? choose_epilogue<true, true>(h) : choose_epilogue<true, false>(h);
+  return affine ? choose_epilogue<false, true>(h) : choose_epilogue<false, false>(h);
 }
 
 // Gates of one image from the channel sums of the inputs, for panels [first, last).

@@ -87,7 +87,7 @@ struct TileBlock {
 struct ConvArgs {
   const PackedHeader* packed;
   View in[2];
-  View out;      // base == nullptr: only the channel sums are wanted
+  View out;
   float* sums;   // [sum row][out block][lane]
   float* scale;  // [image][panel][2*lanes]: multiplies the skip input, or the convolution if there is no skip
   float* offset;        // [image][panel][2*lanes]

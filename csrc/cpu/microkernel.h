@@ -30,8 +30,8 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
         const Vec b0 = load(b + c * kPanel), b1 = load(b + c * kPanel + kLanes);
         PARNET_UNROLL for (int r = 0; r < Rows; r++) {
           const Vec x = splat(a[r * kLanes + c]);
-          low[r] = fma(x, b0, low[r]);
-          high[r] = fma(x, b1, high[r]);
+          accumulate(low[r], x, b0);
+          accumulate(high[r], x, b1);
         }
       }
     }

@@ -14,6 +14,9 @@ namespace {
 constexpr int64_t kRowChunks = 16;
 // Above this, transformed inputs are not shared between the items of a layer but made by each for itself.
 constexpr int64_t kSharedBytes = int64_t{32} << 20;
+// Regions of shared transformed inputs, used in turn: a layer's inputs are transformed while the two layers
+// before it may still be multiplied.
+constexpr int kRegions = 3;
 constexpr size_t kCachedPlans = 32;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -161,13 +164,11 @@ void NetworkPlan::plan_inputs() {
   }
 }
 
-// Tile plans, shared between layers of one shape, and the workspace of transformed inputs: as many regions as
-// a level has layers, each reused from level to level.
+// Tile plans, shared between layers of one shape, and who transforms the inputs.
 void NetworkPlan::plan_tiles() {
-  std::vector<int64_t> regions;
-  for (size_t i = 0, lane = 0; i < layers_.size(); i++) {
+  int64_t region = 0;
+  for (size_t i = 0; i < layers_.size(); i++) {
     Layer& l = layers_[i];
-    lane = i && layers_[i - 1].level == l.level ? lane + 1 : 0;
     l.v_region = -1;
     if (l.stem) continue;
     const Geometry& g = request_.layers[l.step.packed];
@@ -182,21 +183,21 @@ void NetworkPlan::plan_tiles() {
     const int64_t blocks = l.tiles->blocks.size(), refs = int64_t{g.groups} * g.group_blocks;
     const int64_t shared = blocks * l.tiles->v_floats;
     l.panels_per_item = g.panels;
-    if (shared * 4 <= kSharedBytes) {
-      l.v_region = lane;
-      if (regions.size() <= lane) regions.resize(lane + 1, 0);
-      regions[lane] = std::max(regions[lane], shared);
+    // With a block or more for each thread, an item is a block and transforms its own inputs, into memory
+    // that stays in the thread's cache. Else the items split the panels and share the transformed inputs.
+    if (request_.threads == 1 || blocks >= 2 * request_.threads || shared * 4 > kSharedBytes) {
+      v_scratch_ = std::max(v_scratch_, l.tiles->v_floats);
+    } else {
+      l.v_region = i % kRegions;
+      region = std::max(region, shared);
       l.transform_items = std::clamp<int64_t>(div_up(8 * request_.threads, blocks), 1, refs);
       const bool fine = g.groups == 1 && blocks * g.panels < 32 * request_.threads;
       l.panels_per_item = fine ? 1 : std::min(2, g.panels);
-    } else {
-      v_scratch_ = std::max(v_scratch_, l.tiles->v_floats);
     }
     m_scratch_ = std::max(m_scratch_, l.tiles->m_floats);
     u_scratch_ = std::max(u_scratch_, l.tiles->u_floats);
-    means_scratch_ = std::max(means_scratch_, refs * kernels_.lanes);
   }
-  for (const int64_t floats : regions) v_regions_.push_back({reserve(floats), -1});
+  for (int i = 0; region && i < kRegions; i++) v_regions_.push_back({reserve(region), -1});
 }
 
 int NetworkPlan::plan_gate(Layer& l) {
@@ -218,11 +219,11 @@ void NetworkPlan::plan_transform(Layer& l) {
   if (l.other >= 0) values_[l.other].readers.push_back(l.transform_stage);
 }
 
-void NetworkPlan::plan_main(Layer& l, int gate_stage) {
+void NetworkPlan::plan_main(Layer& l) {
   const Geometry& g = request_.layers[l.step.packed];
   Value& out = values_[l.output];
   std::vector<int> after = input_stages(l);
-  after.push_back(gate_stage);
+  after.push_back(l.gate_stage);
   if (l.transform_stage >= 0) after.push_back(l.transform_stage);
   out.sum_rows = l.stem ? out.shape[2] : l.tiles->tiles_per_image;
   out.sums = reserve(out.shape[0] * out.sum_rows * out.blocks * kernels_.lanes);
@@ -230,7 +231,7 @@ void NetworkPlan::plan_main(Layer& l, int gate_stage) {
   if (last && request_.direct) {
     const int64_t channels = out.shape[1], row = out.shape[3] * channels;
     out.view = {nullptr, out.shape[2] * row, kernels_.lanes, row, channels};
-  } else if (!last || !request_.pooled || l.stem) {
+  } else {
     reserve_activation(out, after);
   }
   if (l.stem) {
@@ -261,15 +262,18 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
   plan_values();
   plan_inputs();
   plan_tiles();
-  for (size_t first = 0, last; first < layers_.size(); first = last) {
-    for (last = first; last < layers_.size() && layers_[last].level == layers_[first].level;) last++;
-    std::vector<int> gates;
-    for (size_t i = first; i < last; i++) gates.push_back(plan_gate(layers_[i]));
-    for (size_t i = first; i < last; i++) plan_transform(layers_[i]);
-    for (size_t i = first; i < last; i++) {
-      plan_main(layers_[i], gates[i - first]);
-      release_inputs(layers_[i]);
+  // The gates and transforms of a layer stand before the products of the layer before it, if they do not
+  // depend on it: threads that run out of products find these instead of waiting.
+  size_t prepared = 0;
+  for (size_t i = 0; i < layers_.size(); i++) {
+    for (; prepared < layers_.size() && prepared <= i + 1; prepared++) {
+      Layer& next = layers_[prepared];
+      if (prepared > i && (next.input == layers_[i].output || next.other == layers_[i].output)) break;
+      next.gate_stage = plan_gate(next);
+      plan_transform(next);
     }
+    plan_main(layers_[i]);
+    release_inputs(layers_[i]);
   }
   const Value& out = values_[result_];
   if (request_.pooled) {

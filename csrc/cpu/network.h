@@ -78,6 +78,7 @@ class NetworkPlan {
     int v_region;         // of transformed inputs that the items share, or -1: each item transforms its own
     int gate_items;       // per image
     int transform_items;  // per block of tiles
+    int gate_stage;
     int transform_stage = -1;
     int panels_per_item;
   };
@@ -98,7 +99,7 @@ class NetworkPlan {
   void plan_tiles();
   int plan_gate(Layer&);
   void plan_transform(Layer&);
-  void plan_main(Layer&, int gate_stage);
+  void plan_main(Layer&);
   void release_inputs(const Layer&);
   int add_stage(Work, int index, int64_t items, std::vector<int> after);
   int64_t reserve(int64_t floats);

@@ -60,39 +60,68 @@ PARNET_INLINE Vec operator/(Vec a, Vec b) { PARNET_EACH(a.part[p] / b.part[p]); 
 // The compiler contracts these to fused instructions where they exist.
 PARNET_INLINE Vec fma(Vec a, Vec b, Vec c) { PARNET_EACH(a.part[p] * b.part[p] + c.part[p]); }
 PARNET_INLINE Vec fma(float a, Vec b, Vec c) { return fma(splat(a), b, c); }
-// NaN in `a` is replaced by `b`.
-PARNET_INLINE Vec min(Vec a, Vec b) { PARNET_EACH(a.part[p] < b.part[p] ? a.part[p] : b.part[p]); }
-PARNET_INLINE Vec max(Vec a, Vec b) { PARNET_EACH(a.part[p] > b.part[p] ? a.part[p] : b.part[p]); }
+// sum += a*b without the register moves and spills that the compiler's choice among the three forms of fma
+// costs.
+PARNET_INLINE void accumulate(Vec& sum, Vec a, Vec b) {
+#if defined(__FMA__)
+  PARNET_UNROLL
+  for (int p = 0; p < kParts; p++)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum.part[p]) : "v"(a.part[p]), "v"(b.part[p]));
+#else
+  sum = fma(a, b, sum);
+#endif
+}
+// NaN in `a` is replaced by `b`. The compiler turns the conditional into a comparison and a blend; the
+// instruction is one.
+PARNET_INLINE Native min(Native a, Native b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+PARNET_INLINE Native max(Native a, Native b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+PARNET_INLINE Vec min(Vec a, Vec b) { PARNET_EACH(min(a.part[p], b.part[p])); }
+PARNET_INLINE Vec max(Vec a, Vec b) { PARNET_EACH(max(a.part[p], b.part[p])); }
 
-// 1 + 2^t for t in [-126, 127]: 2^round(t) goes into the exponent bits, a polynomial does the rest.
-PARNET_INLINE Vec one_plus_exp2(Vec t) {
+// 1 + exp(-x), infinite from exp(-x) = 2^128 on. NaN gives a finite value: callers keep NaN through their own
+// use of x.
+PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
+  // 2^t: 2^round(t) goes into the exponent bits, a polynomial (relative error 9e-8) does the rest. t = 128 is
+  // infinity.
+  const Vec t = min(max(-1.4426950408889634f * x, splat(-125.f)), splat(128.f));
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
   const Vec shifted = t + splat(magic);
   const Vec f = t - (shifted - splat(magic));
-  Vec y = splat(1.5403530393381609e-4f);
-  y = fma(y, f, splat(1.3333558146428443e-3f));
-  y = fma(y, f, splat(9.6181291076284772e-3f));
-  y = fma(y, f, splat(5.5504108664821580e-2f));
-  y = fma(y, f, splat(2.4022650695910072e-1f));
-  y = fma(y, f, splat(6.9314718055994531e-1f));
+  Vec y = splat(.0013264714772814497f);
+  y = fma(y, f, splat(.009671513630859167f));
+  y = fma(y, f, splat(.055507337855797007f));
+  y = fma(y, f, splat(.24022242064467392f));
+  y = fma(y, f, splat(.6931469775692789f));
   y = fma(y, f, splat(1.f));
-  PARNET_UNROLL for (int p = 0; p < kParts; p++) {
+  PARNET_UNROLL
+  for (int p = 0; p < kParts; p++) {
     y.part[p] = (Native)((NativeInt)y.part[p] + ((NativeInt)shifted.part[p] << 23));
   }
   return y + splat(1.f);
 }
 
-// 1 + exp(-x), saturating. NaN gives a finite value: callers keep NaN through their own use of x.
-PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
-  const Vec t = -1.4426950408889634f * x;
-  return one_plus_exp2(min(max(t, splat(-126.f)), splat(126.f)));
-}
-
-PARNET_INLINE Vec silu(Vec x) {
-  // min(x, 0)*0 is NaN for -inf, as in PyTorch's x*sigmoid(x), and 0 otherwise.
-  return x / fma(0.f, min(x, zero()), one_plus_exp_minus(x));
-}
-PARNET_INLINE Vec relu(Vec x) { PARNET_EACH(x.part[p] < Native{} ? Native{} : x.part[p]); }
+PARNET_INLINE Vec silu(Vec x) { return x / one_plus_exp_minus(x); }
+PARNET_INLINE Vec relu(Vec x) { return max(zero(), x); }  // max(0, NaN) is NaN
 PARNET_INLINE Vec sigmoid(Vec x) {
   const Vec y = splat(1.f) / one_plus_exp_minus(x);
   PARNET_EACH(x.part[p] == x.part[p] ? y.part[p] : x.part[p]);
@@ -130,6 +159,7 @@ PARNET_INLINE void transpose(Vec* rows) {
 }
 
 PARNET_INLINE void prefetch(const float* at) { __builtin_prefetch(at, 0, 3); }
+PARNET_INLINE void prefetch_to_write(const float* at) { __builtin_prefetch(at, 1, 3); }
 template <class T>
 PARNET_INLINE T least(T a, T b) {
   return a < b ? a : b;
