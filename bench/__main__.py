@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import machine as machines
+from bench import profile as layer_profile
 from bench import report
 from bench.engines import ENGINES
 from bench.measure import Bench, Plan, Row
@@ -92,9 +93,13 @@ def main(
     variants: Annotated[str, typer.Option(help="of s,m,l,xl")] = "s,m,l,xl",
     batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8",
     threads: Annotated[str, typer.Option(help="numbers of threads; default: 1 and the number of cores")] = "",
-    engines: Annotated[str, typer.Option(help=f"of {','.join(ENGINES)}")] = ",".join(ENGINES),
+    engines: Annotated[str, typer.Option(help=f"of {','.join(ENGINES)}; default: all")] = "",
     quick: Annotated[
-        bool, typer.Option("--quick", help="ParNet-S and its three blocks, batch 1, all cores: about a minute")
+        bool,
+        typer.Option("--quick", help="ParNet-S and its blocks, batch 1, all cores, no torch.compile: about a minute"),
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="instead, time the layers of our networks one by one")
     ] = False,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="rounds over all engines; default 7, with --quick 3")
@@ -107,12 +112,13 @@ def main(
 
     An engine's result is compared with a float64 reference first; no time is given for a wrong one. Writes tables, CSV,
     JSON and plots. Everything (the default) takes about an hour and a half and stops there; --quick about a minute.
+    Networks come first, then single layers. How to read the numbers: see the package's docstring, bench/__init__.py.
     """
     if suite not in SUITES:
         raise typer.BadParameter(f"{suite!r} not among {list(SUITES)}", param_hint="--suite")
     cores = machines.physical_cores()
     chosen = select(
-        SUITES[suite],
+        ["net"] if profile else SUITES[suite],
         _list("--variants", "s" if quick else variants, list(VARIANTS)),
         _numbers("--batch", "1" if quick else batch),
         size,
@@ -126,7 +132,13 @@ def main(
         console = Console(width=200)
     machine = machines.describe()
     machines.measure_ceilings(machine, counts)
-    names = [name for name in ENGINES if name in _list("--engines", engines, list(ENGINES))]
+    if profile:
+        _profile(chosen, counts, plan.rounds, machine, console)
+        return
+    wanted = _list("--engines", engines, list(ENGINES)) if engines else list(ENGINES)
+    if quick and not engines:
+        wanted = [name for name in wanted if not name.startswith("compile")]
+    names = [name for name in ENGINES if name in wanted]
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = out or Path("out") / "bench" / stamp
     rows: list[Row] = []
@@ -142,5 +154,20 @@ def main(
         console.print(f"wrote {path}", highlight=False)
 
 
+def _profile(
+    workloads: list[Workload], thread_counts: list[int], rounds: int, machine: machines.Machine, console: Console
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="parnet-bench-") as folder:
+        for workload in workloads:
+            for threads in thread_counts:
+                times, whole = layer_profile.profile(workload, threads, Path(folder), rounds)
+                ceilings = machine.ceilings.get(threads)
+                console.print(layer_profile.table(workload, threads, times, whole, ceilings))
+    console.print(machine.line(), style="dim", highlight=False)
+
+
+app = typer.Typer()
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -39,6 +39,10 @@ class Machine:
     ceilings: dict[int, Ceilings] = field(default_factory=dict)
     not_measured: str = ""  # why there are no ceilings
 
+    @property
+    def busy(self) -> bool:
+        return self.load > 0.25 * self.cores
+
     def line(self) -> str:
         isa = "+".join(self.isa) or "portable"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())

@@ -80,8 +80,16 @@ class Plan:
 class Bench:
     """Keeps the workers alive from cell to cell."""
 
-    def __init__(self, engines: list[str], machine: Machine, plan: Plan, folder: Path) -> None:
+    def __init__(
+        self,
+        engines: list[str],
+        machine: Machine,
+        plan: Plan,
+        folder: Path,
+        start: Callable[[str, int, Path], Handle] = Handle,
+    ) -> None:
         self.engines = engines
+        self.start = start
         self.machine = machine
         self.plan = plan
         self.folder = folder
@@ -100,7 +108,7 @@ class Bench:
         handle = self.handles.get((name, threads))
         if handle is None or not handle.alive:
             try:
-                handle = self.handles[name, threads] = Handle(name, threads, self.folder)
+                handle = self.handles[name, threads] = self.start(name, threads, self.folder)
                 package = ENGINES[name].package or "parnet-kernels"
                 self.machine.versions[package] = handle.version
             except WorkerError as error:

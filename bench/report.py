@@ -106,9 +106,11 @@ def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.0f} %"
 
 
-def remarks(rows: list[Row]) -> list[str]:
+def remarks(rows: list[Row], machine: Machine) -> list[str]:
     """Why engines are missing, failed or wrong, and what else a reader should know; each once."""
     found: dict[str, None] = {}
+    if machine.busy:
+        found[f"The machine was busy (load {machine.load:.1f} at the start): do not rely on these times"] = None
     for row in rows:
         title = ENGINES[row.engine].title
         if row.status == "missing":
@@ -144,7 +146,7 @@ def markdown(rows: list[Row], machine: Machine) -> str:
             values = [workload, str(batch), str(threads), *times, ratio(against), ratio(compiled), error]
             lines.append("| " + " | ".join(values) + " |")
         lines.append("")
-    lines += [f"* {remark}" for remark in remarks(rows)]
+    lines += [f"* {remark}" for remark in remarks(rows, machine)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -170,7 +172,7 @@ def write(rows: list[Row], machine: Machine, folder: Path) -> list[Path]:
 def show(console: Console, rows: list[Row], machine: Machine) -> None:
     for table in tables(rows):
         console.print(table)
-    for remark in remarks(rows):
+    for remark in remarks(rows, machine):
         console.print(f"• {remark}", style="yellow", highlight=False)
     console.print(machine.line(), style="dim", highlight=False)
     console.print(machine.ceilings_line(), style="dim", highlight=False)

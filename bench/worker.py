@@ -107,5 +107,4 @@ class Worker:
     def drop(self) -> None:
         """Frees what was built."""
         self.runner = None
-        torch._dynamo.reset()
         gc.collect()

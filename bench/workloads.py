@@ -175,7 +175,8 @@ class Workload:
         inputs = ("x", "y")[: len(self.spec.inputs)]
         graphs = []
         for i in range(copies):
-            parameters = {**node.parameters, "weight": node.parameters["weight"] * (1 + i / 1024)}
+            weight = node.parameters["weight"].roll(i, 0) * (1 + i / 1024)  # rolled alone, they would repeat
+            parameters = {**node.parameters, "weight": weight}
             graphs.append(
                 Graph(inputs, (Node(node.name, node.kind, inputs, node.stride, node.activation, parameters),))
             )
