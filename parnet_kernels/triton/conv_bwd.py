@@ -117,13 +117,13 @@ def conv_se_bwd_kernel(
         at = wide(image, INT64) * stride_gn + wide(i, INT64) * stride_gh + wide(j, INT64) * stride_gw
         g = tl.load(g_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
         area = GH * GW
-        quantity = images.to(tl.int64) * slots * sums_pitch
+        quantity = tl.cast(images, tl.int64) * slots * sums_pitch
         if ACTIVATION == "silu":
             sigmoid = tl.sigmoid(t)
             value = t * sigmoid
             slope = sigmoid * (1 + t * (1 - sigmoid))
         else:
-            value = tl.maximum(t, 0.0)
+            value = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
             slope = tl.where(t > 0, 1.0, 0.0)
         if out_scale_ptr is not None:
             store_sums(
@@ -367,7 +367,7 @@ def weight_gradient(c: Convolution, d: Tensor, plan: Plan, like: Tensor) -> Tens
         "stride_h": out.stride(2),
         "stride_w": out.stride(3),
         "INPUTS": inputs,
-        "BLOCK": 512,
+        "BLOCK": 2048,
     }
-    launch(weight_sum_bwd_kernel, (-(-out.numel() // 512),), add)
+    launch(weight_sum_bwd_kernel, (-(-out.numel() // 2048),), add)
     return out

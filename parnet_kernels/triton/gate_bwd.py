@@ -50,7 +50,7 @@ def gate_se_bwd_kernel(
     n = tl.program_id(0) * BI + tl.arange(0, BI)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     result = GROUPS * (k % (K // GROUPS)) + k // (K // GROUPS)  # the result's channel
-    quantity = images.to(tl.int64) * slots * sums_pitch
+    quantity = tl.cast(images, tl.int64) * slots * sums_pitch
     mask = (n < images)[:, None] & (k < K)[None, :]
     at = n[:, None] * K + k[None, :]
     s1 = sum_slots(sums_ptr, n, images, result, k < K, sums_pitch, slots, area, TILE, PER_IMAGE, BI, BS, BK)

@@ -152,7 +152,7 @@ class Slices:
             return Slices(1, (0, 0), pitch)
         chunk = 32 if pitch % 32 == 0 else 16
         first = channels // 2 // chunk * chunk
-        return Slices(2, (0, first), max(-(-(channels + 1) // 2 // chunk) * chunk, pitch - first))
+        return Slices(2, (0, first), pitch - first)  # at least the first group's channels, rounded up
 
     @staticmethod
     def whole(inputs: int, pitch: int) -> Slices:
@@ -220,7 +220,7 @@ def pack_weight(weight: Tensor, inputs: int, slices: Slices) -> Tensor:
         "ROWS": rows,
         "SPAN": slices.span,
         "INPUTS": inputs,
-        "BLOCK": 1024,
+        "BLOCK": 4096,
     }
-    launch(pack_weight_kernel, (-(-packed.numel() // 1024),), arguments)
+    launch(pack_weight_kernel, (-(-packed.numel() // 4096),), arguments)
     return packed

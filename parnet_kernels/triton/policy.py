@@ -1,7 +1,7 @@
 """Tile choice, in one place: a table per architecture × kind of product × layer shape, and the split of the reduction.
 
 The tables are modelled (occupancy and shared memory from offline compilation, bytes from the simulator:
-bench/triton_static.py), not measured. `autotune.py` measures and writes a table to the user's cache directory, which
+bench/triton_static.py), not measured. `tuning.autotune` measures and writes a table to the user's cache directory, which
 then comes first. No table entry spills registers; those of sm_80 fit 99 KB of shared memory, so that they also serve
 sm_86, 89 and 120. Rejected: 128×128×64 on sm_80 (96 KB, one CTA an SM); 64×64 with split K at 28×28×256 (the
 workspace outweighs the map).
@@ -13,7 +13,9 @@ import functools
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -165,8 +167,12 @@ def _first_fit(rules: tuple[Rule, ...], rows: int, columns: int) -> Tile:
 
 def tile_for(arch: str, kind: str, mode: str, rows: int, columns: int) -> Tile:
     """The tile for a product of rows × columns: the user's table if it has the shape, else the first rule that fits."""
-    tuned = user_table(arch).get(shape_key(kind, mode, rows, columns))
-    return tuned or _first_fit(TABLES[arch][kind, mode], rows, columns)
+    key = shape_key(kind, mode, rows, columns)
+    if _trial is not None:
+        _trial.asked[key] = (kind, mode)
+        if key in _trial.tiles:
+            return _trial.tiles[key]
+    return user_table(arch).get(key) or _first_fit(TABLES[arch][kind, mode], rows, columns)
 
 
 def split(tiles: int, steps: int, sms: int) -> int:
@@ -208,6 +214,28 @@ def weight_plan(
 
 
 # ------------------------------------------------------------------ the user's table
+
+
+@dataclass
+class Trial:
+    """What autotuning sees and sets: the shape keys asked for, and the tiles to answer with."""
+
+    asked: dict[str, tuple[str, str]] = field(default_factory=dict)
+    tiles: dict[str, Tile] = field(default_factory=dict)
+
+
+_trial: Trial | None = None
+
+
+@contextmanager
+def trial() -> Iterator[Trial]:
+    """Within the block, `tile_for` records what it is asked and answers from the trial first."""
+    global _trial
+    _trial = Trial()
+    try:
+        yield _trial
+    finally:
+        _trial = None
 
 
 def shape_key(kind: str, mode: str, rows: int, columns: int) -> str:

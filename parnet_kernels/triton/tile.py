@@ -229,7 +229,7 @@ def activation_of(t, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         t = t * tl.sigmoid(t)
     elif ACTIVATION == "relu":
-        t = tl.maximum(t, 0.0)
+        t = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return t
 
 

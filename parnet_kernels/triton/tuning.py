@@ -1,0 +1,89 @@
+"""Opt-in: compile ahead of use (`warmup`), and measure tiles on this device (`autotune`). Neither runs by itself.
+
+The backend never tunes during a call, so a call can be captured in a CUDA graph; kernels compile at the first call with
+a shape class, which is why `warmup` comes before a capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parnet_kernels.triton import policy
+from parnet_kernels.triton.operators import backward, run
+
+
+def warmup(op: str, tensors: list[Tensor | None], options: dict[str, Any], *, training: bool = False) -> None:
+    """Compiles and loads every kernel that `op` launches on such arguments; with `training`, its backward's as well.
+
+    Args:
+        op, tensors, options: as in a call: the positional tensors, and a dictionary of the keyword arguments.
+
+    Raises:
+        RuntimeError: while a CUDA graph is being captured.
+    """
+    _not_while_capturing("warmup")
+    options = {"out_scale": None, "out_shift": None, "activation": "silu", **options}
+    with torch.no_grad():
+        y = run(op, tensors, options)
+        if training:
+            backward(op, torch.zeros_like(y), tensors, options, (True,) * (len(tensors) + 2))
+
+
+def milliseconds(call: Callable[[], None]) -> float:
+    """Median time of a call on the current device, warm."""
+    import triton
+
+    return float(triton.testing.do_bench(call, return_mode="median"))
+
+
+def autotune(
+    op: str,
+    tensors: list[Tensor | None],
+    options: dict[str, Any],
+    *,
+    training: bool = False,
+    measure: Callable[[Callable[[], None]], float] = milliseconds,
+) -> Path:
+    """Measures, one product after the other, every tile of this architecture's table on such arguments; keeps the fastest.
+
+    The choice is added to the user's table (`policy.table_path`), which every later process reads first.
+
+    Args:
+        op, tensors, options, training: as in `warmup`.
+        measure: returns the cost of a call.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        RuntimeError: while a CUDA graph is being captured.
+    """
+    _not_while_capturing("autotune")
+    x = tensors[0]
+    if x is None:
+        raise ValueError("parnet_kernels: `tensors` must begin with x, got None")
+    arch = policy.architecture(x.device)
+
+    def call() -> None:
+        warmup(op, tensors, options, training=training)
+
+    best: dict[str, policy.Tile] = {}
+    with policy.trial() as trial:
+        call()
+        for key, (kind, mode) in dict(trial.asked).items():
+            costs: dict[policy.Tile, float] = {}
+            for tile in dict.fromkeys(rule.tile for rule in policy.TABLES[arch][kind, mode]):
+                trial.tiles[key] = tile
+                costs[tile] = measure(call)
+            best[key] = trial.tiles[key] = min(costs, key=costs.__getitem__)
+    return policy.write_user_table(arch, best)
+
+
+def _not_while_capturing(what: str) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"parnet_kernels: {what} must run before a CUDA graph capture, got a call during one")

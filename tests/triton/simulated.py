@@ -1,0 +1,51 @@
+"""Runs the backend's host code with every launch compiled for sm_80 and executed by the PTX simulator on CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+from unittest import mock
+
+from offline import Launch
+from ptxsim import PtxModule, Result
+from torch import Tensor
+
+from parnet_kernels.triton import launch
+
+T = TypeVar("T")
+
+
+@functools.cache
+def _module(ptx: str) -> PtxModule:
+    return PtxModule(ptx)
+
+
+def run_in_simulator(l: Launch, **options: Any) -> Result:
+    """One launch; raises on any report of the simulator's checks."""
+    compiled = l.compile("sm_80")
+    names = l.source()[1]
+    module = _module(compiled.asm["ptx"])
+    kernel = compiled.metadata.name
+    scratch = len(module.module.functions[kernel].params) - len(names)  # Triton appends pointers that are not used here
+    values = [l.arguments[name] for name in names]
+    return module.launch(
+        kernel,
+        grid=l.grid,
+        block=l.num_warps * 32,
+        args=[v.detach() if isinstance(v, Tensor) else v for v in values] + [None] * scratch,
+        shared_bytes=compiled.metadata.shared,
+        **options,
+    )
+
+
+def simulate(host: Callable[[], T], **options: Any) -> tuple[T, dict[str, Result]]:
+    """(what `host` returns, the counters of each kernel's last launch by name)."""
+    results: dict[str, Result] = {}
+
+    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps: int, num_stages: int) -> None:
+        result = run_in_simulator(Launch(kernel, grid, arguments, num_warps, num_stages), **options)
+        results[f"{kernel.__name__}:{arguments['STAGE']}" if "STAGE" in arguments else kernel.__name__] = result
+
+    with mock.patch.object(launch, "run", run):
+        return host(), results
