@@ -107,40 +107,44 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
   }
 }
 
-// Nine weights per channel are read from memory and expanded to `u`, a.chunk_blocks blocks of channels at a
-// time.
+// Nine weights per channel are read from memory and expanded to `u`: for one row of slots and a.chunk_blocks
+// blocks of channels at a time, which stay in L1 until they are used.
 void multiply_compact(const ConvArgs& a, const TileTable& table, const float* v, int first, int last,
                       float* m, float* u) {
   const PackedHeader& h = *a.packed;
   const int blocks = h.group_blocks;
+  const int64_t panel = int64_t{blocks} * kLanes * 9 * kPanel;
   const float* weights = section<float>(h, h.weight);
   const int lines_per_block = 9 * kLanes * kPanel / 16;
   const int lines = (lines_per_block + table.row_panels - 1) / table.row_panels;
   for (int k = first; k < last; k++) {
-    for (int b = 0; b < blocks; b += a.chunk_blocks) {
-      const int count = least(a.chunk_blocks, blocks - b), channels = count * kLanes;
-      const float* w = weights + (int64_t{k} * blocks + b) * kLanes * 9 * kPanel;
-      const int64_t slot_stride =
-          int64_t{channels} * kPanel + 16;  // 16: no power of two between the matrices
-      expand(w, channels, u, slot_stride, h.stride, a.few_slots);
-      const float* next = w + int64_t{channels} * 9 * kPanel;
-      int fetching = (lines_per_block + lines - 1) / lines;
-      for (int i = 0; i < table.num_uses; i++) {
-        const MatrixUse& use = table.uses[i];
-        const int row_panels = (use.rows + kMaxRows - 1) / kMaxRows;
-        const float* vb =
-            v + use.first_panel * a.panel_pitch + (int64_t{k % h.groups} * blocks + b) * kRowPitch;
-        float* mb = m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel;
-        const int now = fetching > 0 ? fetching : 0;
-        if (b == 0) {
-          multiply_use<false>(vb, a.panel_pitch, u + use.slot * slot_stride, mb, use.rows, count, next, lines,
-                              now);
-        } else {
-          multiply_use<true>(vb, a.panel_pitch, u + use.slot * slot_stride, mb, use.rows, count, next, lines,
-                             now);
+    const float* vk = v + int64_t{k % h.groups} * blocks * kRowPitch;
+    float* mk = m + int64_t{k - first} * table.m_rows * kPanel;
+    const float* next = weights + (k + 1 < h.panels ? k + 1 : k) * panel;
+    int64_t lines_left = panel / 16;
+    for (int from = 0, to; from < table.num_uses; from = to) {
+      const int row = table.uses[from].slot / kSlots;
+      for (to = from; to < table.num_uses && table.uses[to].slot / kSlots == row;) to++;
+      for (int b = 0; b < blocks; b += a.chunk_blocks) {
+        const int count = least(a.chunk_blocks, blocks - b), channels = count * kLanes;
+        const int64_t slot_stride = int64_t{channels} * kPanel;
+        expand(weights + k * panel + int64_t{b} * kLanes * 9 * kPanel, channels, u, slot_stride, h.stride,
+               a.few_slots, row);
+        for (int i = from; i < to; i++) {
+          const MatrixUse& use = table.uses[i];
+          const int row_panels = (use.rows + kMaxRows - 1) / kMaxRows;
+          const int fetching = lines_left >= int64_t{lines} * count * row_panels ? row_panels : 0;
+          const float* vb = vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch;
+          const float* w = u + use.slot % kSlots * slot_stride;
+          float* mb = mk + use.first_row * kPanel;
+          if (b == 0) {
+            multiply_use<false>(vb, a.panel_pitch, w, mb, use.rows, count, next, lines, fetching);
+          } else {
+            multiply_use<true>(vb, a.panel_pitch, w, mb, use.rows, count, next, lines, fetching);
+          }
+          next += int64_t{16} * lines * count * fetching;
+          lines_left -= int64_t{lines} * count * fetching;
         }
-        next += int64_t{16} * lines * count * least(now, row_panels);
-        fetching -= row_panels;
       }
     }
   }

@@ -129,10 +129,10 @@ struct Strided {
 struct Kernels {
   const char* name;
   int32_t lanes, max_rows;
-  // 3x3 weights of one panel, [channel][9][2*lanes] -> [slot][channel][2*lanes] with `slot_stride` floats
-  // between slots.
+  // 3x3 weights of one panel, [channel][9][2*lanes], to the slots of one row, [slot][channel][2*lanes] with
+  // `slot_stride` floats between slots.
   void (*expand)(const float* compact, int channels, float* full, int64_t slot_stride, int stride,
-                 int few_slots);
+                 int few_slots, int row);
   // Input transform of blocks [first, last) of the layer's block list.
   void (*transform)(const ConvArgs&, const TileBlock&, int first, int last, float* v);
   // Products, output transform and epilogue for panels [first, last) of one block of tiles.

@@ -154,7 +154,10 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
     for (int64_t c = 0; c < channels; c += lanes) {
       std::fill_n(raw, lanes * 9 * panel, 0.f);
       taps(raw, c, c + lanes);
-      k.expand(raw, lanes, full + c * panel, channels * panel, h.stride, false);
+      for (int row = 0; row < kSlots; row++) {
+        k.expand(raw, lanes, full + (row * kSlots * channels + c) * panel, channels * panel, h.stride, false,
+                 row);
+      }
     }
   });
 }

@@ -10,8 +10,8 @@ namespace {
 // A block of about this many tiles: enough rows to use a weight matrix many times, while the products of a
 // panel (tiles * 36 * 64 bytes) and the rows of one matrix stay in L2.
 constexpr int kBlockTiles = 49;
-// Bytes of expanded weights that should stay in L2 next to the products.
-constexpr int64_t kExpandedBytes = 200 << 10;
+// Bytes of expanded weights, which should stay in L1.
+constexpr int64_t kExpandedBytes = 24 << 10;
 // Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
 // more rows.
 constexpr int64_t kFewOutputs = 128;
@@ -148,14 +148,11 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
     }
   }
   m_floats *= 2;  // panels in flight
-  const int matrices = few_slots ? 16 : kWeightMatrices;
-  const int64_t block_bytes = int64_t{matrices} * k.lanes * 2 * k.lanes * 4;
+  const int64_t block_bytes = int64_t{few_slots ? 4 : kSlots} * k.lanes * 2 * k.lanes * 4;
   const int chunks =
       std::max<int64_t>(1, (g.group_blocks * block_bytes + kExpandedBytes / 2) / kExpandedBytes);
   chunk_blocks = div_up(g.group_blocks, chunks);
-  u_floats = g.storage == Storage::kCompact
-                 ? int64_t{kWeightMatrices} * (int64_t{chunk_blocks} * k.lanes * 2 * k.lanes + 16)
-                 : 0;
+  u_floats = g.storage == Storage::kCompact ? int64_t{kSlots} * chunk_blocks * k.lanes * 2 * k.lanes : 0;
 }
 
 }  // namespace parnet::cpu

@@ -108,7 +108,7 @@ struct Polyphase {
 
 // Three taps -> six slots.
 struct WinogradWeights {
-  static constexpr int kCount = 6;
+  static constexpr int kCount = 6, kSlot[] = {0, 1, 2, 3, 4, 5};
   static PARNET_INLINE void apply(const Vec* g, Vec* o) {
     constexpr float np = 1 / (2 * kP2 * (kP2 - kQ2)), nq = 1 / (2 * kQ2 * (kQ2 - kP2));
     const Vec a = fma(np * kP2, g[2], np * g[0]), b = fma(nq * kQ2, g[2], nq * g[0]);
@@ -121,7 +121,7 @@ struct WinogradWeights {
   }
 };
 struct PolyphaseWeights {
-  static constexpr int kCount = 6;
+  static constexpr int kCount = 6, kSlot[] = {0, 1, 2, 3, 4, 5};
   static PARNET_INLINE void apply(const Vec* g, Vec* o) {
     o[0] = g[0], o[1] = g[0] + g[2], o[2] = g[0] - g[2], o[3] = fma(2.f, g[2], g[0]), o[4] = g[2],
     o[5] = g[1];
@@ -129,43 +129,48 @@ struct PolyphaseWeights {
 };
 // The slots 0, 1, 4, 5 that Polyphase<1> and Polyphase<2> use.
 struct PolyphaseFewWeights {
-  static constexpr int kCount = 4;
+  static constexpr int kCount = 4, kSlot[] = {0, 1, 4, 5};
   static PARNET_INLINE void apply(const Vec* g, Vec* o) {
     o[0] = g[0], o[1] = g[0] + g[2], o[2] = g[2], o[3] = g[1];
   }
 };
 
-// Weights of one panel, [channel][9][kPanel] -> [slot][channel][kPanel]. Writes the slots a scheme uses.
-template <class Scheme>
-void expand_panel(const float* compact, int channels, float* full, int64_t slot_stride) {
+// 3x3 weights of one panel, [channel][9][kPanel], to the slots of one row: [column slot][channel][kPanel].
+template <class Scheme, int Row>
+void expand_row(const float* compact, int channels, float* full, int64_t slot_stride) {
   constexpr int count = Scheme::kCount;
-  constexpr int few[4] = {0, 1, 4, 5};
   for (int c = 0; c < channels; c++, compact += 9 * kPanel, full += kPanel) {
+    PARNET_UNROLL
     for (int half = 0; half < kPanel; half += kLanes) {
-      Vec rows[count][3];
-      PARNET_UNROLL for (int col = 0; col < 3; col++) {
-        Vec g[3], o[count];
-        PARNET_UNROLL for (int row = 0; row < 3; row++) g[row] =
-            load(compact + (3 * row + col) * kPanel + half);
+      Vec row[3], o[count];
+      PARNET_UNROLL
+      for (int col = 0; col < 3; col++) {
+        Vec g[3];
+        PARNET_UNROLL
+        for (int tap = 0; tap < 3; tap++) g[tap] = load(compact + (3 * tap + col) * kPanel + half);
         Scheme::apply(g, o);
-        PARNET_UNROLL for (int i = 0; i < count; i++) rows[i][col] = o[i];
+        row[col] = o[Row];
       }
-      PARNET_UNROLL for (int i = 0; i < count; i++) {
-        Vec o[count];
-        Scheme::apply(rows[i], o);
-        PARNET_UNROLL for (int j = 0; j < count; j++) {
-          const int slot = count == 4 ? few[i] * kSlots + few[j] : i * kSlots + j;
-          store(full + slot * slot_stride + half, o[j]);
-        }
-      }
+      Scheme::apply(row, o);
+      PARNET_UNROLL
+      for (int j = 0; j < count; j++) store(full + Scheme::kSlot[j] * slot_stride + half, o[j]);
     }
   }
 }
 
-void expand(const float* compact, int channels, float* full, int64_t slot_stride, int stride, int few_slots) {
-  if (stride == 1) return expand_panel<WinogradWeights>(compact, channels, full, slot_stride);
-  if (few_slots) return expand_panel<PolyphaseFewWeights>(compact, channels, full, slot_stride);
-  expand_panel<PolyphaseWeights>(compact, channels, full, slot_stride);
+template <class Scheme, int Index = 0>
+void expand_slot(const float* compact, int channels, float* full, int64_t slot_stride, int row) {
+  if constexpr (Index < Scheme::kCount) {
+    if (row == Scheme::kSlot[Index]) return expand_row<Scheme, Index>(compact, channels, full, slot_stride);
+    expand_slot<Scheme, Index + 1>(compact, channels, full, slot_stride, row);
+  }
+}
+
+void expand(const float* compact, int channels, float* full, int64_t slot_stride, int stride, int few_slots,
+            int row) {
+  if (stride == 1) return expand_slot<WinogradWeights>(compact, channels, full, slot_stride, row);
+  if (few_slots) return expand_slot<PolyphaseFewWeights>(compact, channels, full, slot_stride, row);
+  expand_slot<PolyphaseWeights>(compact, channels, full, slot_stride, row);
 }
 
 }  // namespace
