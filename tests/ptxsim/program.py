@@ -406,6 +406,7 @@ class Program:
         handler = HANDLERS.get(opcode.name)
         if handler is None:
             self.fail(f"unknown instruction '{match[1]}'")
+        opcode.check_operands()
         try:
             handler(self, opcode)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:

@@ -34,7 +34,7 @@ const VectorClock* find_known(Machine& m, const Knowledge& k, u32 block) {
 // too.
 bool is_ordered(Context& c, u32 block, int agent, u32 stamp, int self, bool lenient) {
   const SyncState& sync = c.warp->sync;
-  if (block == c.block->number) return agent == self || stamp <= sync.seen.t[agent];
+  if (block == c.block->number) return agent == self || agent == c.warp->id || stamp <= sync.seen.t[agent];
   const VectorClock* known = find_known(*c.machine, sync.acquired, block);
   if (known && stamp <= known->t[agent]) return true;
   known = lenient ? find_known(*c.machine, sync.pending, block) : nullptr;

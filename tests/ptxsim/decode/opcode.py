@@ -15,6 +15,25 @@ T = TypeVar("T")
 Handler = Callable[["Program", "Opcode"], object]
 HANDLERS: dict[str, Handler] = {}
 
+# How many operands an instruction has, where its decoder does not find out by itself
+_UNARY = "not cnot abs neg popc clz brev bfind ex2 lg2 rcp rsqrt sqrt sin cos tanh mov cvta testp isspacep movmatrix"
+_BINARY = "add sub addc subc mul mul24 div rem and or xor shl shr copysign bmsk szext"
+_TERNARY = "mad madc mad24 fma bfe sad fns shf prmt dp4a dp2a selp slct"
+OPERANDS = {
+    **dict.fromkeys(_UNARY.split(), (2,)),
+    **dict.fromkeys(_BINARY.split(), (3,)),
+    **dict.fromkeys(_TERNARY.split(), (4,)),
+    **dict.fromkeys(("min", "max", "setp", "set"), (3, 4)),
+    **dict.fromkeys(("ld", "ldu", "st", "ldmatrix", "stmatrix", "brx", "elect"), (2,)),
+    **dict.fromkeys(("bfi", "shfl"), (5,)),
+    "lop3": (5, 6),
+    "bra": (1,),
+    "vote": (2, 3),
+    "match": (3,),
+    "redux": (3,),
+    "mma": (4,),
+}
+
 NARROW_FLOATS = {"e4m3", "e5m2"}  # types of matrix operands only
 
 
@@ -38,6 +57,14 @@ class Opcode:
         self.fail = fail
         self.types = [m for m in self.modifiers if m in TYPE_SIZE or m in NARROW_FLOATS]
         self.unused = [m for m in self.modifiers if m not in self.types]
+
+    def check_operands(self) -> None:
+        count = len(self.args) - ("L2::cache_hint" in self.modifiers)
+        wanted = OPERANDS.get(self.name)
+        if self.name == "shfl" and "sync" not in self.modifiers:
+            wanted = (4,)
+        if wanted and count not in wanted:
+            self.fail(f"'{self.text}' has {count} operands, not {' or '.join(map(str, wanted))}")
 
     @property
     def type(self) -> str:
