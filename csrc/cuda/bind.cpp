@@ -1,71 +1,76 @@
-// Binds the CUDA launchers to the operators of schemas.inc: device guard, current stream, outputs. No CUDA header here.
+// Binds the player of programs to the operators of schemas.inc: device guard, current stream, addresses. No
+// CUDA header.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
+#include <string>
+#include <vector>
 
-#include "gate.h"
+#include "kernels.h"
+#include "launch.h"
+#include "layer.h"
+#include "policy.h"
 
 namespace {
 
+namespace cuda = parnet::cuda;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-parnet::cuda::DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return parnet::cuda::DType::f32;
-    case ScalarType::Half: return parnet::cuda::DType::f16;
-    case ScalarType::BFloat16: return parnet::cuda::DType::bf16;
-    default: STD_TORCH_CHECK(false, "`x` must be float32, float16 or bfloat16");
+void play(const std::vector<Tensor>& buffers, const Tensor& program) {
+  STD_TORCH_CHECK(program.is_cpu() && program.is_contiguous() && program.scalar_type() == ScalarType::Byte,
+                  "`program` must be a contiguous uint8 CPU tensor");
+  STD_TORCH_CHECK(!buffers.empty() && buffers[0].is_cuda(), "`buffers` must be CUDA tensors");
+  const auto device = buffers[0].get_device_index();
+  std::vector<cuda::Buffer> spans;
+  for (const Tensor& b : buffers) {
+    STD_TORCH_CHECK(b.is_cuda() && b.get_device_index() == device,
+                    "`buffers` must be on one CUDA device, cuda:", device);
+    int64_t last = 0;
+    for (int64_t d = 0; d < b.dim(); d++) last += (b.size(d) - 1) * b.stride(d);
+    const int64_t bytes = b.numel() == 0 ? 0 : (last + 1) * static_cast<int64_t>(b.element_size());
+    spans.push_back({static_cast<char*>(const_cast<void*>(b.const_data_ptr())), bytes});
   }
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+  const std::string error = cuda::play(static_cast<const uint8_t*>(program.const_data_ptr()), program.numel(),
+                                       spans.data(), static_cast<int64_t>(spans.size()),
+                                       [&](const cuda::Launch& l) { return cuda::launch(l, stream); });
+  STD_TORCH_CHECK(error.empty(), "parnet_kernels: ", error);
 }
 
-Tensor pooled_gate(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.dim() == 4, "`x` must have 4 dimensions [N, C, H, W], got ", x.dim());
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1), "`weight` must be [K, C = ", x.size(1), "]");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "`weight` must have the dtype of `x`");
-  STD_TORCH_CHECK(weight.is_contiguous(), "`weight` must be contiguous");
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous(),
-                    "`bias` must be [K = ", weight.size(0), "] and contiguous");
-    STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "`bias` must have the dtype of `x`");
-  }
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int64_t n = x.size(0), c = x.size(1), k = weight.size(0);
-  Tensor gate = torch::stable::new_empty(x, {n, k});
-  Tensor mean = torch::stable::new_empty(x, {n, c}, ScalarType::Float);
-  const parnet::cuda::PooledGate call{
-      .dtype = dtype_of(x),
-      .x = x.const_data_ptr(),
-      .weight = weight.const_data_ptr(),
-      .bias = bias ? bias->const_data_ptr() : nullptr,
-      .mean = static_cast<float*>(mean.mutable_data_ptr()),
-      .gate = gate.mutable_data_ptr(),
-      .n = n,
-      .c = c,
-      .h = x.size(2),
-      .w = x.size(3),
-      .k = k,
-      .stride_n = x.stride(0),
-      .stride_c = x.stride(1),
-      .stride_h = x.stride(2),
-      .stride_w = x.stride(3),
-  };
-  const auto stream = torch::stable::accelerator::getCurrentStream(x.get_device_index());
-  const char* error = parnet::cuda::pooled_gate(call, stream.nativeHandle());
-  STD_TORCH_CHECK(error == nullptr, "parnet::_cuda_pooled_gate on [", n, ", ", c, ", ", x.size(2), ", ", x.size(3),
-                  "] failed: ", error ? error : "");
-  return gate;
+std::string info() { return PARNET_CUDA_ARCHS; }
+
+// The order of cuda_plan.Policy.
+std::vector<int64_t> policy(int64_t architecture) {
+  std::vector<int64_t> values = {cuda::stages(static_cast<int>(architecture)),
+                                 cuda::kThreads,
+                                 cuda::kSlotBytes,
+                                 cuda::weight_stage_bytes(),
+                                 cuda::kStaticSharedBytes,
+                                 cuda::kColumns,
+                                 cuda::kMaxLayers,
+                                 cuda::kMaxBatch,
+                                 cuda::kStemRows,
+                                 cuda::kStemCols,
+                                 cuda::kEnterPixels};
+  for (const cuda::TileShape& t : cuda::kTiles)
+    values.insert(values.end(), {t.rows, t.max_slots, t.any_stride});
+  return values;
 }
 
-std::string cuda_info() { return PARNET_CUDA_ARCHS; }
+// Sizes of the structs that cuda_program.py mirrors, and the kernels' names.
+std::vector<int64_t> layout() {
+  return {sizeof(cuda::LayerCall), sizeof(cuda::LevelCall), sizeof(cuda::StemCall), sizeof(cuda::EnterCall),
+          sizeof(cuda::ClassifierCall)};
+}
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(parnet, CUDA, m) { m.impl("_cuda_pooled_gate", TORCH_BOX(&pooled_gate)); }
-
 STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) {
-  m.impl("_cuda_info", TORCH_BOX(&cuda_info));
+  m.impl("_cuda_play", TORCH_BOX(&play));
+  m.impl("_cuda_info", TORCH_BOX(&info));
+  m.impl("_cuda_policy", TORCH_BOX(&policy));
+  m.impl("_cuda_layout", TORCH_BOX(&layout));
 }

@@ -1,0 +1,95 @@
+// The gate's logits of a tile's 64 output channels over the tile's share of the input channels: means are the
+// producers' sums, added here in order, while the first pipeline stages are on their way.
+#pragma once
+#include "layer.h"
+#include "math.cuh"
+#include "policy.h"
+
+namespace parnet::cuda {
+
+struct GateScratch {
+  float4 sums[4][32];  // [warp][four channels]
+  float logits[kColumns];
+};
+
+__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
+
+template <class T>
+struct GateVector;  // 16 bytes of gate weights times the channels' sums
+template <>
+struct GateVector<float> {
+  static __device__ __forceinline__ float dot(uint4 w, const float4 (&m)[1]) {
+    const float4 v = reinterpret_cast<const float4&>(w);
+    return v.x * m[0].x + v.y * m[0].y + v.z * m[0].z + v.w * m[0].w;
+  }
+};
+template <class T>
+struct GateVector16 {
+  static __device__ __forceinline__ float dot(uint4 w, const float4 (&m)[2]) {
+    const float4 a = load4(reinterpret_cast<const T*>(&w)), b = load4(reinterpret_cast<const T*>(&w) + 4);
+    return a.x * m[0].x + a.y * m[0].y + a.z * m[0].z + a.w * m[0].w + b.x * m[1].x + b.y * m[1].y +
+           b.z * m[1].z + b.w * m[1].w;
+  }
+};
+template <>
+struct GateVector<__half> : GateVector16<__half> {};
+template <>
+struct GateVector<__nv_bfloat16> : GateVector16<__nv_bfloat16> {};
+
+// A pass is four chunks: 16 lanes a row of gate weights, 16 bytes each; two rows a warp at a time.
+template <class T>
+__device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int group, int group_tile,
+                                            int first_chunk, int last_chunk, GateScratch& scratch) {
+  constexpr int kLaneChannels = 16 / sizeof(T), kChunkChannels = kChunkBytes / sizeof(T);
+  constexpr int kPassChannels = 16 * kLaneChannels, kQuads = kLaneChannels / 4, kRows = kColumns / 8;
+  const int lane = lane_id(), warp = threadIdx.x / 32, part = lane & 15;
+  const int row_channels = p.chunks * kChunkChannels;
+  const int32_t* table = p.chunk_table + group * p.chunks;
+  const T* weight = static_cast<const T*>(p.gate_weight) +
+                    (static_cast<int64_t>(group_tile) * kColumns + warp * 2 + (lane >> 4)) * row_channels;
+  float logit[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; r++) logit[r] = 0.0f;
+  for (int chunk = first_chunk; chunk < last_chunk; chunk += 4) {
+    const int channel = lane * 4, of_chunk = chunk + channel / kChunkChannels;
+    float4 sum = make_float4(0, 0, 0, 0);
+    if (channel < kPassChannels && of_chunk < last_chunk) {
+      const int entry = __ldg(table + of_chunk);
+      const Input& in = p.in[entry >> kSourceShift];
+      const float* s = in.sums + static_cast<int64_t>(image) * in.sum_tiles * in.pitch +
+                       (entry & ((1 << kSourceShift) - 1)) + channel % kChunkChannels;
+#pragma unroll 4
+      for (int t = warp; t < in.sum_tiles; t += 4)
+        add(sum, __ldcg(reinterpret_cast<const float4*>(s + static_cast<int64_t>(t) * in.pitch)));
+    }
+    uint4 w[kRows];
+    const int from = chunk * kChunkChannels + part * kLaneChannels;
+#pragma unroll
+    for (int r = 0; r < kRows; r++)
+      w[r] = from < last_chunk * kChunkChannels
+                 ? __ldg(reinterpret_cast<const uint4*>(weight + static_cast<int64_t>(r) * 8 * row_channels +
+                                                        from))
+                 : make_uint4(0, 0, 0, 0);
+    if (chunk != first_chunk) __syncthreads();  // the sums of the last pass have been read
+    // Of two quads that one lane needs, the first ones of all lanes come first: reads without bank conflicts.
+    scratch.sums[warp][kQuads == 2 ? ((lane & 1) << 4) + (lane >> 1) : lane] = sum;
+    __syncthreads();
+    float4 total[kQuads];
+#pragma unroll
+    for (int i = 0; i < kQuads; i++) {
+      total[i] = scratch.sums[0][16 * i + part];
+#pragma unroll
+      for (int k = 1; k < 4; k++) add(total[i], scratch.sums[k][16 * i + part]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; r++) logit[r] += GateVector<T>::dot(w[r], total);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+#pragma unroll
+    for (int lanes = 8; lanes > 0; lanes /= 2) logit[r] += __shfl_xor_sync(~0u, logit[r], lanes);
+    if (part == 0) scratch.logits[warp * 2 + (lane >> 4) + r * 8] = logit[r] * p.out.inverse_area;
+  }
+}
+
+}  // namespace parnet::cuda

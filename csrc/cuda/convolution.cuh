@@ -1,0 +1,343 @@
+// One tile of a 3x3 convolution as an implicit matrix product, with everything a ParNet layer does after it.
+//
+// The halo of the tile is loaded once for each 64-byte chunk of channels; the 9 taps read it at shifted
+// addresses. Columns of a stride-2 halo lie even ones first, so that the taps are constant shifts there too.
+// Warps: 2 halves of the columns times 2 K groups, each with one 32-byte half of every chunk.
+#pragma once
+#include <utility>
+
+#include "channel_gate.cuh"
+#include "epilogue.cuh"
+
+namespace parnet::cuda {
+
+#if defined(__CUDA_ARCH__)
+constexpr int kStages = stages(__CUDA_ARCH__ / 10);
+#else
+constexpr int kStages = 3;
+#endif
+
+struct Scratch {
+  GateScratch gate;
+  ColumnTerms terms;
+  int is_last;
+};
+static_assert(sizeof(Scratch) <= kStaticSharedBytes);
+
+extern __shared__ __align__(128) unsigned char dynamic_shared[];
+
+// Where a block works.
+struct Place {
+  int split, tile, column_tile, group, group_tile, image, image_tile, first_chunk, last_chunk, row, col;
+
+  __device__ __forceinline__ Place(const LayerCall& p, int block) {
+    split = block % p.splits;
+    tile = block / p.splits;
+    column_tile = tile % p.column_tiles;
+    int rest = tile / p.column_tiles;
+    group = rest % p.groups;
+    rest /= p.groups;
+    const int tiles = p.out.tiles_down * p.out.tiles_across;
+    image_tile = rest % tiles;
+    image = rest / tiles;
+    group_tile = group * p.column_tiles + column_tile;
+    first_chunk = split * p.chunks / p.splits;
+    last_chunk = (split + 1) * p.chunks / p.splits;
+    row = image_tile / p.out.tiles_across * p.tile_rows;
+    col = image_tile % p.out.tiles_across * p.tile_cols;
+  }
+};
+
+template <class M, int kShape>
+struct Tile {
+  using T = typename M::T;
+  static constexpr TileShape kTile = kTiles[kShape];
+  static constexpr int kFragments = kTile.rows / 16;
+  static constexpr int kWeightBytes = weight_stage_bytes();
+  static constexpr int kSlotRounds = (kTile.max_slots + 31) / 32;
+  static constexpr int kLaneChannels = 16 / sizeof(T);
+  static constexpr int kKept = 2;  // of a warp's 4 column fragments, after the exchange between K groups
+
+  const LayerCall& p;
+  Scratch& scratch;
+  const Place place;
+  const uint32_t weights = shared_address(dynamic_shared), halo = weights + kStages * kWeightBytes;
+  const int warp = threadIdx.x / 32, column_half = warp & 1, k_group = warp >> 1;
+  float acc[kFragments][4][4];
+
+  __device__ __forceinline__ Tile(const LayerCall& call, Scratch& s, int block)
+      : p(call), scratch(s), place(p, block) {}
+
+  __device__ __forceinline__ int stride() const { return kTile.any_stride ? p.stride : 1; }
+  // Row of the tile that output pixel m lies in; exact for rows * columns < 2^16.
+  __device__ __forceinline__ int row_of(int m) const { return (m * (65536 / p.tile_cols + 1)) >> 16; }
+
+  __device__ void run() {
+    allow_dependents();
+    prefetch_weights();
+    multiply();
+    wait_copies<0>();
+    __syncthreads();
+    float4 sums[kFragments][kKept];
+    exchange(sums);
+    float logit = threadIdx.x < kColumns ? scratch.gate.logits[threadIdx.x] : 0.0f;
+    if (p.splits > 1 && !add_splits(sums, logit)) return;
+    if (threadIdx.x < kColumns) set_column<M>(scratch.terms, p.out, place.group_tile, threadIdx.x, logit);
+    __syncthreads();
+    finish(sums);
+  }
+
+  // Into L2, past what the first stages load, before the producer is waited for; one block of those that
+  // share them.
+  __device__ __forceinline__ void prefetch_weights() const {
+#if __CUDA_ARCH__ >= 900
+    if (place.image_tile == 0 && place.image == 0) {
+      const char* from = weight_source();
+      const int bytes = 3 * (place.last_chunk - place.first_chunk) * kWeightBytes;
+      for (int i = (kStages - 1) * kWeightBytes + threadIdx.x * 128; i < bytes; i += kThreads * 128)
+        prefetch_l2(from + i);
+    }
+#endif
+  }
+
+  __device__ __forceinline__ const char* weight_source() const {
+    return static_cast<const char*>(p.weight) +
+           (static_cast<int64_t>(place.group_tile) * p.chunks + place.first_chunk) * (3 * kWeightBytes);
+  }
+
+  template <int... kRound>
+  static __device__ __forceinline__ void copy_weights(uint32_t to, const char* from,
+                                                      std::integer_sequence<int, kRound...>) {
+    (copy_async<kRound * 16 * kThreads, kRound * 16 * kThreads>(to, from), ...);
+  }
+
+  // `x` is the lane's part of the chunk in the image's first pixel.
+  template <int... kRound>
+  static __device__ __forceinline__ void copy_pixels(uint32_t to, uint64_t x, const int (&pixel)[kSlotRounds],
+                                                     int pitch, std::integer_sequence<int, kRound...>) {
+    ((pixel[kRound] >= 0
+          ? copy_async<kRound * 32 * kSlotBytes>(
+                to, reinterpret_cast<const void*>(x + static_cast<int64_t>(pixel[kRound]) * pitch))
+          : void()),
+     ...);
+  }
+
+  __device__ __forceinline__ void multiply() {
+    const int part = threadIdx.x & 3, first_slot = threadIdx.x >> 2;  // four threads a pixel, 16 bytes each
+    const int halo_bytes = p.slots * kSlotBytes;
+    int pixel[kSlotRounds];  // in the image, or -1
+#pragma unroll
+    for (int j = 0; j < kSlotRounds; j++) {
+      const int slot = first_slot + 32 * j, r = slot / p.slot_pitch, q = slot - r * p.slot_pitch;
+      const bool even = !kTile.any_stride || stride() == 1 || q < p.odd_columns;
+      const int column = stride() == 1 ? q : even ? 2 * q : 2 * (q - p.odd_columns) + 1;
+      const int ih = place.row * stride() + r - 1, iw = place.col * stride() + column - 1;
+      const bool inside = slot < p.slots && column < stride() * (p.tile_cols - 1) + 3 && ih >= 0 &&
+                          ih < p.h && iw >= 0 && iw < p.w;
+      pixel[j] = inside ? ih * p.w + iw : -1;
+      if (!inside && slot < p.slots) {  // the padding, once: no copy writes there
+        unsigned char* to = dynamic_shared + kStages * kWeightBytes + slot * kSlotBytes + part * 16;
+        *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(to + halo_bytes) = make_uint4(0, 0, 0, 0);
+      }
+    }
+
+    const char* weight = weight_source() + threadIdx.x * 16;
+    uint32_t weight_to = weights + threadIdx.x * 16;
+    const uint32_t weight_end = weight_to + kStages * kWeightBytes;
+    auto load_weights = [&] {
+      copy_weights(weight_to, weight, std::make_integer_sequence<int, kWeightBytes / (16 * kThreads)>());
+      weight += kWeightBytes;
+      weight_to += kWeightBytes;
+      if (weight_to == weight_end) weight_to -= kStages * kWeightBytes;
+    };
+    const int32_t* table = p.chunk_table + place.group * p.chunks;
+    const int64_t area = static_cast<int64_t>(p.h) * p.w;
+    const uint32_t halo_to = halo + first_slot * kSlotBytes + part * 16;
+    uint32_t halo_flip = 0;
+    int next_chunk = place.first_chunk, entry = __ldg(table + next_chunk);  // one ahead of its use
+    auto load_halo = [&] {
+      const Input& in = p.in[entry >> kSourceShift];
+      uint64_t x = reinterpret_cast<uint64_t>(static_cast<const T*>(in.x) + place.image * area * in.pitch +
+                                              (entry & ((1 << kSourceShift) - 1)) + part * kLaneChannels);
+      pin(x);
+      copy_pixels(halo_to + halo_flip, x, pixel, in.pitch * static_cast<int>(sizeof(T)),
+                  std::make_integer_sequence<int, kSlotRounds>());
+      halo_flip = halo_bytes - halo_flip;
+      next_chunk++;
+      if (next_chunk < place.last_chunk) entry = __ldg(table + next_chunk);
+    };
+
+    const int chunks = place.last_chunk - place.first_chunk, iterations = 3 * chunks;
+#pragma unroll
+    for (int i = 0; i < kStages - 1; i++) load_weights();  // at most two of the three stages that a chunk has
+    wait_for_producers();
+    load_halo();
+    commit_copies();
+#pragma unroll
+    for (int i = 1; i < kStages - 1; i++) commit_copies();
+    gate_logits<T>(p, place.image, place.group, place.group_tile, place.first_chunk, place.last_chunk,
+                   scratch.gate);
+
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
+    uint32_t a_address[kFragments][M::kRowAddresses];
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int k = 0; k < M::kRowAddresses; k++) {
+        const int m = i * 16 + M::row(k), r = row_of(m), c = m - r * p.tile_cols;
+        const int slot = r < p.tile_rows ? r * stride() * p.slot_pitch + c : 0;
+        a_address[i][k] = halo + slot * kSlotBytes + M::row_byte() + k_group * 32;
+      }
+    uint32_t b_address = weights + column_half * 32 * 64 + M::weight_offset(k_group);
+    pin(b_address);
+    const int row_bytes = p.slot_pitch * kSlotBytes;
+    const int shift1 = kTile.any_stride && stride() == 2 ? p.odd_columns * kSlotBytes : kSlotBytes;
+    const int shift2 = kTile.any_stride && stride() == 2 ? kSlotBytes : 2 * kSlotBytes;
+    uint32_t stage = 0, buffer = 0;
+    for (int chunk = 0; chunk < chunks; chunk++) {
+#pragma unroll
+      for (int kh = 0; kh < 3; kh++) {
+        wait_copies<kStages - 2>();
+        __syncthreads();
+        if (chunk * 3 + kh + kStages - 1 < iterations) {
+          load_weights();
+          if ((kh + kStages - 1) % 3 == 0) load_halo();
+        }
+        commit_copies();
+        const uint32_t from = b_address + stage;
+        const int row_shift = buffer + kh * row_bytes;
+#pragma unroll
+        for (int kw = 0; kw < 3; kw++) {
+          typename M::B b[2];
+#pragma unroll
+          for (int j = 0; j < 2; j++) M::load_b(b[j], from + kw * (kColumns * 64) + j * 1024);
+          const int shift = row_shift + (kw == 0 ? 0 : kw == 1 ? shift1 : shift2);
+#pragma unroll
+          for (int i = 0; i < kFragments; i++) {
+            typename M::A a;
+            M::load_a(a, a_address[i], shift);
+            M::prepare(a);
+#pragma unroll
+            for (int j = 0; j < 4; j++) M::multiply(acc[i][j], a, b[j / 2], j % 2);
+          }
+        }
+        stage = stage == (kStages - 1) * kWeightBytes ? 0 : stage + kWeightBytes;
+      }
+      buffer = halo_bytes - buffer;
+    }
+  }
+
+  // Each K group gives away the sums of two of the four column fragments and adds what it gets to the other
+  // two.
+  __device__ __forceinline__ void exchange(float4 (&sums)[kFragments][kKept]) {
+    float4* area = reinterpret_cast<float4*>(dynamic_shared);
+    const int lane = lane_id();
+    auto place_of = [&](int group, int i, int j) {
+      return (((group * 2 + column_half) * kFragments + i) * kKept + j) * 32 + lane;
+    };
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int j = 0; j < kKept; j++) {
+        const float (&low)[4] = acc[i][j];
+        const float (&high)[4] = acc[i][j + kKept];
+        const float4 a = make_float4(low[0], low[1], low[2], low[3]),
+                     b = make_float4(high[0], high[1], high[2], high[3]);
+        sums[i][j] = k_group == 0 ? a : b;
+        area[place_of(k_group ^ 1, i, j)] = k_group == 0 ? b : a;
+      }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int j = 0; j < kKept; j++) add(sums[i][j], area[place_of(k_group, i, j)]);
+  }
+
+  // Every split leaves its sums; the block that arrives last adds all of them in the order of the splits, so
+  // the result does not depend on which one that is. False in the others.
+  __device__ __forceinline__ bool add_splits(float4 (&sums)[kFragments][kKept], float& logit) {
+    constexpr int kVectorsPerThread = kFragments * kKept;
+    float4* partial = reinterpret_cast<float4*>(p.partial) +
+                      static_cast<int64_t>(place.tile) * p.splits * (kVectorsPerThread * kThreads) +
+                      threadIdx.x;
+    float* logits = p.partial_logits + static_cast<int64_t>(place.tile) * p.splits * kColumns + threadIdx.x;
+    float4* mine = partial + static_cast<int64_t>(place.split) * (kVectorsPerThread * kThreads);
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int j = 0; j < kKept; j++) __stcg(mine + (i * kKept + j) * kThreads, sums[i][j]);
+    if (threadIdx.x < kColumns) __stcg(logits + place.split * kColumns, logit);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const unsigned before = atomicAdd(p.arrivals + place.tile, 1u);
+      scratch.is_last = before + 1 == static_cast<unsigned>(p.splits);
+      if (scratch.is_last) p.arrivals[place.tile] = 0;  // for the next launch
+      __threadfence();
+    }
+    __syncthreads();
+    if (!scratch.is_last) return false;
+    logit = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int j = 0; j < kKept; j++) sums[i][j] = make_float4(0, 0, 0, 0);
+    for (int s = 0; s < p.splits; s++) {
+      const float4* theirs = partial + static_cast<int64_t>(s) * (kVectorsPerThread * kThreads);
+#pragma unroll
+      for (int i = 0; i < kFragments; i++)
+#pragma unroll
+        for (int j = 0; j < kKept; j++) add(sums[i][j], __ldcg(theirs + (i * kKept + j) * kThreads));
+      if (threadIdx.x < kColumns) logit += __ldcg(logits + s * kColumns);
+    }
+    return true;
+  }
+
+  // Weights are packed so that a lane's sums in two fragments are four adjacent channels.
+  __device__ __forceinline__ void finish(const float4 (&sums)[kFragments][kKept]) {
+    const int lane = lane_id(), column = column_half * 32 + k_group * 16 + 4 * (lane & 3);
+    LaneEpilogue<M> epilogue(p.out, scratch.terms, place.group, place.group_tile,
+                             place.column_tile * kColumns, column);
+    if (epilogue.stored) {
+      const int64_t area = static_cast<int64_t>(p.out.out_h) * p.out.out_w;
+      const T* skip = p.out.flags & kSkip ? static_cast<const T*>(p.in[0].x) + epilogue.first : nullptr;
+#pragma unroll
+      for (int i = 0; i < kFragments; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int m = i * 16 + half * 8 + (lane >> 2), r = row_of(m), oh = place.row + r;
+          const int ow = place.col + m - r * p.tile_cols;
+          if (r >= p.tile_rows || oh >= p.out.out_h || ow >= p.out.out_w) continue;
+          const int64_t at = place.image * area + oh * p.out.out_w + ow;
+          const float4 a = sums[i][0], b = sums[i][1];
+          epilogue.store(half ? make_float4(a.z, a.w, b.z, b.w) : make_float4(a.x, a.y, b.x, b.y), at,
+                         skip ? skip + at * p.in[0].pitch : nullptr);
+        }
+    }
+    epilogue.add_lanes();
+    if (p.out.sums && epilogue.stored && lane < 4)
+      epilogue.store_sums(static_cast<int64_t>(place.image) * p.out.tiles_down * p.out.tiles_across +
+                          place.image_tile);
+  }
+};
+
+template <class M>
+__device__ __forceinline__ void run_level(const LevelCall& call) {
+  __shared__ Scratch scratch;
+  const int block = blockIdx.x;
+  int layer = 0;
+  while (layer + 1 < call.layers && block >= call.layer[layer + 1].first_block) layer++;
+  const LayerCall& p = call.layer[layer];
+  if constexpr (!M::kExact) {  // the exact kernel multiplies on the 64-row tile only: 112 rows spill
+    if (p.tile == 0) return Tile<M, 0>(p, scratch, block - p.first_block).run();
+  }
+  Tile<M, 1>(p, scratch, block - p.first_block).run();
+}
+
+}  // namespace parnet::cuda

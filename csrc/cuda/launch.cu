@@ -1,0 +1,97 @@
+#include <atomic>
+
+#include "kernels.h"
+#include "launch.h"
+#include "policy.h"
+
+namespace parnet::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+struct Kernels {
+  const void* address[kKernels];
+  Kernels() {
+    const KernelTable tables[kMaths] = {kernels_f16(), kernels_bf16(), kernels_tf32(), kernels_f32()};
+    for (int math = 0; math < kMaths; math++) {
+      // Maps have a type, not an arithmetic: tf32 and f32 share float's.
+      const KernelTable& t = tables[math];
+      const KernelTable& maps =
+          tables[math == static_cast<int>(Math::tf32) ? static_cast<int>(Math::f32) : math];
+      address[static_cast<int>(Kind::level) * kMaths + math] = t.level;
+      address[static_cast<int>(Kind::stem) * kMaths + math] = t.stem;
+      address[static_cast<int>(Kind::enter) * kMaths + math] = maps.enter;
+      address[static_cast<int>(Kind::classifier) * kMaths + math] = maps.classifier;
+    }
+  }
+};
+
+struct Device {
+  std::atomic<int> architecture{0};
+  std::atomic<int> shared[kKernels]{};  // dynamic shared memory that the kernel has been allowed
+};
+
+cudaError_t prepare(Device& device, int index, const void* kernel, const Launch& l) {
+  if (device.architecture.load(std::memory_order_relaxed) == 0) {
+    int major = 0, minor = 0;
+    if (const auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
+    if (const auto e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
+    device.architecture.store(10 * major + minor, std::memory_order_relaxed);
+  }
+  // Only ever raised: two threads that race set one of two sufficient values, and the lower one is raised
+  // again.
+  auto& allowed = device.shared[l.kernel];
+  if (static_cast<int>(l.shared) > allowed.load(std::memory_order_relaxed)) {
+    int most = 0;
+    if (const auto e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index))
+      return e;
+    cudaFuncAttributes attributes;
+    if (const auto e = cudaFuncGetAttributes(&attributes, kernel)) return e;
+    const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
+    if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic))
+      return e;
+    if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                            cudaSharedmemCarveoutMaxShared))
+      return e;
+    allowed.store(dynamic, std::memory_order_relaxed);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t start(const Launch& l, cudaStream_t stream) {
+  static const Kernels kernels;
+  static Device devices[kMaxDevices];
+  int index = 0;
+  if (const auto e = cudaGetDevice(&index)) return e;
+  if (l.kernel < 0 || l.kernel >= kKernels || index >= kMaxDevices) return cudaErrorInvalidValue;
+  const void* kernel = kernels.address[l.kernel];
+  if (const auto e = prepare(devices[index], index, kernel, l)) return e;
+  cudaLaunchAttribute attribute[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(l.grid);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = l.shared;
+  config.stream = stream;
+  config.attrs = attribute;
+  if (l.flags & kCooperative) {
+    attribute[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attribute[config.numAttrs++].val.cooperative = 1;
+  }
+  if ((l.flags & kDependent) && devices[index].architecture.load(std::memory_order_relaxed) >= 90) {
+    attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  void* arguments[] = {const_cast<void*>(l.arguments)};
+  return cudaLaunchKernelExC(&config, kernel, arguments);
+}
+
+}  // namespace
+
+const char* launch(const Launch& l, void* stream) {
+  cudaError_t error = start(l, static_cast<cudaStream_t>(stream));
+  if (const cudaError_t last = cudaGetLastError(); error == cudaSuccess)
+    error = last;  // reading it clears it
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace parnet::cuda

@@ -1,0 +1,94 @@
+// What the kernels are told: plain data, written by parnet_kernels/cuda_program.py (ctypes mirrors of these
+// structs), passed by value. Maps are NHWC with padded channels; a padded channel holds zero.
+#pragma once
+#include <cstdint>
+
+namespace parnet::cuda {
+
+constexpr int kMaxLayers = 4;     // in one launch
+constexpr int kSourceShift = 30;  // a chunk: first channel | source << kSourceShift
+constexpr int kVectors = 6;       // bias, gate bias, skip scale, skip shift, output scale, output shift
+
+enum LayerFlags : int32_t { kSkip = 1, kReLU = 2, kVectorStore = 4 };
+
+// Where a layer's result goes: channel i of group g to g * group_step + i * channel_step.
+struct Output {
+  void* y;               // [N][out_h][out_w][pitch]
+  float* sums;           // [N][tiles of an image][pitch] of the stored values, or null
+  const float* vectors;  // [group][column tile][kVectors][64]
+  int32_t pitch, width;  // width: channels stored for a group
+  int32_t group_step, channel_step;
+  int32_t out_h, out_w;
+  int32_t tiles_down, tiles_across;
+  int32_t flags;
+  float inverse_area;  // of the inputs: what their sums are multiplied with
+};
+
+struct Input {
+  const void* x;      // [N][h][w][pitch]
+  const float* sums;  // [N][sum_tiles][pitch]
+  int32_t pitch, sum_tiles;
+};
+
+struct LayerCall {
+  Input in[2];
+  Output out;
+  const void* weight;          // [group][column tile][chunk][9][64 columns][64 bytes], swizzled
+  const void* gate_weight;     // [group][column tile][64 columns][chunks * 64 bytes]
+  const int32_t* chunk_table;  // [group][chunks]
+  float* partial;              // [tile][split][rows * 64 / 512 float4 of each thread]: sums of a split layer
+  float* partial_logits;       // [tile][split][64]
+  uint32_t* arrivals;          // [tile], zero between launches
+  int32_t first_block, tile;
+  int32_t h, w, stride;
+  int32_t groups, column_tiles, chunks, splits;
+  int32_t tile_rows, tile_cols;  // output pixels of a tile
+  int32_t slots, slot_pitch;     // of the halo: all, and from one row to the next
+  int32_t odd_columns;           // stride 2: slot of the first odd column in a row
+};
+
+// A level: independent layers, those with the longest blocks first.
+struct LevelCall {
+  int32_t layers, reserved;
+  LayerCall layer[kMaxLayers];
+};
+
+// A user's map, strides in elements.
+struct Strided {
+  const void* data;
+  int64_t stride[4];
+  int32_t n, c, h, w;
+};
+
+// First layer on the user's image, with the image's channel means in the same (cooperative) launch.
+struct StemCall {
+  Strided image;
+  Output out;
+  const void*
+      weight;  // [column tile][chunk][64 columns][64 bytes], swizzled; products in the order (tap, channel)
+  const float* gate_weight;  // [column tile][channel][64]
+  float* image_sums;         // [N][blocks][C]
+  uint32_t* barrier;         // two counters, zero between launches
+  int32_t stride, column_tiles, chunks, reserved;
+};
+
+// A user's map to NHWC with padded channels, with sums of tiles of kEnterPixels pixels.
+constexpr int kEnterPixels = 64;
+struct EnterCall {
+  Strided in;
+  void* out;    // [N][h][w][pitch], or null: sums only
+  float* sums;  // [N][tiles][pitch]
+  int32_t pitch, tiles;
+};
+
+// y[n][j] = bias[j] + weight[j] . mean[n]; without weight, mean[n][j].
+struct ClassifierCall {
+  const float* sums;   // [n][sum_tiles][pitch]
+  const void* weight;  // [classes][features] or null
+  const void* bias;
+  void* y;  // [n][classes]
+  int32_t n, sum_tiles, pitch, features, classes;
+  float inverse_area;
+};
+
+}  // namespace parnet::cuda

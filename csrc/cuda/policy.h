@@ -1,0 +1,74 @@
+// The tile shapes of the convolution kernels: the one place to tune them. Constants only; read by device
+// code, by the host and, through `_cuda_policy`, by the planner (parnet_kernels/cuda_plan.py), which picks
+// one of them for a layer.
+//
+// Common to all tiles: 4 warps, 2 halves of the columns times 2 halves of each 64-byte channel chunk (K
+// groups); a pipeline stage is one kernel row (3 taps) of one chunk; 64 output channels. Numbers: fp16,
+// counted in the simulator or read off the cubins.
+//
+// Rejected:
+// * im2col tiles (A loaded once a tap) 64x64 and 128x64: 104 and 75 MB requested a ParNet-M level against 42
+// of the halo
+//   tile, matrix instructions 22-23 % of the main loop.
+// * 128 rows: 4 more accumulators a thread spill at 2 blocks a multiprocessor, and 128 divides neither 3136
+// nor 784;
+//   112 divides both.
+// * a compile-time stride in the 64-row tile: one more body to compile for each type; the shifts it saves are
+// 14 integer
+//   additions a stage in layers that are a fifth of the work.
+// * 64-byte pitch with XOR swizzle for the halo: 20 % less shared memory, but every shifted tap needs its own
+// XOR
+//   (matrix instructions 38 % of the main loop instead of half).
+// * 32 output channels: a quarter of the columns of ParNet-S's 96-channel stream saved, but each halo is read
+// twice as
+//   often, and a third body costs a minute of compilation.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PARNET_BOTH __host__ __device__
+#else
+#define PARNET_BOTH
+#endif
+
+namespace parnet::cuda {
+
+constexpr int kThreads = 128;
+constexpr int kColumns = 64;     // output channels of a tile
+constexpr int kChunkBytes = 64;  // of channels of one pixel: 32 of 16 bits, 16 of 32 bits
+constexpr int kSlotBytes = 80;   // a pixel of the halo in shared memory: 5 x 16, so 8 in a row hit all banks
+constexpr int kBlocksPerSm = 2;  // what registers and shared memory must allow
+constexpr int kMaxBatch = 8;     // beyond it throughput counts, not latency
+
+struct TileShape {
+  int rows;       // output pixels
+  int max_slots;  // input pixels with their halo
+  bool any_stride;
+};
+
+// Index = `LayerCall::tile`.
+constexpr TileShape kTiles[] = {
+    {112, 256, false},  // stride 1: 8x14 or 7x16 pixels
+    {64, 320, true},    // stride 2, whose halo is 4.5 times the tile, and small maps
+};
+constexpr int kTileShapes = sizeof(kTiles) / sizeof(kTiles[0]);
+
+// Three stages where a multiprocessor has 164 KB of shared memory or more, two where it has 100 KB (86, 87,
+// 89, 12x).
+PARNET_BOTH constexpr int stages(int architecture) {
+  return architecture / 10 == 12 || (architecture > 80 && architecture < 90) ? 2 : 3;
+}
+
+PARNET_BOTH constexpr int weight_stage_bytes() { return 3 * kColumns * kChunkBytes; }
+
+// Static shared memory of the level kernels (convolution.cuh asserts it).
+constexpr int kStaticSharedBytes = 3200;
+
+// The halves of the sums that the two K groups exchange reuse the pipeline's memory.
+constexpr int exchange_bytes(const TileShape& t) { return t.rows * kColumns * 2; }
+
+// The stem: a small number of input channels, all 9 taps in one reduction.
+constexpr int kStemRows = 8, kStemCols = 16;
+constexpr int kStemReduction = 64;  // at most so many products: 7 channels
+
+}  // namespace parnet::cuda

@@ -1,0 +1,207 @@
+"""How the layers of a level are cut into blocks: tile shape, pixels of a tile, split of the channels, order.
+
+The tile shapes are those compiled into the library (csrc/cuda/policy.h), read through `_cuda_policy`. The choice
+minimises a modelled time of the level; it depends on the GPU's multiprocessors and their shared memory only.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+SPLITS = (1, 2, 3, 4, 6, 8)
+# Units: one output row of a tile in one stage. Estimates, not fitted: a stage's cost besides its products (weights to
+# shared memory, barrier), a block's start and end, and what a split layer pays for leaving and adding partial sums.
+STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 300, 60
+CANDIDATES = 12  # combinations whose schedule is simulated
+
+
+class TileShape(NamedTuple):
+    rows: int
+    max_slots: int
+    any_stride: bool
+
+
+class Policy(NamedTuple):
+    """csrc/cuda/policy.h for one architecture."""
+
+    stages: int
+    threads: int
+    slot_bytes: int
+    weight_stage_bytes: int
+    static_shared: int
+    columns: int
+    max_layers: int
+    max_batch: int
+    stem_rows: int
+    stem_cols: int
+    enter_pixels: int
+    shapes: tuple[TileShape, ...]
+
+
+@functools.cache
+def policy(architecture: int) -> Policy:
+    """architecture: 10·major + minor."""
+    values = list(torch.ops.parnet._cuda_policy(architecture))
+    constants = dict(zip(Policy._fields, values, strict=False))
+    triples = zip(*[iter(values[len(Policy._fields) - 1 :])] * 3, strict=True)
+    return Policy(**{**constants, "shapes": tuple(TileShape(r, s, bool(a)) for r, s, a in triples)})
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What planning depends on."""
+
+    architecture: int
+    multiprocessors: int
+    shared_per_sm: int
+    shared_per_block: int
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> Gpu:
+        p: Any = torch.cuda.get_device_properties(device)
+        return cls(
+            10 * p.major + p.minor,
+            p.multi_processor_count,
+            p.shared_memory_per_multiprocessor,
+            p.shared_memory_per_block_optin,
+        )
+
+
+#: For tests and models; from NVIDIA's tuning guides.
+A100 = Gpu(80, 108, 164 << 10, 163 << 10)
+H100 = Gpu(90, 132, 228 << 10, 227 << 10)
+L4 = Gpu(89, 58, 100 << 10, 99 << 10)
+RTX4090 = Gpu(89, 128, 100 << 10, 99 << 10)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The problem of one layer."""
+
+    n: int
+    h: int
+    w: int
+    stride: int
+    groups: int
+    column_tiles: int
+    chunks: int
+
+    @property
+    def out_h(self) -> int:
+        return (self.h - 1) // self.stride + 1
+
+    @property
+    def out_w(self) -> int:
+        return (self.w - 1) // self.stride + 1
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one layer is cut. Spatial tiles of rows × cols output pixels; a halo of `slots` pixels in shared memory."""
+
+    tile: int
+    rows: int
+    cols: int
+    tiles_down: int
+    tiles_across: int
+    slots: int
+    slot_pitch: int
+    odd_columns: int
+    splits: int
+    shared: int
+
+    @property
+    def image_tiles(self) -> int:
+        return self.tiles_down * self.tiles_across
+
+    def tiles(self, s: Shape) -> int:
+        return s.n * self.image_tiles * s.groups * s.column_tiles
+
+    def blocks(self, s: Shape) -> int:
+        return self.tiles(s) * self.splits
+
+
+def _slot_pitch(cols: int, stride: int) -> tuple[int, bool]:
+    """Slots from one halo row to the next, and whether ldmatrix then reads without bank conflicts: 8 output pixels in
+    a row must lie in 8 slots that differ modulo 8, also across the end of a tile's row.
+    """
+    least = cols + 2 if stride == 1 else 2 * cols + 1
+    for pitch in range(least, least + 8):
+        if cols % 8 == 0 or (stride * pitch - cols) % 8 == 0:
+            return pitch, True
+    return least, False
+
+
+@functools.cache
+def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
+    """The best rows and cols for a tile shape: fewest tiles, then no conflicts, then the smallest halo."""
+    p = policy(gpu.architecture)
+    shape = p.shapes[tile]
+    if s.stride != 1 and not shape.any_stride:
+        return None
+    two_blocks = gpu.shared_per_sm // 2 - 1024 - p.static_shared
+    best: tuple[tuple[int, ...], Tiling] | None = None
+    for cols in range(1, min(-(-s.out_w // 8) * 8, shape.rows) + 1):
+        pitch, free = _slot_pitch(cols, s.stride)
+        for rows in range(1, min(s.out_h, shape.rows // cols) + 1):
+            down, across = -(-s.out_h // rows), -(-s.out_w // cols)
+            halo_rows, halo_cols = s.stride * (rows - 1) + 3, s.stride * (cols - 1) + 3
+            slots = (halo_rows - 1) * pitch + halo_cols
+            exchange = shape.rows * p.columns * 2
+            shared = max(p.stages * p.weight_stage_bytes + 2 * slots * p.slot_bytes, exchange)
+            if slots > shape.max_slots or shared + p.static_shared > gpu.shared_per_block:
+                continue
+            # Two blocks on a multiprocessor are worth more than a few tiles.
+            key = (shared > two_blocks, down * across, not free, halo_rows * halo_cols, slots)
+            if best is None or key < best[0]:
+                odd = cols + 1 if s.stride == 2 else 0
+                best = key, Tiling(tile, rows, cols, down, across, slots, pitch, odd, 1, -(-shared // 128) * 128)
+    return None if best is None else best[1]
+
+
+def block_cost(s: Shape, t: Tiling, p: Policy) -> float:
+    """Modelled duration of the longest block of a layer."""
+    stages = 3 * -(-s.chunks // t.splits)
+    extra = SPLIT_COST * (1 + t.splits) if t.splits > 1 else 0
+    return stages * (p.shapes[t.tile].rows + STAGE_COST) + BLOCK_COST + extra
+
+
+def resident(gpu: Gpu, shared: int) -> int:
+    """Blocks that run at once; registers allow two on a multiprocessor."""
+    p = policy(gpu.architecture)
+    return gpu.multiprocessors * max(1, min(2, gpu.shared_per_sm // (shared + p.static_shared + 1024)))
+
+
+def _makespan(costs: list[tuple[float, int]], slots: int) -> float:
+    """When the last block ends if each free slot takes the next, longest first: (cost, blocks) of each layer."""
+    free = [0.0] * slots
+    for cost, blocks in sorted(costs, reverse=True):
+        for _ in range(blocks):
+            heapq.heapreplace(free, free[0] + cost)
+    return max(free)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tuple[Tiling, ...]:
+    """A tiling for each layer of one launch. exact: float32 kernels, which have the 64-row tile only."""
+    p = policy(gpu.architecture)
+    options: list[list[Tiling]] = []
+    for s in shapes:
+        tilings = [_spatial(s, tile, gpu) for tile in range(int(exact), len(p.shapes))]
+        splits = [k for k in SPLITS if k == 1 or s.chunks >= 2 * k]
+        options.append([replace(t, splits=k) for t in tilings if t is not None for k in splits])
+    ranked = []
+    for choice in itertools.product(*options):
+        costs = [(block_cost(s, t, p), t.blocks(s)) for s, t in zip(shapes, choice, strict=True)]
+        slots = resident(gpu, max(t.shared for t in choice))
+        total, longest = sum(c * b for c, b in costs), max(c for c, _ in costs)
+        ranked.append((max(total / slots, longest) + longest / 4, slots, costs, choice))
+    ranked.sort(key=lambda r: r[0])
+    return min(ranked[:CANDIDATES], key=lambda r: _makespan(r[2], r[1]))[3]

@@ -1,0 +1,20 @@
+// The package's program player with a launcher that reports instead of launching, for tests without CUDA and
+// torch.
+#include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/program.h"
+
+namespace {
+using Report = const char* (*)(int kernel, unsigned grid, unsigned shared, int flags, const void* arguments,
+                               int bytes, const char* label);
+}
+
+extern "C" const char* parnet_play(const uint8_t* program, int64_t size, const parnet::cuda::Buffer* buffers,
+                                   int64_t count, Report report) {
+  static thread_local std::string error;
+  error = parnet::cuda::play(program, size, buffers, count, [&](const parnet::cuda::Launch& l) {
+    return report(l.kernel, l.grid, l.shared, l.flags, l.arguments, l.argument_bytes, l.label.c_str());
+  });
+  return error.c_str();
+}
+
+extern "C" const char* parnet_kernel_name(int kernel) { return parnet::cuda::kKernelNames[kernel]; }
