@@ -66,13 +66,14 @@ def pack(program: Program, args: list, buffers: dict[int, Any], memory: DeviceMe
     packed = np.zeros(max(program.param_bytes, 1), np.uint8)
     for i, param in enumerate(program.entry.params):
         arg = args[i].array if isinstance(args[i], Uninit) else args[i]
-        raw = struct.pack("<Q", memory.address(buffers[i])) if i in buffers else _value(i, param, arg)
+        raw = struct.pack("<Q", memory.address(buffers[i])) if i in buffers else value_bytes(i, param, arg)
         offset = program.param_offset[param.name]
         packed[offset : offset + param.size] = np.frombuffer(raw, np.uint8)
     return packed
 
 
-def _value(index: int, param: Variable, arg: Any) -> bytes:
+def value_bytes(index: int, param: Variable, arg: Any) -> bytes:
+    """The bytes of a number, of a struct (bytes or an array of them), or of None (zeros)."""
     what = _describe(index, param)
     if arg is None:
         return bytes(param.size)

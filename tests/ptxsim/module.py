@@ -37,7 +37,7 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
 
 
-def _three(dim: Dim) -> tuple[int, int, int]:
+def three_dimensions(dim: Dim) -> tuple[int, int, int]:
     values = (dim,) if isinstance(dim, int) else tuple(int(x) for x in dim)
     if not 1 <= len(values) <= 3:
         raise PtxError(f"a grid or block has 1 to 3 dimensions, got {dim}")
@@ -203,13 +203,13 @@ class PtxModule:
 
     def _check_shape(self, program: Program, grid: Dim, block: Dim, max_threads: int) -> tuple:
         kernel, directives = program.entry.name, program.entry.directives
-        grid3, block3 = _three(grid), _three(block)
+        grid3, block3 = three_dimensions(grid), three_dimensions(block)
         threads = block3[0] * block3[1] * block3[2]
         within = all(1 <= n <= most for n, most in zip(grid3 + block3, MAX_GRID + MAX_BLOCK, strict=True))
         if not within or threads > 1024:
             raise PtxError(f"{kernel}: bad launch shape grid={grid3} block={block3}")
         required = directives.get("reqntid")
-        if required and _three(required) != block3:
+        if required and three_dimensions(required) != block3:
             raise PtxError(f"{kernel} requires block {required}, launched with {block3}")
         most = directives.get("maxntid")
         if most and threads > int(np.prod(most)):
