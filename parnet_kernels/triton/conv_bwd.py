@@ -22,7 +22,7 @@ from parnet_kernels.triton.conv_fwd import Convolution, Epilogue, Tiling, split_
 from parnet_kernels.triton.launch import launch
 from parnet_kernels.triton.pack import Sums
 from parnet_kernels.triton.policy import Plan
-from parnet_kernels.triton.tile import convolve, load_channel, load_gate, store_sums, tile_rows, wide
+from parnet_kernels.triton.tile import convolve, gate_tile, load_channel, store_sums, tile_rows, wide
 
 
 @triton.jit
@@ -103,20 +103,19 @@ def conv_se_bwd_kernel(
         offsets = wide(row, INT64)[:, None] * width + n[None, :]
         tl.store(workspace_ptr + part + offsets, acc, mask=inside[:, None])
     else:
+        area = GH * GW
         mask = inside[:, None] & (n < K)[None, :]
         conv = acc + load_channel(bias_ptr, n % GROUPS * (K // GROUPS) + n // GROUPS, n < K)
-        if conv_gate_ptr is not None:
-            s = load_gate(conv_gate_ptr, image, n, inside, gate_pitch, K, PER_IMAGE)
-            t = conv * s
-            factor = conv  # ∂t/∂s
-        else:
-            at = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
-            factor = tl.load(skip_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-            t = conv + factor * load_gate(skip_gate_ptr, image, n, inside, gate_pitch, K, PER_IMAGE)
-            t += load_gate(skip_bias_ptr, image, n, inside, gate_pitch, K, PER_IMAGE)
+        skip = None
+        if skip_ptr is not None:
+            skips = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
+            skip = tl.load(skip_ptr + skips[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        t = gate_tile(
+            conv, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, area, images, gate_pitch, K,
+            BM, PER_IMAGE,
+        )  # fmt: skip
         at = wide(image, INT64) * stride_gn + wide(i, INT64) * stride_gh + wide(j, INT64) * stride_gw
         g = tl.load(g_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
-        area = GH * GW
         quantity = tl.cast(images, tl.int64) * slots * sums_pitch
         if ACTIVATION == "silu":
             sigmoid = tl.sigmoid(t)
@@ -137,12 +136,15 @@ def conv_se_bwd_kernel(
             g *= load_channel(out_scale_ptr, n, n < K)
         d = g * slope
         store_sums(d, sums_ptr, tile, image, n, area, images, tiles_per_image, slots, sums_pitch, BM, PER_IMAGE)
+        if skip_ptr is not None:  # read again: held since then, it would spill
+            factor = tl.load(skip_ptr + skips[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        else:
+            factor = conv  # ∂t/∂gate
         store_sums(
             d * factor, sums_ptr + quantity, tile, image, n, area, images, tiles_per_image, slots, sums_pitch, BM,
             PER_IMAGE
         )  # fmt: skip
-        if conv_gate_ptr is not None:
-            d *= s
+        d = gate_tile(d, None, conv_gate_ptr, None, None, tile, image, n, area, images, gate_pitch, K, BM, PER_IMAGE)
         d = d.to(d_ptr.dtype.element_ty)
         at = (wide(row, INT64) * (w_columns * GROUPS))[:, None]
         if GROUPS == 2:

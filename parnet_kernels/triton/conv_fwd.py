@@ -26,8 +26,8 @@ from parnet_kernels.triton.policy import Plan
 from parnet_kernels.triton.tile import (
     activation_of,
     convolve,
+    gate_tile,
     load_channel,
-    load_gate,
     store_sums,
     tile_rows,
     wide,
@@ -122,15 +122,15 @@ def conv_se_fwd_kernel(
             inside &= (i < OH) & (j < OW)
         if bias_ptr is not None:
             acc += load_channel(bias_ptr, n % GROUPS * (K // GROUPS) + n // GROUPS, n < K)
-        if conv_gate_ptr is not None:
-            acc *= load_gate(conv_gate_ptr, image, n, inside, gate_pitch, K, PER_IMAGE)
+        skip = None
         if skip_ptr is not None:
             at = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
             mask = inside[:, None] & (n < K)[None, :]
             skip = tl.load(skip_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-            acc += skip * load_gate(skip_gate_ptr, image, n, inside, gate_pitch, K, PER_IMAGE)
-        if skip_bias_ptr is not None:
-            acc += load_gate(skip_bias_ptr, image, n, inside, gate_pitch, K, PER_IMAGE)
+        acc = gate_tile(
+            acc, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, GH * GW, images, gate_pitch, K,
+            BM, PER_IMAGE,
+        )  # fmt: skip
         v = activation_of(acc, ACTIVATION)
         if out_scale_ptr is not None:
             v = v * load_channel(out_scale_ptr, n, n < K) + load_channel(out_shift_ptr, n, n < K)

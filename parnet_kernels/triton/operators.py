@@ -59,7 +59,7 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
     return _in_layout_of(x, out.data)
 
 
-def _kernel(
+def triton_backward(
     op: str,
     g: Tensor,
     tensors: list[Tensor | None],
@@ -69,6 +69,7 @@ def _kernel(
     activation: str,
     need: list[bool],
 ) -> list[Tensor]:
+    """The kernel of `parnet::triton_backward`: the needed gradients, in order, each of its tensor's dtype."""
     from parnet_kernels.triton.layers import backward
 
     every = [*tensors, out_scale, out_shift]
@@ -136,5 +137,5 @@ _library.define(
     "triton_backward(str op, Tensor g, Tensor?[] tensors, Tensor? out_scale, Tensor? out_shift, "
     "int stride, str activation, bool[] need) -> Tensor[]"
 )
-_library.impl("triton_backward", _kernel, "CompositeExplicitAutograd")
+_library.impl("triton_backward", triton_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("parnet::triton_backward", _fake, lib=_library)

@@ -208,14 +208,50 @@ def convolve(
 
 
 @triton.jit
-def load_gate(ptr, image, columns, inside, pitch, K, PER_IMAGE: tl.constexpr):
-    """[BM or 1, BN] float32 of a per-image, per-channel array [images, pitch]."""
+def images_of(tile, area, images, BM: tl.constexpr):
+    """First and last image that a tile across images touches."""
+    return tile * BM // area, tl.minimum((tile * BM + BM - 1) // area, images - 1)
+
+
+@triton.jit
+def gate_one(t, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, image, columns, pitch, K):
+    """conv_gate·t + skip_gate·skip + skip_bias with the gates of one image; terms whose pointer is None are left out."""
+    at = image * pitch + columns
+    if conv_gate_ptr is not None:
+        t = t * tl.load(conv_gate_ptr + at, mask=columns < K, other=0.0)[None, :]
+    if skip_gate_ptr is not None:
+        t = t + skip * tl.load(skip_gate_ptr + at, mask=columns < K, other=0.0)[None, :]
+    if skip_bias_ptr is not None:
+        t = t + tl.load(skip_bias_ptr + at, mask=columns < K, other=0.0)[None, :]
+    return t
+
+
+@triton.jit
+def gate_tile(
+    t,  # [BM, BN]
+    skip,  # [BM, BN] or None
+    conv_gate_ptr,  # each [images, pitch] float32 or None
+    skip_gate_ptr,
+    skip_bias_ptr,
+    tile,
+    image,
+    columns,
+    area,
+    images,
+    pitch,
+    K,
+    BM: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+):
+    """`gate_one` on every row. Across images, one image after the other: gates gathered for every element would spill."""
     if PER_IMAGE:
-        v = tl.load(ptr + image * pitch + columns, mask=columns < K, other=0.0)[None, :]
+        t = gate_one(t, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, image, columns, pitch, K)
     else:
-        mask = inside[:, None] & (columns < K)[None, :]
-        v = tl.load(ptr + image[:, None] * pitch + columns[None, :], mask=mask, other=0.0)
-    return v
+        first, last = images_of(tile, area, images, BM)
+        for n in range(first, last + 1):
+            gated = gate_one(t, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, n, columns, pitch, K)
+            t = tl.where((image == n)[:, None], gated, t)
+    return t
 
 
 @triton.jit
@@ -255,8 +291,7 @@ def store_sums(
         target = image.to(tl.int64) * slots + tile % tiles_per_image
         tl.store(ptr + target * pitch + columns, tl.sum(v, 0), mask=columns < pitch)
     else:
-        first = tile * BM // area
-        last = tl.minimum((tile * BM + BM - 1) // area, images - 1)
+        first, last = images_of(tile, area, images, BM)
         for n in range(first, last + 1):
             part = tl.sum(tl.where((image == n)[:, None], v, 0.0), 0)  # [BN]
             target = tl.cast(n, tl.int64) * slots + tile - n * area // BM

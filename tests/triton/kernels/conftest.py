@@ -17,6 +17,10 @@ from parnet_kernels.triton import launch, policy
 collect_ignore_glob = [] if launch.INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real_tiles: keeps the tile table under the interpreter")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not launch.INTERPRETED:
         for item in items:

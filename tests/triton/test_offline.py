@@ -1,0 +1,130 @@
+"""Every tile of every table compiles for the architectures it serves, spills nothing and fits shared memory. No GPU.
+
+The default selection takes 16-bit tiles with the heaviest epilogues; the slow one every tile, precision and kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cases import arguments
+from offline import SHARED_LIMIT, Launch, record, resources
+
+from parnet_kernels.triton import float32_precision, operators, policy
+
+SERVES = {
+    "sm_80": ["sm_80", "sm_86", "sm_89", "sm_120"],
+    "sm_90": ["sm_90"],
+    "sm_100": ["sm_100"],
+    "gfx942": ["gfx942"],
+}
+PRECISIONS = {"half": ["ieee"], "tf32": ["tf32"], "exact": ["ieee", "tf32x3"]}
+MATRIX = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+def step(op: str, dtype: torch.dtype, batch: int, stride: int, channels: int = 128) -> None:
+    """Forward and backward of one operator."""
+    tensors, options = arguments(op, batch, channels, channels, (6, 6), dtype=dtype, stride=stride)
+    y = operators.run(op, tensors, options)
+    operators.backward(op, torch.zeros_like(y), tensors, options, (True,) * (len(tensors) + 2))
+
+
+def launches_with(tile: policy.Tile, kind: str, mode: str, precision: str, ops: tuple[str, ...]) -> list[Launch]:
+    """The launches of convolution (or weight-gradient) kernels with this tile, one for each set of constants."""
+    dtype = torch.float16 if mode == "half" else torch.float32
+    other = policy.Tile(32, 32, 32, 4, 2)
+
+    def tile_for(arch: str, asked: str, *_: Any) -> policy.Tile:
+        return tile if asked == kind else other
+
+    def host() -> None:
+        for op in ops:
+            for stride in (1, 2):
+                step(op, dtype, 3, stride)
+
+    with (
+        mock.patch.object(policy, "tile_for", tile_for),
+        mock.patch.object(policy, "split", lambda *_: 1),
+        float32_precision(precision),
+    ):
+        found = [l for l in record(host) if l.kernel.__name__.startswith("conv" if kind == "conv" else "weight_se_bwd")]
+    return list({(l.kernel, str(constants(l))): l for l in found}.values())
+
+
+def constants(l: Launch) -> dict[str, Any]:
+    names = [p.name for p in l.kernel.params if p.is_constexpr]
+    return {name: l.arguments[name] for name in names} | {name: None for name, v in l.arguments.items() if v is None}
+
+
+def check(l: Launch, target: str) -> None:
+    compiled = l.compile(target)
+    used = resources(compiled, target)
+    where = f"{l.kernel.__name__} {constants(l)} for {target}: {used}"
+    assert used.spilled == 0, where
+    assert used.shared <= 1024 * SHARED_LIMIT[target], where
+    assert used.registers <= (512 if target == "gfx942" else 255), where
+
+
+def tiles(kind: str, modes: tuple[str, ...]) -> list[Any]:
+    return [
+        pytest.param(
+            target, kind, mode, precision, tile, id=f"{target}-{kind}-{mode}-{precision}-{tile.bm}x{tile.bn}x{tile.bk}"
+        )
+        for arch, table in policy.TABLES.items()
+        for target in SERVES[arch]
+        for mode in modes
+        for precision in PRECISIONS[mode]
+        if not (target == "gfx942" and precision == "tf32x3")
+        for tile in dict.fromkeys(rule.tile for rule in table[kind, mode])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "mode", "precision", "tile"), tiles("conv", ("half",)) + tiles("weight", ("half",))
+)
+def test_default_tiles(target: str, kind: str, mode: str, precision: str, tile: policy.Tile) -> None:
+    """The convolution whose epilogue needs most: of a RepVGG-SSE block backward, tiles across images, with an affine."""
+    launches = launches_with(tile, kind, mode, precision, ("repvgg_sse",))
+    heaviest = [l for l in launches if kind == "weight" or l.kernel.__name__ == "conv_se_bwd_kernel"]
+    assert len(heaviest) == 1
+    check(heaviest[0], target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "kind", "mode", "precision", "tile"), tiles("conv", policy.MODES) + tiles("weight", policy.MODES)
+)
+def test_every_tile(target: str, kind: str, mode: str, precision: str, tile: policy.Tile) -> None:
+    for l in launches_with(tile, kind, mode, precision, ("repvgg_sse", "downsample_se", "fusion_se")):
+        check(l, target)
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_small_kernels(target: str) -> None:
+    """Packing, gates, sums and the kernel that adds the parts of a split."""
+    with mock.patch.object(policy, "split", lambda *_: 2):
+        launches = record(lambda: step("fusion_se", torch.float16, 3, 2))
+        launches += record(lambda: step("repvgg_sse", torch.float16, 3, 1))
+    small = [
+        l
+        for l in launches
+        if l.arguments.get("STAGE") not in ("whole", "part") and l.kernel.__name__ != "weight_se_bwd_kernel"
+    ]
+    assert len({l.kernel.__name__ for l in small}) == 10
+    for l in {(l.kernel, str(constants(l))): l for l in small}.values():
+        check(l, target)
+
+
+@pytest.mark.parametrize("target", MATRIX)
+@pytest.mark.parametrize("kind", ["conv", "weight"])
+@pytest.mark.parametrize("mode", ["half", "tf32"])
+def test_main_loop_is_in_matrix_instructions(target: str, kind: str, mode: str) -> None:
+    """wgmma on sm_90, tcgen05 on sm_100: in every tile of the table, and no older mma beside them."""
+    for tile in dict.fromkeys(rule.tile for rule in policy.TABLES[target][kind, mode]):
+        launches = launches_with(tile, kind, mode, PRECISIONS[mode][0], ("repvgg_sse",))
+        ptx = launches[0].compile(target).asm["ptx"]
+        assert MATRIX[target] in ptx, tile
+        assert "mma.sync" not in ptx, tile
