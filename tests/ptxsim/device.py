@@ -61,6 +61,10 @@ class Device:
             out.view(torch.uint8).fill_(0xFF)
         return out
 
+    def pointer(self, x: torch.Tensor) -> int:
+        """The address that kernels see, for structs and arrays of pointers; the tensor must outlive the launches."""
+        raise NotImplementedError
+
     def cuda(self, source: str | Path, arch: str = "compute_80", flags: Sequence[str] = ()) -> Any:
         """Compiles a .cu file with nvcc; the result goes to `launch`."""
         raise NotImplementedError
@@ -75,7 +79,10 @@ class Device:
         shared_bytes: int = 0,
         **simulator_options: Any,
     ) -> Result | None:
-        """Runs a kernel; tensors are pointers, numbers take the parameters' types. Options: PtxModule.launch."""
+        """Runs a kernel; tensors are pointers, numbers take the parameters' types, bytes are structs.
+
+        Options: those of PtxModule.launch.
+        """
         raise NotImplementedError
 
     def triton(
@@ -112,6 +119,9 @@ class Simulator(Device):
             self.session.memory.mark_uninitialised(out)
         return out
 
+    def pointer(self, x: torch.Tensor) -> int:
+        return self.session.register(x)
+
     def cuda(self, source: str | Path, arch: str = "compute_80", flags: Sequence[str] = ()) -> PtxModule:
         return PtxModule(_or_skip(compile_cuda, source, arch, flags))
 
@@ -139,6 +149,9 @@ class Gpu(Device):
         self.driver = driver or CudaDriver()
         self.torch_device = torch.device("cuda", torch.cuda.current_device()) if driver is None else torch.device("cpu")
         self.capability = capability or torch.cuda.get_device_capability()
+
+    def pointer(self, x: torch.Tensor) -> int:
+        return x.data_ptr()
 
     def cuda(self, source: str | Path, arch: str = "compute_80", flags: Sequence[str] = ()) -> GpuModule:
         wanted = arch.removeprefix("compute_").removeprefix("sm_")

@@ -129,7 +129,8 @@ class DeviceMemory:
         address = self.address(plain)
         if isinstance(array, Uninit):
             self.mark_uninitialised(plain)
-        self.registered.append((span, plain))
+        if not any(known == span for known, _ in self.registered):
+            self.registered.append((span, plain))
         return address
 
     def mark_uninitialised(self, array: Any) -> None:
