@@ -41,7 +41,11 @@ struct GridBarrier {
     __syncthreads();
   }
   __device__ __forceinline__ void leave() const {
-    if (threadIdx.x == 0 && atomicAdd(counters + 1, 1u) + 1 == gridDim.x) counters[0] = counters[1] = 0;
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    if (atomicAdd(counters + 1, 1u) + 1 != gridDim.x) return;
+    __threadfence();
+    counters[0] = counters[1] = 0;
   }
 };
 

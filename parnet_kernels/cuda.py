@@ -1,0 +1,227 @@
+"""The CUDA backend of the public operators: hand-written kernels (csrc/cuda) for low latency, batches of 1 to 8.
+
+A call is two or three launches: the input to the kernels' layout with its channel sums, then the layer; whole networks
+(`cuda_network.py`) need the first for no layer but one. Packed weights are cached per weight tensor as long as every
+parameter is the same tensor object, at the same address, with the same version counter; updates that bypass the counter
+(`weight.data.mul_(2)`) are not seen: call `clear_cache()` after one. Parameters that require gradients, and inference
+tensors, are never cached: such calls go to Triton, or pack anew where it is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parnet_kernels import _native, gradients, triton
+from parnet_kernels.checks import is_channels_last
+from parnet_kernels.cuda_pack import Layout, PackedLayer, chunk_channels, pack
+from parnet_kernels.cuda_plan import Gpu, policy
+from parnet_kernels.cuda_program import math_of
+from parnet_kernels.cuda_record import RESULT, WORKSPACE, Recorder, Step
+from parnet_kernels.cuda_workspace import workspace
+from parnet_kernels.triton.precision import current_precision
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = (8, 0)
+_PARAMETERS = {
+    "repvgg_sse": ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias"),
+    "downsample_se": ("weight", "bias", "gate_weight", "gate_bias"),
+    "fusion_se": ("weight", "bias", "gate_weight", "gate_bias"),
+}
+_disabled: str | None = None
+
+Parameters = dict[str, Tensor | None]
+
+
+def disable(reason: str | None) -> None:
+    """Turns the backend off for this process (None: on again): what a failed self-test does."""
+    global _disabled
+    _disabled = reason
+
+
+@functools.cache
+def device_missing(index: int) -> str | None:
+    """The reason why the kernels cannot run on cuda:index, or None."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        return f"needs compute capability 8.0, cuda:{index} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def tensor_missing(x: Tensor) -> str | None:
+    """The reason why the kernels cannot take maps like x, or None."""
+    if _native.cuda_error:
+        return _native.cuda_error
+    if _disabled:
+        return _disabled
+    if x.device.type != "cuda":
+        return f"x is on {x.device}"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}, not one of {DTYPES}"
+    if 0 in x.shape:
+        return f"x has shape {list(x.shape)}"
+    limit = policy(80).max_batch
+    if x.shape[0] > limit:
+        return f"made for latency: batches of 1 to {limit}, got {x.shape[0]}"
+    size = chunk_channels(x.dtype)
+    pixels, pitch = x.shape[2] * x.shape[3], -(-x.shape[1] // size) * size
+    if max(pixels * pitch, x.shape[0] * pixels) >= 2**31:
+        return f"an image has {pixels} pixels of {pitch} channels, 2³¹ or more numbers"
+    return device_missing(x.device.index or 0)
+
+
+def why_not(op: str, x: Tensor) -> str | None:
+    """The reason why the kernels cannot run `op` on x, or None. Arguments are already checked against each other."""
+    if reason := tensor_missing(x):
+        return reason
+    if x.requires_grad:
+        return "x requires a gradient: Triton computes forward and backward"
+    return None
+
+
+def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tensor:
+    """One call of a public operator: `tensors` are its positional arguments, `options` the others."""
+    inputs = 2 if op == "fusion_se" else 1
+    x = tensors[0]
+    assert x is not None
+    parameters: Parameters = dict(zip(_PARAMETERS[op], tensors[inputs:], strict=True))
+    parameters["out_scale"], parameters["out_shift"] = options["out_scale"], options["out_shift"]
+    present = [p for p in parameters.values() if p is not None]
+    cacheable = not any(p.requires_grad or p.is_inference() for p in present)
+    if not cacheable and triton.why_not(op, x) is None:
+        return triton.run(op, tensors, options)
+    precision = "tf32" if current_precision() == "tf32" else "ieee"
+    build = functools.partial(_pack, op, options.get("stride", 1), options["activation"], parameters, precision)
+    packed = _cached(op, parameters, (options.get("stride", 1), options["activation"], precision), build, cacheable)
+    maps = [t for t in tensors[:inputs] if t is not None]
+    recorded = _record(
+        op,
+        tuple((tuple(m.shape), m.stride()) for m in maps),
+        x.dtype,
+        precision,
+        Gpu.of(x.device),
+        _Geometry(*packed[4:]),
+    )
+    result = torch.empty(recorded.shape, dtype=x.dtype, device=x.device)
+    with workspace(x.device, recorded.workspace_bytes) as memory:
+        torch.ops.parnet._cuda_play([memory, result, *maps, *packed[:4]], recorded.program)
+    y = result.permute(0, 3, 1, 2)
+    return y if is_channels_last(x) else y.contiguous()
+
+
+def backward(
+    op: str, g: Tensor, tensors: list[Tensor | None], options: dict[str, Any], need: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Triton's; without Triton the differentiable gradients, in float32 if the arguments are narrower."""
+    x = tensors[0]
+    assert x is not None
+    if triton.why_not(op, x) is None:
+        return triton.backward(op, g, tensors, options, need)
+    options = dict(options)
+    every = [*tensors, options.pop("out_scale"), options.pop("out_shift")]
+    wide = [None if t is None else t.float() for t in every]
+    found = getattr(gradients, op)(g.float(), *wide, **options, need=need)
+    return tuple(
+        d.to(t.dtype) if n and d is not None and t is not None else None
+        for d, t, n in zip(found, every, need, strict=True)
+    )
+
+
+# ------------------------------------------------------------------ programs of single layers
+
+
+class _Geometry(NamedTuple):
+    """A PackedLayer without its tensors."""
+
+    kind: str
+    stride: int
+    activation: str
+    in_channels: int
+    out_channels: int
+    groups: int
+    column_tiles: int
+    chunks: int
+
+
+class Recorded(NamedTuple):
+    program: Tensor
+    workspace_bytes: int
+    shape: tuple[int, ...]  # of the result, in memory
+
+
+@functools.lru_cache(maxsize=512)
+def _record(
+    op: str,
+    inputs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
+    dtype: torch.dtype,
+    precision: str,
+    gpu: Gpu,
+    geometry: _Geometry,
+) -> Recorded:
+    recorder = Recorder(math_of(dtype, precision), dtype, gpu, len(inputs))
+    maps = tuple(
+        recorder.enter(shape, stride, RESULT + 1 + i, recorder.step) for i, (shape, stride) in enumerate(inputs)
+    )
+    empty = torch.empty(0)
+    packed = PackedLayer(empty, empty, empty, empty, *geometry)
+    step = Step(packed, recorder.first_packed, maps, f"{op} {list(inputs[0][0])} -> {geometry.out_channels} channels")
+    (result,) = recorder.level([step])
+    shape = (result.n, result.h, result.w, result.layout.pitch)
+    return Recorded(recorder.program.tensor(), recorder.workspace_bytes, shape)
+
+
+assert WORKSPACE == 0  # the order of `run`'s buffers
+
+
+# ------------------------------------------------------------------ cache of packed weights
+
+
+def _pack(op: str, stride: int, activation: str, parameters: Parameters, precision: str) -> PackedLayer:
+    weight = parameters["weight"]
+    assert weight is not None
+    layout = Layout.natural(weight.shape[1], weight.dtype)
+    return pack(op, stride, activation, parameters, (layout,) * (2 if op == "fusion_se" else 1), precision)
+
+
+class _Entry(NamedTuple):
+    references: list[weakref.ref[Tensor]]
+    state: tuple[tuple[int, int], ...]  # version counter and address
+    packed: PackedLayer
+
+
+_entries: dict[tuple[Any, ...], _Entry] = {}
+_lock = threading.Lock()
+
+
+def clear_cache() -> None:
+    """Forgets all packed weights of the public operators; the next call of each packs again."""
+    with _lock:
+        _entries.clear()
+
+
+def _cached(op: str, parameters: Parameters, options: tuple[Any, ...], build: Any, cacheable: bool) -> PackedLayer:
+    """The packed form of a layer, from the cache if it is still that of these parameters."""
+    if not cacheable:
+        return build()
+    weight = parameters["weight"]
+    assert weight is not None
+    key = (id(weight), op, *options)
+    present = [p for p in parameters.values() if p is not None]
+    state = tuple((p._version, p.data_ptr()) for p in present)
+    entry = _entries.get(key)
+    if entry is not None and entry.state == state and all(map(operator.is_, (r() for r in entry.references), present)):
+        return entry.packed
+    packed = build()
+    forget = weakref.ref(weight, lambda _: _entries.pop(key, None))
+    references = [forget if p is weight else weakref.ref(p) for p in present]
+    with _lock:
+        _entries[key] = _Entry(references, state, packed)
+    return packed

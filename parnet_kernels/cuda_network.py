@@ -1,0 +1,280 @@
+"""A deployed network on the CUDA kernels: a launch a level and one for the classifier, recorded once for each shape."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parnet_kernels import ops
+from parnet_kernels.checks import is_channels_last
+from parnet_kernels.config import Layer, ParNetConfig, layers, levels
+from parnet_kernels.cuda import tensor_missing
+from parnet_kernels.cuda_pack import Layout, PackedLayer, PackedStem, fits_stem, pack, pack_stem
+from parnet_kernels.cuda_plan import Gpu
+from parnet_kernels.cuda_program import math_of
+from parnet_kernels.cuda_record import RESULT, Map, Recorder, Step
+from parnet_kernels.cuda_workspace import allocate, workspace
+from parnet_kernels.triton.precision import current_precision
+
+if TYPE_CHECKING:
+    from parnet_kernels.deployed import DeployedLayer, DeployedParNet
+
+IMAGE = RESULT + 1
+_Versions = tuple[tuple[int, int], ...]
+
+
+class Weights(NamedTuple):
+    """The packed layers of a network in order of execution, and all their tensors in the order of buffers."""
+
+    versions: _Versions
+    layers: list[PackedLayer | PackedStem]
+    first_buffer: list[int]  # of each layer, counted from the first packed tensor
+    tensors: list[Tensor]
+
+
+class Lowered(NamedTuple):
+    """A network for one shape."""
+
+    program: Tensor
+    labels: list[str]
+    workspace_bytes: int
+    shape: tuple[int, ...]  # of the result, in memory
+
+
+def layouts(config: ParNetConfig, dtype: torch.dtype) -> dict[str, Layout]:
+    """Where each layer's channels are stored. A fusion keeps its groups apart unless a skip reads its result: who reads
+    it has the shuffle in its weights.
+    """
+    graph = layers(config)
+    found = {"image": Layout.natural(config.in_chans, dtype)}
+    for layer in graph:
+        skipped = any(layer.name in reader.inputs for reader in graph if reader.kind == "repvgg_sse")
+        grouped = layer.kind == "fusion_se" and not skipped and layer.out_channels % 2 == 0
+        make = Layout.grouped if grouped else Layout.natural
+        found[layer.name] = make(layer.out_channels, dtype)
+    return found
+
+
+def pack_network(config: ParNetConfig, modules: list[DeployedLayer], head: list[Tensor], precision: str) -> Weights:
+    """modules: the layers that are operators, in order of execution; head: weight and bias of the classifier."""
+    dtype = modules[0].weight.dtype
+    place = layouts(config, dtype)
+    packed: list[PackedLayer | PackedStem] = []
+    first: list[int] = []
+    tensors: list[Tensor] = []
+    for layer, module in zip(layers(config), modules, strict=False):
+        parameters: dict[str, Tensor | None] = dict(module.arguments())
+        first.append(len(tensors))
+        if layer.inputs == ("image",) and fits_stem(layer.kind, layer.in_channels):
+            stem = pack_stem(layer.stride, module.activation, parameters, precision)
+            packed.append(stem)
+            tensors += stem[:3]
+        else:
+            inputs = tuple(place[name] for name in layer.inputs)
+            body = pack(layer.kind, layer.stride, module.activation, parameters, inputs, precision)
+            packed.append(body)
+            tensors += body[:4]
+    return Weights(_versions(modules, head), packed, first, [*tensors, *head])
+
+
+def lower(
+    config: ParNetConfig,
+    weights: Weights,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    precision: str,
+    gpu: Gpu,
+    result: str,
+) -> Lowered:
+    """Records the network for an image of this shape. result: "logits", "pooled" (channel means) or "features"."""
+    recorder = Recorder(math_of(dtype, precision), dtype, gpu)
+    count = len(weights.layers)
+    index = {layer.name: i for i, layer in enumerate(layers(config)[:count])}
+    graded = [[layer for layer in level if layer.name in index] for level in levels(config)]
+    graded = [level for level in graded if level]
+    last_use = {name: len(graded) for name in index}  # the classifier's step
+    for step, level in reversed(list(enumerate(graded))):
+        for layer in level:
+            for name in layer.inputs:
+                if name in last_use and last_use[name] == len(graded):
+                    last_use[name] = step
+    final = list(index)[-1]
+    last_use[final] = len(graded)
+    place = layouts(config, dtype)
+    made: dict[str, Map] = {}
+
+    def step_of(layer: Layer) -> Step:
+        i = index[layer.name]
+        packed = weights.layers[i]
+        assert isinstance(packed, PackedLayer)
+        inputs = tuple(made[name] for name in layer.inputs)
+        m = inputs[0]
+        label = f"{layer.name} {layer.kind} [{m.n}, {layer.in_channels}, {m.h}, {m.w}] -> {layer.out_channels}"
+        layout = None if result == "features" and layer.name == final else place[layer.name]
+        buffer = recorder.first_packed + weights.first_buffer[i]
+        return Step(packed, buffer, inputs, label, layout, last_use[layer.name])
+
+    for level in graded:
+        if level[0].inputs == ("image",):
+            packed = weights.layers[0]
+            if isinstance(packed, PackedStem):
+                name = level[0].name
+                made[name] = recorder.stem(packed, recorder.first_packed, shape, stride, IMAGE, last_use[name])
+                continue
+            made["image"] = recorder.enter(shape, stride, IMAGE, recorder.step)
+        for layer, m in zip(level, recorder.level([step_of(layer) for layer in level]), strict=True):
+            made[layer.name] = m
+    m = made[final]
+    features = layers(config)[index[final]].out_channels
+    size: tuple[int, ...] = (m.n, m.h, m.w, features)
+    if result != "features":
+        head = recorder.first_packed + len(weights.tensors) - 2
+        classes = config.num_classes
+        logits = result == "logits"
+        recorder.classifier(m, features, classes, head if logits else None, head + 1 if logits else None)
+        size = (m.n, classes if logits else features)
+    program = recorder.program
+    return Lowered(program.tensor(), program.labels, recorder.workspace_bytes, size)
+
+
+class CudaNetwork:
+    """The packed form of one `DeployedParNet`, made again whenever one of its buffers was replaced or changed in place.
+
+    Not copied, pickled or saved with the network: the copy packs its own.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[str, Weights] = {}  # by precision
+        self._lowered: dict[tuple[Any, ...], Lowered] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[CudaNetwork], tuple[()]]:
+        return CudaNetwork, ()
+
+    def why_not(self, network: DeployedParNet, x: Tensor) -> str | None:
+        """The reason why this call must go layer by layer, or None."""
+        if torch.compiler.is_compiling():
+            return "the network is being traced"
+        if ops.forced_backend() not in (None, "cuda"):
+            return f"the backend {ops.forced_backend()!r} is asked for"
+        if torch.overrides.is_tensor_like(x) and type(x) is not Tensor:
+            return f"x is a {type(x).__name__}"
+        if reason := tensor_missing(x):
+            return reason
+        if x.dim() != 4 or x.shape[1] != network.config.in_chans:
+            return f"x has shape {list(x.shape)}"
+        if network.head_weight.device != x.device or network.head_weight.dtype != x.dtype:
+            return (
+                f"x is {x.dtype} on {x.device}, the weights {network.head_weight.dtype} on {network.head_weight.device}"
+            )
+        if torch.is_autocast_enabled("cuda"):
+            return "autocast is on"
+        if torch.is_grad_enabled() and x.requires_grad:
+            return "x needs a gradient"
+        if network.affines:
+            return "a stream without blocks feeds a fusion"
+        if network.head_weight.is_inference():
+            return "the weights are inference tensors, whose changes cannot be seen"
+        return None
+
+    def weights(self, network: DeployedParNet, precision: str) -> Weights:
+        """The packed weights; packs them if they are not, or have changed since."""
+        modules = network.operators()
+        head = [network.head_weight, network.head_bias]
+        versions = _versions(modules, head)
+        weights = self._weights.get(precision)
+        if weights is None or weights.versions != versions:
+            with self._lock:
+                weights = self._weights.get(precision)
+                if weights is None or weights.versions != versions:
+                    weights = pack_network(network.config, modules, head, precision)
+                    self._weights[precision] = weights
+        return weights
+
+    def lowered(self, network: DeployedParNet, weights: Weights, x: Tensor, precision: str, result: str) -> Lowered:
+        key = (tuple(x.shape), x.stride(), x.dtype, x.device, precision, result)
+        found = self._lowered.get(key)
+        if found is None:
+            gpu = Gpu.of(x.device)
+            found = lower(network.config, weights, tuple(x.shape), x.stride(), x.dtype, precision, gpu, result)
+            with self._lock:
+                self._lowered[key] = found
+        return found
+
+    def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor:
+        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
+        precision = "tf32" if current_precision() == "tf32" else "ieee"
+        if network.config.pointwise_head:
+            y = network.layers["combine_3"](self._play(network, x, precision, "features"))
+            if result == "features":
+                return y
+            pooled = y.mean((2, 3))
+            linear = torch.nn.functional.linear
+            return pooled if result == "pooled" else linear(pooled, network.head_weight, network.head_bias)
+        return self._play(network, x, precision, result)
+
+    def _play(self, network: DeployedParNet, x: Tensor, precision: str, result: str) -> Tensor:
+        weights = self.weights(network, precision)
+        lowered = self.lowered(network, weights, x, precision, result)
+        y = torch.empty(lowered.shape, dtype=x.dtype, device=x.device)
+        with workspace(x.device, lowered.workspace_bytes) as memory:
+            torch.ops.parnet._cuda_play([memory, y, x, *weights.tensors], lowered.program)
+        if result != "features":
+            return y
+        nchw = y.permute(0, 3, 1, 2)
+        return nchw if is_channels_last(x) else nchw.contiguous()
+
+
+class CapturedNetwork:
+    """A network's logits ([N, P] without a classifier) as one CUDA graph, for images of one shape, dtype and layout.
+
+    Call it with an image: copies it to the graph's input and replays. The result is overwritten by the next call. The
+    weights are those of the time of capture. Calls from several threads wait for each other.
+    """
+
+    def __init__(self, network: DeployedParNet, x: Tensor) -> None:
+        if reason := network._cuda_network.why_not(network, x):
+            raise RuntimeError(f"parnet_kernels: the network cannot be captured: {reason}")
+        if network.config.pointwise_head:
+            raise RuntimeError("parnet_kernels: the network cannot be captured: its last layer is a 1×1 convolution")
+        precision = "tf32" if current_precision() == "tf32" else "ieee"
+        result = "logits" if network.num_classes else "pooled"
+        self._weights = network._cuda_network.weights(network, precision)
+        self._lowered = network._cuda_network.lowered(network, self._weights, x, precision, result)
+        self._lock = threading.Lock()
+        with torch.cuda.device(x.device):
+            self.input = x.detach().clone(memory_format=torch.preserve_format)
+            self.result = torch.empty(self._lowered.shape, dtype=x.dtype, device=x.device)
+            self._memory = allocate(x.device, self._lowered.workspace_bytes)
+            self._graph = torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._launch()  # loads the kernels, which a capture may not
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph):
+                self._launch()
+
+    def _launch(self) -> None:
+        buffers = [self._memory, self.result, self.input, *self._weights.tensors]
+        torch.ops.parnet._cuda_play(buffers, self._lowered.program)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape != self.input.shape or x.dtype != self.input.dtype or x.device != self.input.device:
+            raise ValueError(
+                f"parnet_kernels: `x` must be {self.input.dtype} {list(self.input.shape)} on {self.input.device} as "
+                f"captured, got {x.dtype} {list(x.shape)} on {x.device}"
+            )
+        with self._lock:
+            self.input.copy_(x)
+            self._graph.replay()
+        return self.result
+
+
+def _versions(modules: list[DeployedLayer], head: list[Tensor]) -> _Versions:
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+    return tuple((id(b), b._version) for b in [*buffers, *head])

@@ -1,0 +1,58 @@
+"""Scratch memory of the CUDA kernels: one block for each device and stream, so that streams never share one.
+
+Launches of a program follow each other on their stream; the lock keeps two threads from interleaving theirs on one.
+Blocks grow and are kept, so a warm call allocates nothing. Their counters (cuda_record.COUNTER_BYTES) start zero and
+every launch leaves them zero.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class _Block:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.memory: Tensor | None = None
+
+
+_blocks: dict[tuple[int, int], _Block] = {}
+_lock = threading.Lock()
+
+
+def allocate(device: torch.device, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+@contextmanager
+def workspace(device: torch.device, size: int) -> Iterator[Tensor]:
+    """At least `size` bytes for launches on the current stream of `device`, until the block ends.
+
+    While a CUDA graph is captured: a block of the graph's own, since its replays may run beside this stream's launches.
+    """
+    stream = torch.cuda.current_stream(device)
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
+        yield allocate(device, size)
+        return
+    key = (stream.device_index, stream.cuda_stream)
+    block = _blocks.get(key)
+    if block is None:
+        with _lock:
+            block = _blocks.setdefault(key, _Block())
+    with block.lock:
+        if block.memory is None or block.memory.numel() < size:
+            block.memory = allocate(device, size)
+        yield block.memory
+
+
+def release() -> None:
+    """Frees the blocks of all streams; they are allocated again when needed."""
+    with _lock:
+        _blocks.clear()
