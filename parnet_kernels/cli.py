@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -58,10 +59,29 @@ def installation() -> dict[str, Any]:
     }
 
 
+def _choice(call: str) -> dict[str, Any]:
+    """`call` as in `parnet info --why` → for each backend, in order of preference, what it says to this call."""
+    match = re.fullmatch(r"(\w+),(\d+)x(\d+)x(\d+)x(\d+),(\w+),([\w:]+)", call)
+    dtype = getattr(torch, match[6], None) if match else None
+    if match is None or match[1] not in ops.OPERATORS or not isinstance(dtype, torch.dtype):
+        raise typer.BadParameter(
+            f"expected OP,NxCxHxW,DTYPE,DEVICE such as repvgg_sse,1x128x56x56,float32,cpu, got {call!r}"
+        )
+    x = torch.empty([int(n) for n in match.groups()[1:5]], dtype=dtype, device=match[7])
+    reasons = ops.explain(match[1], x)
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    return {"runs on": chosen, **{name: reason or "can run it" for name, reason in reasons.items()}}
+
+
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    why: Annotated[
+        str | None, typer.Option(help="Which backend runs a call, and why not another: OP,NxCxHxW,DTYPE,DEVICE.")
+    ] = None,
+) -> None:
     """Versions, devices, and which backends are available, or why not."""
-    found = installation()
+    found = installation() if why is None else _choice(why)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -144,6 +164,18 @@ def convert(
     form = "deployed" if deployed else "training"
     widths = ", ".join(map(str, model.config.planes))
     console.print(f"{output}: {form} form, planes {widths}, activation {model.config.activation}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure speed against other engines (`parnet bench --help`); needs the source checkout."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / "bench" / "__main__.py").is_file():
+        raise typer.BadParameter("the benchmark is not part of the installed package: run it from a source checkout")
+    sys.path.insert(0, str(checkout))
+    from bench.__main__ import app as benchmark
+
+    benchmark(context.args, prog_name="parnet bench")
 
 
 def main() -> None:

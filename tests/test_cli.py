@@ -49,6 +49,21 @@ def test_info() -> None:
     assert __version__ in table.stdout
 
 
+def test_info_why() -> None:
+    result = parnet("info", "--json", "--why", "repvgg_sse,1x8x5x5,float64,cpu")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["runs on"] == "reference"
+    assert "float64" in found["cpu"]
+    assert parnet("info", "--why", "repvgg,1x8x5x5,float32,cpu").returncode != 0
+
+
+def test_bench_is_reachable() -> None:
+    result = parnet("bench", "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--engines" in result.stdout
+
+
 def test_predict(folder: Path) -> None:
     (folder / "labels.txt").write_text("ant\nbee\ncat\ndog\n")
     common = ("--checkpoint", folder / "model.pth", "--labels", folder / "labels.txt", "--size", 64)
