@@ -150,8 +150,11 @@ def main(
     if not rows:
         raise typer.Exit(1)
     report.show(console, rows, machine)
-    for path in report.write(rows, machine, folder):
+    paths = report.write(rows, machine, folder)
+    for path in paths:
         console.print(f"wrote {path}", highlight=False)
+    if not any(path.suffix == ".png" for path in paths):
+        console.print("no plots: no right result, or matplotlib is not installed", style="yellow")
 
 
 def _profile(

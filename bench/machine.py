@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import re
@@ -125,6 +126,7 @@ def describe() -> Machine:
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         commit=_commit(),
         load=os.getloadavg()[0],
+        versions={"torch": importlib.metadata.version("torch")},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,21 @@ TITLES = {"net": "whole network", "ops": "single layers, cold weights"}
 
 
 def plot(rows: list[Row], machine: Machine, folder: Path) -> list[Path]:
-    """net.png and ops.png, each a panel for every batch and number of threads."""
+    """net.png and ops-<variant>.png, a panel for every batch and number of threads; nothing without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
     import matplotlib as mpl
 
     mpl.use("Agg")
-    made = []
-    for suite in TITLES:
-        right = [row for row in rows if row.suite == suite and row.status == "ok"]
-        if right:
-            made.append(_figure(suite, right, machine, folder / f"{suite}.png"))
-    return made
+    figures: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status == "ok":
+            name = row.suite if row.suite == "net" else f"{row.suite}-{row.variant}"
+            figures.setdefault(name, []).append(row)
+    return [_figure(right, machine, folder / f"{name}.png") for name, right in figures.items()]
 
 
-def _figure(suite: str, rows: list[Row], machine: Machine, path: Path) -> Path:
+def _figure(rows: list[Row], machine: Machine, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     panels = sorted({(row.batch, row.threads) for row in rows})
@@ -52,7 +55,8 @@ def _figure(suite: str, rows: list[Row], machine: Machine, path: Path) -> Path:
         axis.set_title(f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}", loc="left", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
-    figure.supxlabel(f"{TITLES[suite]}; {machine.cpu}; {machine.date}", fontsize=8, color="#666666")
+    caption = f"{TITLES[rows[0].suite]}, float32, our time below each name; {machine.cpu}; {machine.date}"
+    figure.supxlabel(caption, fontsize=8, color="#666666")
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path

@@ -151,7 +151,7 @@ def markdown(rows: list[Row], machine: Machine) -> str:
 
 
 def write(rows: list[Row], machine: Machine, folder: Path) -> list[Path]:
-    """results.csv, results.json, results.md, and net.png and ops.png where there is something to plot."""
+    """results.csv, results.json, results.md, and plots where there is something to plot."""
     folder.mkdir(parents=True, exist_ok=True)
     table, data, text = (folder / f"results.{suffix}" for suffix in ("csv", "json", "md"))
     with table.open("w", newline="") as file:

@@ -54,7 +54,8 @@ class Worker:
 
     def build(self, workload: Workload, cold_bytes: int) -> Built:
         """Builds every form, compares its results with the float64 reference and keeps the fastest right one."""
-        self.drop()
+        if self.runner is not None:
+            self.drop()
         copies = min(workload.copies(cold_bytes), self.engine.max_copies)
         graphs = workload.graphs(copies, self.folder)
         task = Task(workload, graphs, workload.inputs(), self.threads, self.folder)
@@ -95,7 +96,6 @@ class Worker:
     def time(self, warm: int, runs: int) -> list[float]:
         """Seconds of each of `runs` runs, after `warm` untimed ones; copies take turns, also across calls."""
         assert self.runner is not None, "nothing right was built"
-        gc.collect()
         gc.disable()
         seconds = []
         for _ in range(warm + runs):

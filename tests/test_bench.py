@@ -204,7 +204,7 @@ def test_no_time_for_a_wrong_result(rows: list[Row], tmp_path: Path) -> None:
 
 def test_reports_are_complete(rows: list[Row], tmp_path: Path) -> None:
     paths = report.write(rows, describe(), tmp_path / "out")
-    assert [path.name for path in paths] == ["results.csv", "results.json", "results.md", "ops.png"]
+    assert [path.name for path in paths] == ["results.csv", "results.json", "results.md", "ops-tiny.png"]
     with paths[0].open() as file:
         read = list(csv.DictReader(file))
     assert list(read[0]) == COLUMNS
