@@ -92,9 +92,9 @@ def _build(command: list[str], name: str, target: Path) -> None:
 
         def compile_one(source: Path) -> str:
             out = f"{directory}/{source.stem}.o"
-            define = f"-DPTXSIM_MODULE={name}"
+            more = [f"-DPTXSIM_MODULE={name}", *(["-O1"] if source.stem == "bindings" else [])]
             run = subprocess.run(
-                [*command, *FLAGS, define, "-c", str(source), "-o", out], capture_output=True, text=True
+                [*command, *FLAGS, *more, "-c", str(source), "-o", out], capture_output=True, text=True
             )
             if run.returncode:
                 raise RuntimeError(f"building the PTX simulator failed:\n{run.stderr[-4000:]}")

@@ -1,5 +1,4 @@
 // The Python module. It knows programs and launches; everything of PTX text and of tensors is Python's.
-#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

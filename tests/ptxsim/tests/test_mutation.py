@@ -1,16 +1,17 @@
-"""Synchronisation is taken out of correct kernels one place at a time.
+"""Synchronisation is taken out of correct kernels, one place at a time.
 
 Each mutant must be reported, or give right results under several interleavings (the place was redundant).
 """
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from ptxsim import PtxError, PtxModule, Uninit
 
-from .helpers import aligned_pointers, triton_kernel
+from .helpers import aligned_pointers, cuda_text, triton_kernel
 from .test_triton import attn_k
 
 MUTATIONS = [
@@ -63,3 +64,33 @@ def test_attention(arch):
         caught, redundant = caught + reported, redundant + (not reported)
     assert caught >= 4
     assert redundant <= 3
+
+
+def kernel_text(ptx, name):
+    start = ptx.index(f".entry {name}(")
+    return start, ptx.index("\n}\n", start)
+
+
+@pytest.mark.parametrize("kernel", ["last_ok", "last_fence_first", "chain_ok"])
+def test_synchronisation_between_blocks(kernel):
+    """Barriers and fences around an arrival counter and a flag: none of them is redundant."""
+    ptx = cuda_text("ordering", "compute_80", "-std=c++17")
+    start, end = kernel_text(ptx, kernel)
+    places = list(re.finditer(r"\t(bar\.sync|barrier\.sync|membar|fence\.)[^;]*;", ptx[start:end]))
+    assert len(places) >= 3
+    x = np.arange(6 * 64, dtype=np.float32).reshape(6, 64)
+    caught = 0
+    for match in places:
+        module = PtxModule(ptx[: start + match.start()] + ptx[start + match.end() :])
+        reported = False
+        for seed in SEEDS:
+            sums, out = np.zeros_like(x), np.zeros(64, np.float32)
+            args = [np.zeros(1, np.int32), out, x] if kernel == "chain_ok" else [x, Uninit(sums), Uninit(out), 64]
+            try:
+                reported |= bool(module.launch(kernel, 6, 64, args, check="collect", seed=seed).reports)
+            except PtxError:
+                reported = True
+        caught += reported
+        if not reported:
+            assert np.array_equal(out, (1 if kernel == "chain_ok" else 2) * x.sum(0)), match[0]
+    assert caught >= len(places) - 1
