@@ -22,7 +22,10 @@ from parnet_kernels.triton.conv_fwd import Convolution, Epilogue, Tiling, split_
 from parnet_kernels.triton.launch import launch
 from parnet_kernels.triton.pack import Sums
 from parnet_kernels.triton.policy import Plan
-from parnet_kernels.triton.tile import convolve, gate_tile, load_channel, store_sums, tile_rows, wide
+from parnet_kernels.triton.tile import column_part, convolve, gate_tile, load_channel, store_sums, tile_rows, wide
+
+#: As in `conv_fwd`; this epilogue has twice the terms.
+EPILOGUE = 16
 
 
 @triton.jit
@@ -83,6 +86,7 @@ def conv_se_bwd_kernel(
     SPLIT_COLUMNS: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     STAGE: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
@@ -103,58 +107,65 @@ def conv_se_bwd_kernel(
         offsets = wide(row, INT64)[:, None] * width + n[None, :]
         tl.store(workspace_ptr + part + offsets, acc, mask=inside[:, None])
     else:
+        PART: tl.constexpr = BN // PARTS
         area = GH * GW
-        mask = inside[:, None] & (n < K)[None, :]
-        conv = acc + load_channel(bias_ptr, n % GROUPS * (K // GROUPS) + n // GROUPS, n < K)
-        skip = None
-        if skip_ptr is not None:
-            skips = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
-            skip = tl.load(skip_ptr + skips[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        t = gate_tile(
-            conv, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, area, images, gate_pitch, K,
-            BM, PER_IMAGE,
-        )  # fmt: skip
-        at = wide(image, INT64) * stride_gn + wide(i, INT64) * stride_gh + wide(j, INT64) * stride_gw
-        g = tl.load(g_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
         quantity = tl.cast(images, tl.int64) * slots * sums_pitch
-        if ACTIVATION == "silu":
-            sigmoid = tl.sigmoid(t)
-            value = t * sigmoid
-            slope = sigmoid * (1 + t * (1 - sigmoid))
-        else:
-            value = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            slope = tl.where(t > 0, 1.0, 0.0)
-        if out_scale_ptr is not None:
-            store_sums(
-                g * value, sums_ptr + 2 * quantity, tile, image, n, area, images, tiles_per_image, slots, sums_pitch,
+        for part in tl.static_range(PARTS):
+            n = tile_n * BN + part * PART + tl.arange(0, PART)
+            mask = inside[:, None] & (n < K)[None, :]
+            conv = column_part(acc, part, PARTS, BM, BN) + load_channel(
+                bias_ptr, n % GROUPS * (K // GROUPS) + n // GROUPS, n < K
+            )
+            skip = None
+            if skip_ptr is not None:
+                skips = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
+                skip = tl.load(skip_ptr + skips[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            t = gate_tile(
+                conv, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, area, images, gate_pitch, K,
                 BM, PER_IMAGE,
             )  # fmt: skip
+            at = wide(image, INT64) * stride_gn + wide(i, INT64) * stride_gh + wide(j, INT64) * stride_gw
+            g = tl.load(g_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)  # [BM, PART]
+            if ACTIVATION == "silu":
+                sigmoid = tl.sigmoid(t)
+                value = t * sigmoid
+                slope = sigmoid * (1 + t * (1 - sigmoid))
+            else:
+                value = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                slope = tl.where(t > 0, 1.0, 0.0)
+            if out_scale_ptr is not None:
+                store_sums(
+                    g * value, sums_ptr + 2 * quantity, tile, image, n, area, images, tiles_per_image, slots,
+                    sums_pitch, BM, PER_IMAGE,
+                )  # fmt: skip
+                store_sums(
+                    g, sums_ptr + 3 * quantity, tile, image, n, area, images, tiles_per_image, slots, sums_pitch,
+                    BM, PER_IMAGE,
+                )  # fmt: skip
+                g *= load_channel(out_scale_ptr, n, n < K)
+            d = g * slope
+            store_sums(d, sums_ptr, tile, image, n, area, images, tiles_per_image, slots, sums_pitch, BM, PER_IMAGE)
+            if skip_ptr is not None:  # read again: held since then, it would spill
+                factor = tl.load(skip_ptr + skips[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            else:
+                factor = conv  # ∂t/∂gate
             store_sums(
-                g, sums_ptr + 3 * quantity, tile, image, n, area, images, tiles_per_image, slots, sums_pitch, BM,
-                PER_IMAGE
+                d * factor, sums_ptr + quantity, tile, image, n, area, images, tiles_per_image, slots, sums_pitch,
+                BM, PER_IMAGE,
             )  # fmt: skip
-            g *= load_channel(out_scale_ptr, n, n < K)
-        d = g * slope
-        store_sums(d, sums_ptr, tile, image, n, area, images, tiles_per_image, slots, sums_pitch, BM, PER_IMAGE)
-        if skip_ptr is not None:  # read again: held since then, it would spill
-            factor = tl.load(skip_ptr + skips[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        else:
-            factor = conv  # ∂t/∂gate
-        store_sums(
-            d * factor, sums_ptr + quantity, tile, image, n, area, images, tiles_per_image, slots, sums_pitch, BM,
-            PER_IMAGE
-        )  # fmt: skip
-        d = gate_tile(d, None, conv_gate_ptr, None, None, tile, image, n, area, images, gate_pitch, K, BM, PER_IMAGE)
-        d = d.to(d_ptr.dtype.element_ty)
-        at = (wide(row, INT64) * (w_columns * GROUPS))[:, None]
-        if GROUPS == 2:
-            even, odd = tl.split(tl.reshape(d, (BM, BN // 2, 2)))
-            half = tile_n * (BN // 2) + tl.arange(0, BN // 2)
-            mask = inside[:, None] & (half < w_columns)[None, :]
-            tl.store(d_ptr + at + half[None, :], even, mask=mask)
-            tl.store(d_ptr + at + w_columns + half[None, :], odd, mask=mask)
-        else:
-            tl.store(d_ptr + at + n[None, :], d, mask=inside[:, None] & (n < w_columns)[None, :])
+            d = gate_tile(
+                d, None, conv_gate_ptr, None, None, tile, image, n, area, images, gate_pitch, K, BM, PER_IMAGE
+            )
+            d = d.to(d_ptr.dtype.element_ty)
+            at = (wide(row, INT64) * (w_columns * GROUPS))[:, None]
+            if GROUPS == 2:
+                even, odd = tl.split(tl.reshape(d, (BM, PART // 2, 2)))
+                half = (tile_n * BN + part * PART) // 2 + tl.arange(0, PART // 2)
+                mask = inside[:, None] & (half < w_columns)[None, :]
+                tl.store(d_ptr + at + half[None, :], even, mask=mask)
+                tl.store(d_ptr + at + w_columns + half[None, :], odd, mask=mask)
+            else:
+                tl.store(d_ptr + at + n[None, :], d, mask=inside[:, None] & (n < w_columns)[None, :])
 
 
 @dataclass(frozen=True)
@@ -209,7 +220,7 @@ def before_epilogue(c: Convolution, epilogue: Epilogue, plan: Plan, g: Tensor) -
         "stride_sw": skip.stride(2) if skip is not None else 0,
         "ACTIVATION": epilogue.activation,
     }
-    split_and_finish(conv_se_bwd_kernel, c, plan, columns, arguments, of_tiles)
+    split_and_finish(conv_se_bwd_kernel, c, plan, columns, EPILOGUE, arguments, of_tiles)
     assert cut is not None
     return Gradient(conv, cut.partial, cut)
 

@@ -25,6 +25,7 @@ from parnet_kernels.triton.pack import Map, Slices, Sums, padded
 from parnet_kernels.triton.policy import Plan
 from parnet_kernels.triton.tile import (
     activation_of,
+    column_part,
     convolve,
     gate_tile,
     load_channel,
@@ -32,6 +33,9 @@ from parnet_kernels.triton.tile import (
     tile_rows,
     wide,
 )
+
+#: Results a thread handles at a time in the epilogue, at most; with more, its terms spill.
+EPILOGUE = 32
 
 
 @triton.jit
@@ -95,6 +99,7 @@ def conv_se_fwd_kernel(
     SPLIT_COLUMNS: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     STAGE: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
@@ -120,28 +125,32 @@ def conv_se_fwd_kernel(
             i = 2 * i + parity[0]
             j = 2 * j + parity[1]
             inside &= (i < OH) & (j < OW)
-        if bias_ptr is not None:
-            acc += load_channel(bias_ptr, n % GROUPS * (K // GROUPS) + n // GROUPS, n < K)
-        skip = None
-        if skip_ptr is not None:
-            at = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
-            mask = inside[:, None] & (n < K)[None, :]
-            skip = tl.load(skip_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc = gate_tile(
-            acc, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, GH * GW, images, gate_pitch, K,
-            BM, PER_IMAGE,
-        )  # fmt: skip
-        v = activation_of(acc, ACTIVATION)
-        if out_scale_ptr is not None:
-            v = v * load_channel(out_scale_ptr, n, n < K) + load_channel(out_shift_ptr, n, n < K)
-        v = v.to(out_ptr.dtype.element_ty)  # [BM, BN]
-        at = wide(image, INT64) * stride_on + wide(i, INT64) * stride_oh + wide(j, INT64) * stride_ow
-        tl.store(out_ptr + at[:, None] + n[None, :], v, mask=inside[:, None] & (n < stored)[None, :])
-        if sums_ptr is not None:
-            kept = tl.where(inside[:, None] & (n < K)[None, :], v.to(tl.float32), 0.0)
-            store_sums(
-                kept, sums_ptr, tile, image, n, GH * GW, images, tiles_per_image, slots, sums_pitch, BM, PER_IMAGE
-            )
+        PART: tl.constexpr = BN // PARTS
+        for part in tl.static_range(PARTS):
+            t = column_part(acc, part, PARTS, BM, BN)  # [BM, PART]
+            n = tile_n * BN + part * PART + tl.arange(0, PART)
+            if bias_ptr is not None:
+                t += load_channel(bias_ptr, n % GROUPS * (K // GROUPS) + n // GROUPS, n < K)
+            skip = None
+            if skip_ptr is not None:
+                at = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
+                mask = inside[:, None] & (n < K)[None, :]
+                skip = tl.load(skip_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            t = gate_tile(
+                t, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, GH * GW, images, gate_pitch, K,
+                BM, PER_IMAGE,
+            )  # fmt: skip
+            v = activation_of(t, ACTIVATION)
+            if out_scale_ptr is not None:
+                v = v * load_channel(out_scale_ptr, n, n < K) + load_channel(out_shift_ptr, n, n < K)
+            v = v.to(out_ptr.dtype.element_ty)  # [BM, PART]
+            at = wide(image, INT64) * stride_on + wide(i, INT64) * stride_oh + wide(j, INT64) * stride_ow
+            tl.store(out_ptr + at[:, None] + n[None, :], v, mask=inside[:, None] & (n < stored)[None, :])
+            if sums_ptr is not None:
+                kept = tl.where(inside[:, None] & (n < K)[None, :], v.to(tl.float32), 0.0)
+                store_sums(
+                    kept, sums_ptr, tile, image, n, GH * GW, images, tiles_per_image, slots, sums_pitch, BM, PER_IMAGE
+                )
 
 
 @dataclass(frozen=True)
@@ -279,14 +288,14 @@ def split_and_finish(
     c: Convolution,
     plan: Plan,
     columns: int,
+    epilogue: int,
     arguments: dict[str, Any],
     of_tiles: Callable[[Tiling], dict[str, Any]],
 ) -> None:
-    """Runs `kernel` on every tile: at once, or in `plan.splits` parts of the reduction and a second launch that adds
-    them.
+    """Runs `kernel` on every tile: at once, or in `plan.splits` parts of the reduction, which a second launch adds.
 
-    columns: of the result to compute. of_tiles: allocates what depends on the tiles of the launch that runs the
-    epilogue.
+    columns: of the result to compute. epilogue: results a thread handles at a time in it.
+    of_tiles: allocates what depends on the tiles of the launch that runs the epilogue; returns its arguments.
     """
     tile = plan.tile
     whole = tiling(c, columns, tile.bm, tile.bn, plan.splits)
@@ -296,13 +305,19 @@ def split_and_finish(
     main = {"num_warps": tile.warps, "num_stages": tile.stages}
     if plan.splits == 1:
         arguments["workspace_ptr"] = None
-        launch(kernel, whole.grid, {**arguments, **whole.arguments, **of_tiles(whole), "STAGE": "whole"}, **main)
+        parts = max(1, tile.bm * tile.bn // (epilogue * 32 * tile.warps))
+        launch(
+            kernel,
+            whole.grid,
+            {**arguments, **whole.arguments, **of_tiles(whole), "STAGE": "whole", "PARTS": parts},
+            **main,
+        )
         return
     arguments["workspace_ptr"] = torch.empty(plan.splits, rows, width, dtype=torch.float32, device=c.weight.device)
     finish = tiling(c, columns, plan.finish_bm, min(tile.bn, 64), 1)
     arguments |= of_tiles(finish)
-    launch(kernel, whole.grid, {**arguments, **whole.arguments, "STAGE": "part"}, **main)
-    launch(kernel, finish.grid, {**arguments, **finish.arguments, "STAGE": "finish"})
+    launch(kernel, whole.grid, {**arguments, **whole.arguments, "STAGE": "part", "PARTS": 1}, **main)
+    launch(kernel, finish.grid, {**arguments, **finish.arguments, "STAGE": "finish", "PARTS": 1})
 
 
 def convolution(c: Convolution, epilogue: Epilogue, plan: Plan, out: Tensor, *, with_sums: bool = False) -> Sums | None:
@@ -345,5 +360,5 @@ def convolution(c: Convolution, epilogue: Epilogue, plan: Plan, out: Tensor, *, 
         "stride_sw": skip.stride(2) if skip is not None else 0,
         "ACTIVATION": epilogue.activation,
     }
-    split_and_finish(conv_se_fwd_kernel, c, plan, pitch, arguments, of_tiles)
+    split_and_finish(conv_se_fwd_kernel, c, plan, pitch, EPILOGUE, arguments, of_tiles)
     return sums

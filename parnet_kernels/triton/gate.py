@@ -134,6 +134,11 @@ def gate_se_fwd_kernel(
         tl.store(skip_bias_ptr + at, s * shift[None, :], mask=mask)
 
 
+def images_a_program(images: int) -> int:
+    """Several where there are several: the gate's weight is then read that much less often."""
+    return 1 if images == 1 else 4
+
+
 @dataclass(frozen=True)
 class Gate:
     """gate [N, padded(K)] = factor·σ; of a skip also σ·scale and σ·shift; means [N, inputs·C] if asked for. float32."""
@@ -145,6 +150,7 @@ class Gate:
 
 
 def _sums_arguments(maps: tuple[Map, ...]) -> dict[str, Any]:
+    block = images_a_program(maps[0].data.shape[0])
     x, y = maps[0].sums, maps[-1].sums
     if x is None or y is None:
         raise ValueError("parnet_kernels: `maps` must carry their channel sums, got a Map without")
@@ -160,7 +166,8 @@ def _sums_arguments(maps: tuple[Map, ...]) -> dict[str, Any]:
         "TILE_Y": y.tile,
         "PER_IMAGE_X": x.per_image,
         "PER_IMAGE_Y": y.per_image,
-        "BS": min(32, triton.next_power_of_2(max(x.partial.shape[1], y.partial.shape[1]))),
+        "BI": block,
+        "BS": min(32 // block, triton.next_power_of_2(max(x.partial.shape[1], y.partial.shape[1]))),
     }
 
 
@@ -191,7 +198,7 @@ def gate(
         small(padded(k)) if skip else None,
         small(c * len(maps)) if with_means else None,
     )
-    block = 1 if images == 1 else 4
+    block = images_a_program(images)
     arguments = {
         **_sums_arguments(maps),
         "weight_ptr": weight,
@@ -210,7 +217,6 @@ def gate(
         "stride_wc": weight.stride(1),
         "FACTOR": factor,
         "INPUTS": len(maps),
-        "BI": block,
         "BK": 32,
         "BC": 32,
     }

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parnet_kernels.triton.conv_bwd import Gradient
-from parnet_kernels.triton.gate import Gate, sum_slots
+from parnet_kernels.triton.gate import Gate, images_a_program, sum_slots
 from parnet_kernels.triton.launch import launch
 
 
@@ -211,7 +211,7 @@ def channel_gradients(
     names = ["gate_bias", "bias"] + ["skip_scale", "skip_shift"] * skips + ["out_scale", "out_shift"] * affine
     rows = torch.empty(len(names), images, k, dtype=torch.float32, device=gate_weight.device)
     factor = torch.empty_like(rows[0]) if skips else None
-    block = 1 if images == 1 else 4
+    block = images_a_program(images)
     first = {
         "sums_ptr": gradient.sums,
         "gate_ptr": gates.gate,
@@ -231,7 +231,7 @@ def channel_gradients(
         "TILE": gradient.cut.tile,
         "PER_IMAGE": gradient.cut.per_image,
         "BI": block,
-        "BS": min(32, triton.next_power_of_2(slots)),
+        "BS": min(32 // block, triton.next_power_of_2(slots)),
         "BK": 32,
     }
     launch(gate_se_bwd_kernel, (-(-images // block), -(-k // 32)), first)

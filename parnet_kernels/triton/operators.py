@@ -30,16 +30,16 @@ def _layer(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> tu
         return t if t is None or t.dim() > 1 else t.contiguous()
 
     x, rest = tensors[: _inputs(op)], [dense(t) for t in tensors[_inputs(op) :]]
-    skip: list[Tensor | None] = [None, None]
+    skip_scale = skip_shift = None
     if op == "repvgg_sse":
-        weight, bias, *skip, gate_weight, gate_bias = rest
+        weight, bias, skip_scale, skip_shift, gate_weight, gate_bias = rest
     else:
         weight, bias, gate_weight, gate_bias = rest
     assert weight is not None
     assert bias is not None
     assert gate_weight is not None
     options = {name: dense(v) if isinstance(v, Tensor) else v for name, v in options.items()}
-    layer = Layer(weight, bias, gate_weight, gate_bias, *skip, **options)
+    layer = Layer(weight, bias, gate_weight, gate_bias, skip_scale, skip_shift, **options)
     return layer, maps_of(*(t for t in x if t is not None))
 
 

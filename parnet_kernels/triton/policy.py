@@ -1,10 +1,10 @@
 """Tile choice, in one place: a table per architecture × kind of product × layer shape, and the split of the reduction.
 
-The tables are modelled (occupancy and shared memory from offline compilation, bytes from the simulator:
-bench/triton_static.py), not measured. `tuning.autotune` measures and writes a table to the user's cache directory, which
-then comes first. No table entry spills registers; those of sm_80 fit 99 KB of shared memory, so that they also serve
-sm_86, 89 and 120. Rejected: 128×128×64 on sm_80 (96 KB, one CTA an SM); 64×64 with split K at 28×28×256 (the
-workspace outweighs the map).
+The tables are modelled, not measured: occupancy and shared memory from offline compilation, bytes from the simulator
+(bench/triton_static.py). `tuning.autotune` measures and writes a table to the user's cache directory, which then comes
+first. No entry spills registers; those of sm_80 fit 99 KB of shared memory, so that they also serve sm_86, 89 and 120.
+Rejected: 128×128×64 on sm_80 (96 KB of shared memory, one program an SM); a split of 64×64 tiles at 28×28×256, batch 1
+(the workspace outweighs the map).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _rules(*rules: tuple[int, int, tuple[int, int, int, int, int]]) -> tuple[Rul
 
 # (rows, columns) at least → (bm, bn, bk, warps, stages). Rows of "conv" are result pixels, columns output channels;
 # of "weight", output and input channels.
-_EXACT_CONV = _rules((8192, 64, (64, 64, 16, 4, 3)), (0, 32, (32, 32, 32, 4, 3)), (0, 0, (64, 16, 16, 4, 3)))
+_EXACT_CONV = _rules((8192, 64, (64, 64, 16, 4, 3)), (0, 32, (32, 32, 32, 4, 3)), (0, 0, (64, 16, 32, 4, 3)))
 _EXACT_WEIGHT = _rules((64, 64, (64, 64, 16, 4, 3)), (0, 0, (32, 32, 16, 4, 3)))
 TABLES: dict[str, dict[tuple[str, str], tuple[Rule, ...]]] = {
     "sm_80": {
@@ -82,7 +82,7 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Rule, ...]]] = {
         ),
         ("conv", "exact"): _EXACT_CONV,
         ("weight", "half"): _rules(
-            (96, 96, (128, 128, 32, 8, 4)), (48, 48, (64, 64, 64, 4, 3)), (0, 0, (32, 32, 64, 4, 3))
+            (96, 96, (128, 128, 32, 8, 4)), (48, 48, (64, 64, 32, 4, 4)), (0, 0, (32, 32, 64, 4, 3))
         ),
         ("weight", "tf32"): _rules((48, 48, (64, 64, 32, 4, 3)), (0, 0, (32, 32, 32, 4, 3))),
         ("weight", "exact"): _EXACT_WEIGHT,

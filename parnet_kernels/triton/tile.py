@@ -208,6 +208,18 @@ def convolve(
 
 
 @triton.jit
+def column_part(acc, part: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN / PARTS] columns of acc, from part·BN/PARTS on: an epilogue works on parts, or its terms would spill."""
+    if PARTS > 1:
+        low, high = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        if part < PARTS // 2:
+            acc = column_part(low, part, PARTS // 2, BM, BN // 2)
+        else:
+            acc = column_part(high, part - PARTS // 2, PARTS // 2, BM, BN // 2)
+    return acc
+
+
+@triton.jit
 def images_of(tile, area, images, BM: tl.constexpr):
     """First and last image that a tile across images touches."""
     return tile * BM // area, tl.minimum((tile * BM + BM - 1) // area, images - 1)
@@ -215,7 +227,7 @@ def images_of(tile, area, images, BM: tl.constexpr):
 
 @triton.jit
 def gate_one(t, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, image, columns, pitch, K):
-    """conv_gate·t + skip_gate·skip + skip_bias with the gates of one image; terms whose pointer is None are left out."""
+    """conv_gate·t + skip_gate·skip + skip_bias with the gates of one image; a None pointer leaves its term out."""
     at = image * pitch + columns
     if conv_gate_ptr is not None:
         t = t * tl.load(conv_gate_ptr + at, mask=columns < K, other=0.0)[None, :]
@@ -243,7 +255,7 @@ def gate_tile(
     BM: tl.constexpr,
     PER_IMAGE: tl.constexpr,
 ):
-    """`gate_one` on every row. Across images, one image after the other: gates gathered for every element would spill."""
+    """`gate_one` on every row. Across images, one image after the other: gates gathered by element would spill."""
     if PER_IMAGE:
         t = gate_one(t, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, image, columns, pitch, K)
     else:

@@ -49,7 +49,7 @@ def autotune(
     training: bool = False,
     measure: Callable[[Callable[[], None]], float] = milliseconds,
 ) -> Path:
-    """Measures, one product after the other, every tile of this architecture's table on such arguments; keeps the fastest.
+    """Measures every tile of this architecture's table on such arguments, product by product; keeps the fastest.
 
     The choice is added to the user's table (`policy.table_path`), which every later process reads first.
 

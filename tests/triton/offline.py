@@ -80,7 +80,8 @@ class Resources:
     threads: int
 
 
-def _tool(name: str) -> Path:
+def tool(name: str) -> Path:
+    """A program of the CUDA toolchain that the triton wheel carries."""
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
@@ -102,7 +103,7 @@ def resources(compiled: Any, target: str) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(compiled.asm["ptx"])
-        ptxas = _tool("ptxas-blackwell" if int(target[3:]) >= 100 and _tool("ptxas-blackwell").exists() else "ptxas")
+        ptxas = tool("ptxas-blackwell" if int(target[3:]) >= 100 and tool("ptxas-blackwell").exists() else "ptxas")
         arch = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])
         assert arch
         told = subprocess.run(

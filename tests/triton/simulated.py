@@ -1,4 +1,4 @@
-"""Runs the backend's host code with every launch compiled for sm_80 and executed by the PTX simulator on CPU tensors."""
+"""Runs the backend's host code on CPU tensors, every launch compiled for sm_80 and executed by the PTX simulator."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def _module(ptx: str) -> PtxModule:
     return PtxModule(ptx)
 
 
-def run_in_simulator(l: Launch, **options: Any) -> Result:
+def run_in_simulator(one: Launch, **options: Any) -> Result:
     """One launch; raises on any report of the simulator's checks."""
-    compiled = l.compile("sm_80")
-    names = l.source()[1]
+    compiled = one.compile("sm_80")
+    names = one.source()[1]
     module = _module(compiled.asm["ptx"])
     kernel = compiled.metadata.name
     scratch = len(module.module.functions[kernel].params) - len(names)  # Triton appends pointers that are not used here
-    values = [l.arguments[name] for name in names]
+    values = [one.arguments[name] for name in names]
     return module.launch(
         kernel,
-        grid=l.grid,
-        block=l.num_warps * 32,
+        grid=one.grid,
+        block=one.num_warps * 32,
         args=[v.detach() if isinstance(v, Tensor) else v for v in values] + [None] * scratch,
         shared_bytes=compiled.metadata.shared,
         **options,

@@ -1,4 +1,4 @@
-"""Runs the kernels' test bodies under Triton's interpreter, in processes of their own: it must be on before triton loads."""
+"""Runs the kernels' test bodies under Triton's interpreter, which must be on before triton loads."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ PRECISIONS = {"half": ["ieee"], "tf32": ["tf32"], "exact": ["ieee", "tf32x3"]}
 MATRIX = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
-def step(op: str, dtype: torch.dtype, batch: int, stride: int, channels: int = 128) -> None:
+def step(op: str, dtype: torch.dtype, batch: int, stride: int, size: int = 6) -> None:
     """Forward and backward of one operator."""
-    tensors, options = arguments(op, batch, channels, channels, (6, 6), dtype=dtype, stride=stride)
+    tensors, options = arguments(op, batch, 128, 128, (size, size), dtype=dtype, stride=stride)
     y = operators.run(op, tensors, options)
     operators.backward(op, torch.zeros_like(y), tensors, options, (True,) * (len(tensors) + 2))
 
@@ -47,22 +47,28 @@ def launches_with(tile: policy.Tile, kind: str, mode: str, precision: str, ops: 
 
     with (
         mock.patch.object(policy, "tile_for", tile_for),
-        mock.patch.object(policy, "split", lambda *_: 1),
+        mock.patch.object(policy, "split", return_value=1),
         float32_precision(precision),
     ):
-        found = [l for l in record(host) if l.kernel.__name__.startswith("conv" if kind == "conv" else "weight_se_bwd")]
-    return list({(l.kernel, str(constants(l))): l for l in found}.values())
+        found = [
+            launch
+            for launch in record(host)
+            if launch.kernel.__name__.startswith("conv" if kind == "conv" else "weight_se_bwd")
+        ]
+    return list({(launch.kernel, str(constants(launch))): launch for launch in found}.values())
 
 
-def constants(l: Launch) -> dict[str, Any]:
-    names = [p.name for p in l.kernel.params if p.is_constexpr]
-    return {name: l.arguments[name] for name in names} | {name: None for name, v in l.arguments.items() if v is None}
+def constants(launch: Launch) -> dict[str, Any]:
+    names = [p.name for p in launch.kernel.params if p.is_constexpr]
+    return {name: launch.arguments[name] for name in names} | {
+        name: None for name, v in launch.arguments.items() if v is None
+    }
 
 
-def check(l: Launch, target: str) -> None:
-    compiled = l.compile(target)
+def check(launch: Launch, target: str) -> None:
+    compiled = launch.compile(target)
     used = resources(compiled, target)
-    where = f"{l.kernel.__name__} {constants(l)} for {target}: {used}"
+    where = f"{launch.kernel.__name__} {constants(launch)} for {target}: {used}"
     assert used.spilled == 0, where
     assert used.shared <= 1024 * SHARED_LIMIT[target], where
     assert used.registers <= (512 if target == "gfx942" else 255), where
@@ -86,9 +92,9 @@ def tiles(kind: str, modes: tuple[str, ...]) -> list[Any]:
     ("target", "kind", "mode", "precision", "tile"), tiles("conv", ("half",)) + tiles("weight", ("half",))
 )
 def test_default_tiles(target: str, kind: str, mode: str, precision: str, tile: policy.Tile) -> None:
-    """The convolution whose epilogue needs most: of a RepVGG-SSE block backward, tiles across images, with an affine."""
+    """The convolution with the longest epilogue: RepVGG-SSE block, backward, tiles across images, with an affine."""
     launches = launches_with(tile, kind, mode, precision, ("repvgg_sse",))
-    heaviest = [l for l in launches if kind == "weight" or l.kernel.__name__ == "conv_se_bwd_kernel"]
+    heaviest = [launch for launch in launches if kind == "weight" or launch.kernel.__name__ == "conv_se_bwd_kernel"]
     assert len(heaviest) == 1
     check(heaviest[0], target)
 
@@ -98,24 +104,24 @@ def test_default_tiles(target: str, kind: str, mode: str, precision: str, tile: 
     ("target", "kind", "mode", "precision", "tile"), tiles("conv", policy.MODES) + tiles("weight", policy.MODES)
 )
 def test_every_tile(target: str, kind: str, mode: str, precision: str, tile: policy.Tile) -> None:
-    for l in launches_with(tile, kind, mode, precision, ("repvgg_sse", "downsample_se", "fusion_se")):
-        check(l, target)
+    for launch in launches_with(tile, kind, mode, precision, ("repvgg_sse", "downsample_se", "fusion_se")):
+        check(launch, target)
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)
 def test_small_kernels(target: str) -> None:
     """Packing, gates, sums and the kernel that adds the parts of a split."""
-    with mock.patch.object(policy, "split", lambda *_: 2):
-        launches = record(lambda: step("fusion_se", torch.float16, 3, 2))
-        launches += record(lambda: step("repvgg_sse", torch.float16, 3, 1))
+    with mock.patch.object(policy, "split", return_value=2):
+        launches = record(lambda: step("fusion_se", torch.float16, 3, 2, 56))
+        launches += record(lambda: step("repvgg_sse", torch.float16, 3, 1, 56))
     small = [
-        l
-        for l in launches
-        if l.arguments.get("STAGE") not in ("whole", "part") and l.kernel.__name__ != "weight_se_bwd_kernel"
+        launch
+        for launch in launches
+        if launch.arguments.get("STAGE") not in ("whole", "part") and launch.kernel.__name__ != "weight_se_bwd_kernel"
     ]
-    assert len({l.kernel.__name__ for l in small}) == 10
-    for l in {(l.kernel, str(constants(l))): l for l in small}.values():
-        check(l, target)
+    assert len({launch.kernel.__name__ for launch in small}) == 10
+    for launch in {(launch.kernel, str(constants(launch))): launch for launch in small}.values():
+        check(launch, target)
 
 
 @pytest.mark.parametrize("target", MATRIX)

@@ -108,8 +108,8 @@ def block_28x28x256() -> tuple[layers.Layer, Tensor, Tensor]:
     return layer, x, reference.repvgg_sse(*wide, **wide_options)
 
 
-#: Requested by the im2col prototype of notes/GPU_KERNELS.md with this tile, 104 MB for the three layers of a ParNet-M level,
-#: scaled by this layer's share of that level's tile loads, 30.67 of 97.3 MB.
+#: An im2col prototype with this tile requested 104 MB for the three layers of a ParNet-M level; this is the share of
+#: the middle layer, by tile loads: 30.67 of 97.3 MB.
 PROTOTYPE_BYTES = 104e6 * 30.67 / 97.3
 
 

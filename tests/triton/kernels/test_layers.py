@@ -71,7 +71,7 @@ def test_a_chain_pools_nothing(batch: int, size: tuple[int, int], where: torch.d
     with mock.patch.object(layers, "pack_map", side_effect=AssertionError("a map was packed again")):
         a = layers.forward(layer_of("downsample_se", here(down[1:]), options(down_options)), (x,), "ieee")
         # A split has its own tiles for the epilogue: the fusion's inputs are then cut differently.
-        with mock.patch.object(policy, "split", lambda *_: 2):
+        with mock.patch.object(policy, "split", return_value=2):
             b = layers.forward(layer_of("repvgg_sse", here(block[1:]), options(block_options)), (a,), "ieee")
         f = layers.forward(layer_of("fusion_se", here(fuse[2:]), options(fuse_options)), (b, a), "ieee")
     assert a.sums is not None

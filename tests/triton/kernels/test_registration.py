@@ -166,7 +166,7 @@ def test_reasons(where: torch.device) -> None:
 
 
 def test_warmup_and_autotune(where: torch.device, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cheapest tile by the given measure is written and then used; a table that cannot be read is ignored, loudly."""
+    """The cheapest tile by the given measure is written and then used; an unreadable table is ignored, loudly."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     policy.user_table.cache_clear()
     arch = policy.architecture(where)
@@ -204,8 +204,8 @@ def test_warmup_and_autotune(where: torch.device, tmp_path: Any, monkeypatch: py
 def test_nothing_is_tuned_during_a_capture(where: torch.device) -> None:
     positional, options = call("downsample_se", where)
     with (
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
     ):
         for what in (tuning.warmup, tuning.autotune):
             with pytest.raises(RuntimeError, match="before a CUDA graph capture"):
