@@ -1,8 +1,8 @@
 """What can be said of the Triton kernels without a GPU: `python -m bench.triton_static [--simulate]`.
 
-Per tile of every table, from offline compilation: registers, spills, shared memory, matrix instructions; from these the
-*modelled* occupancy. With --simulate, *counted* by the PTX simulator on sm_80: bytes requested against compulsory bytes of
-ParNet-M's layers, batch 1. Nothing here is a measured time.
+Per tile of every table, from offline compilation: registers, spills, shared memory, matrix instructions; from these
+the *modelled* occupancy. With --simulate, *counted* by the PTX simulator on sm_80: bytes requested against compulsory
+bytes of ParNet-M's layers, batch 1. Nothing here is a measured time.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ LAYERS = {
 
 
 def traffic() -> Iterator[dict[str, Any]]:
-    """One row a layer of ParNet-M at 224², batch 1, float16: what the simulator counts on sm_80. Checks the result too."""
+    """One row a layer of ParNet-M at 224², batch 1, float16: what the simulator counts on sm_80. Checks results too."""
     from cases import arguments, to
     from simulated import simulate
 
@@ -150,6 +150,8 @@ def traffic() -> Iterator[dict[str, Any]]:
         compulsory = 2 * (sum(t.numel() for t in x) + weight.numel() + rest[-2].numel() + out.data.numel())
         steps = {key: r for key, r in results.items() if key != "pack_weight_kernel"}  # done once, at deployment
         loads = [r.global_load for r in steps.values()]
+        loaded, sectors = (sum(load[key] for load in loads) for key in ("bytes", "sectors"))
+        lines = sum(r.unique_lines for r in steps.values())
         yield {
             "layer": f"{name} {op} {size}x{size} {c}->{k}",
             "launches": len(steps),
@@ -157,12 +159,8 @@ def traffic() -> Iterator[dict[str, Any]]:
                 sum(r.global_load["bytes"] + r.global_store["bytes"] for r in steps.values()) / 1e6, 2
             ),
             "compulsory MB": round(compulsory / 1e6, 2),
-            "128-byte lines / compulsory (counted)": round(
-                128 * sum(r.unique_lines for r in steps.values()) / compulsory, 3
-            ),
-            "load sectors used % (counted)": round(
-                min(100.0, 100 * sum(l["bytes"] for l in loads) / (32 * sum(l["sectors"] for l in loads)))
-            ),
+            "128-byte lines / compulsory (counted)": round(128 * lines / compulsory, 3),
+            "load sectors used % (counted)": round(min(100.0, 100 * loaded / (32 * sectors))),
             "relative error": f"{error.item():.1e}",
         }
 

@@ -91,7 +91,7 @@ def tiles(kind: str, modes: tuple[str, ...]) -> list[Any]:
 @pytest.mark.parametrize(
     ("target", "kind", "mode", "precision", "tile"), tiles("conv", ("half",)) + tiles("weight", ("half",))
 )
-def test_default_tiles(target: str, kind: str, mode: str, precision: str, tile: policy.Tile) -> None:
+def test_sixteen_bit_tiles(target: str, kind: str, mode: str, precision: str, tile: policy.Tile) -> None:
     """The convolution with the longest epilogue: RepVGG-SSE block, backward, tiles across images, with an affine."""
     launches = launches_with(tile, kind, mode, precision, ("repvgg_sse",))
     heaviest = [launch for launch in launches if kind == "weight" or launch.kernel.__name__ == "conv_se_bwd_kernel"]

@@ -31,7 +31,7 @@ PARAMETERS: dict[str, list[Any]] = {
 
 def usual(case: dict[str, Any], op: str) -> dict[str, Any]:
     """K differs from C where it may; fusion's K is even."""
-    return {**case, "op": op, "k": {3: 64, 12: 20, 64: 92, 92: 36, 130: 130}[case["channels"]]}
+    return {**case, "op": op, "k": {3: 64, 12: 92, 64: 20, 92: 36, 130: 12}[case["channels"]]}
 
 
 def name(case: dict[str, Any]) -> str:
@@ -104,8 +104,9 @@ def test_against_float64(case: dict[str, Any], where: torch.device) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_against_float64_exhaustively(op: str, dtype: torch.dtype, where: torch.device) -> None:
-    for values in product(*PARAMETERS.values()):
-        case = usual(dict(zip(PARAMETERS, values, strict=True)), op)
-        if case["dtype"] == dtype and not (op == "repvgg_sse" and case["stride"] == 2):
-            check(case, where)
+def test_more_combinations(op: str, dtype: torch.dtype, where: torch.device) -> None:
+    """Every 29th of all combinations: 29 divides no parameter's count, so every value meets every other."""
+    values = {**PARAMETERS, "dtype": [dtype]}
+    for combination in list(product(*values.values()))[::29]:
+        case = usual(dict(zip(values, combination, strict=True)), op)
+        check({**case, "stride": 1} if op == "repvgg_sse" else case, where)
