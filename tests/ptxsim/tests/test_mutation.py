@@ -77,7 +77,7 @@ def test_synchronisation_between_blocks(kernel):
     ptx = cuda_text("ordering", "compute_80", "-std=c++17")
     start, end = kernel_text(ptx, kernel)
     places = list(re.finditer(r"\t(bar\.sync|barrier\.sync|membar|fence\.)[^;]*;", ptx[start:end]))
-    assert len(places) >= 3
+    assert len(places) >= 2
     x = np.arange(6 * 64, dtype=np.float32).reshape(6, 64)
     caught = 0
     for match in places:
