@@ -6,6 +6,7 @@ With neither, nothing here is collected.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,12 +33,17 @@ def where() -> torch.device:
     return torch.device("cpu" if launch.INTERPRETED else "cuda")
 
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs below
+
+
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan() -> Iterator[None]:
-    """torch.empty is filled with NaN, so that a value nobody wrote shows."""
+    """torch.empty is filled with NaN, so that a value nobody wrote shows. And the reference computes in float32."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = before
 
 
 if launch.INTERPRETED:

@@ -1,0 +1,106 @@
+"""Tables and availability, without launching anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from parnet_kernels import ops
+from parnet_kernels.triton import current_precision, float32_precision, policy
+from parnet_kernels.triton.pack import Slices, padded
+
+
+def test_every_table_answers_for_every_shape() -> None:
+    assert set(policy.TABLES) == set(policy.ARCHITECTURES)
+    for table in policy.TABLES.values():
+        assert set(table) == {(kind, mode) for kind in policy.KINDS for mode in policy.MODES}
+        for rules in table.values():
+            assert (rules[-1].rows, rules[-1].columns) == (0, 0), "the last rule is the fallback"
+            for tile in (rule.tile for rule in rules):
+                assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.bm, tile.bn, tile.bk))
+    assert policy.architecture(torch.device("cpu")) == "sm_80"
+
+
+def test_no_rule_is_unreachable() -> None:
+    for table in policy.TABLES.values():
+        for rules in table.values():
+            for i, later in enumerate(rules):
+                assert not any(e.rows <= later.rows and e.columns <= later.columns for e in rules[:i]), later
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_each_device_has_a_table(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    expected = {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
+    assert policy.architecture(torch.device("cuda")) == expected
+
+
+def test_split_only_where_processors_idle() -> None:
+    assert policy.split(tiles=52, steps=36, sms=108) == 1
+    assert policy.split(tiles=32, steps=72, sms=108) == 3
+    assert policy.split(tiles=1, steps=72, sms=108) == 8
+    assert policy.split(tiles=1, steps=9, sms=108) == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "stored"), [(1, 16), (3, 16), (16, 16), (17, 32), (92, 96), (200, 224), (208, 208)]
+)
+def test_channels_stored(channels: int, stored: int) -> None:
+    assert padded(channels) == stored
+
+
+@pytest.mark.parametrize("channels", range(1, 140))
+def test_both_groups_of_a_fusion_lie_in_their_slices(channels: int) -> None:
+    pitch = padded(channels)
+    slices = Slices.of(channels, 2, pitch)
+    for group, first in enumerate(slices.first):
+        read = {u // 2 for u in range(group * channels, (group + 1) * channels)}
+        assert first <= min(read)
+        assert max(read) < first + slices.span <= pitch
+        assert slices.span % 16 == 0
+
+
+def test_precision_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert current_precision() == "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        assert current_precision() == "tf32"
+        with float32_precision("tf32x3"):
+            assert current_precision() == "tf32x3"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_reasons() -> None:
+    x = torch.zeros(1, 4, 3, 3)
+    assert "needs a CUDA device" in str(ops.explain("repvgg_sse", x)["triton"])
+    assert "float64" in str(ops.explain("repvgg_sse", x.double())["triton"])
+    assert "needs a CUDA device" in str(ops.explain("repvgg_sse", x.to("meta"))["triton"])
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_leaves_triton_alone() -> None:
+    assert run("import sys, parnet_kernels; print('triton' in sys.modules)").strip() == "False"
+
+
+def test_a_missing_triton_is_a_reason() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from parnet_kernels import ops
+x = torch.ones(1, 4, 3, 3)
+print(ops.explain("downsample_se", x)["triton"])
+print(ops.downsample_se(x, torch.ones(2, 4, 3, 3), torch.ones(2), torch.ones(2, 4)).shape)
+"""
+    reason, shape = run(code).splitlines()
+    assert "triton cannot be imported" in reason
+    assert shape == "torch.Size([1, 2, 2, 2])"
