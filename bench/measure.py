@@ -23,6 +23,7 @@ BUILD_TIMEOUT_S = 900
 CALL_TIMEOUT_S = 300
 MIN_ROUNDS = 3
 MAX_BURST = 50
+MAX_KEPT_BYTES = 2 << 30  # a worker that holds more between cells (torch.compile keeps old weights) is started anew
 
 
 @dataclass
@@ -144,7 +145,9 @@ class Bench:
         self._rounds(workload, threads, rows, ready, say)
         for name in ready:
             with suppress(WorkerError):
-                self.handles[name, threads].call("drop", timeout=CALL_TIMEOUT_S)
+                kept = self.handles[name, threads].call("drop", timeout=CALL_TIMEOUT_S)
+                if kept > MAX_KEPT_BYTES:
+                    self.handles.pop((name, threads)).close()
         yield from rows.values()
 
     def _rounds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,13 @@ from torch import Tensor
 from bench.engines import Task
 from bench.engines.torch_eager import Eager, TorchProgram, TorchRunner
 from bench.workloads import FEW_COPIES
+
+
+def _own_forward(module: TorchProgram) -> Callable[..., Tensor]:
+    """`module.forward` with a code object of its own: what is compiled is cached by code object, up to a limit."""
+    shared = TorchProgram.forward
+    own = types.FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__)
+    return types.MethodType(own, module)
 
 
 class CompileRunner(TorchRunner):
@@ -30,17 +38,19 @@ class Compile(Eager):
 
     def build(self, task: Task, form: str) -> TorchRunner:
         import torch._inductor.config as inductor
+        from torch._inductor.codecache import PyCodeCache
 
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of idle compilers
         inductor.freezing = True
         inductor.compile_threads = 1
+        torch._dynamo.reset()  # the caches would keep the frozen weights of all earlier tasks
+        PyCodeCache.cache_clear()
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in task.inputs]
         calls: list[Callable[..., Tensor]] = []
         with torch.no_grad():
             for program in task.programs:
-                torch._dynamo.reset()  # one compiled function an object, whatever came before
                 module = TorchProgram(program, torch.channels_last).eval()
-                compiled = torch.compile(module, mode=self.mode, fullgraph=True, dynamic=False)
+                compiled = torch.compile(_own_forward(module), mode=self.mode, fullgraph=True, dynamic=False)
                 compiled(*inputs)
                 calls.append(compiled)
         return CompileRunner(task, calls, inputs)
