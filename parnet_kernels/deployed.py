@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +84,8 @@ class DeployedParNet(nn.Module):
     head_weight: Tensor
     head_bias: Tensor
 
+    # Buffers are never inference tensors, whose changes could not be seen by the packed weights.
+    @torch.inference_mode(False)
     def __init__(self, config: ParNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -126,6 +128,10 @@ class DeployedParNet(nn.Module):
         if model.config.num_classes:
             assign(deployed, {"head_weight": model.head.fc.weight, "head_bias": model.head.fc.bias})
         return deployed
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedParNet:
+        return super()._apply(fn, recurse)
 
     @property
     def num_classes(self) -> int:

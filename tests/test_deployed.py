@@ -182,6 +182,16 @@ def test_changes_of_weights_are_seen() -> None:
     assert torch.equal(deployed.float()(x), before)
 
 
+def test_made_in_inference_mode() -> None:
+    x = image((64, 64))
+    with torch.inference_mode():
+        deployed = randomize(ParNet(TINY["3 streams"])).eval().deploy().half().float().prepare()
+        before = deployed(x)
+        deployed.layers["streams_1_0"].weight.mul_(0.5)
+        assert not torch.allclose(deployed(x), before, rtol=1e-3)
+    assert not any(b.is_inference() for b in deployed.buffers())
+
+
 @torch.no_grad()
 def test_threads_share_a_network() -> None:
     _, deployed = pair(TINY["3 streams"])
