@@ -90,7 +90,7 @@ class Handle:
     def _answer(self, timeout: float) -> Any:
         try:
             if not self.pipe.poll(timeout):
-                self.close()
+                self.close(patience_s=0)
                 raise WorkerError(f"no answer within {timeout:.0f} s")
             status, value = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -111,9 +111,11 @@ class Handle:
         finally:
             self._signal(signal.SIGSTOP)
 
-    def close(self) -> None:
+    def close(self, patience_s: float = 5) -> None:
+        """Lets the worker end by itself, which an idle one does at once; then ends it."""
         self._signal(signal.SIGCONT)
         with suppress(OSError):
             self.pipe.close()
+        self.process.join(patience_s)
         self.process.terminate()
         self.process.join(10)
