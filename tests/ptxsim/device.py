@@ -13,6 +13,7 @@ A test that uses it has the marker `gpu` or `ptxsim`, and is skipped with the re
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ class Simulator(Device):
         return self.session.register(x)
 
     def cuda(self, source: str | Path, arch: str = "compute_80", flags: Sequence[str] = ()) -> PtxModule:
-        return PtxModule(_or_skip(compile_cuda, source, arch, flags))
+        return PtxModule(_cuda_text(str(source), arch, tuple(flags)))
 
     def launch(self, module, kernel, grid, block, args, shared_bytes=0, **simulator_options):
         return self.session.launch(module, kernel, grid, block, args, shared_bytes, **simulator_options)
@@ -160,7 +161,7 @@ class Gpu(Device):
         number = int(wanted.rstrip("af"))
         if number > have or (exact and number != have):
             pytest.skip(f"needs {arch}, this GPU is sm_{have}")
-        return GpuModule(self.driver, _or_skip(compile_cuda, source, arch, flags))
+        return GpuModule(self.driver, _cuda_text(str(source), arch, tuple(flags)))
 
     def launch(self, module, kernel, grid, block, args, shared_bytes=0, **simulator_options):
         plain = [arg.array if isinstance(arg, Uninit) else arg for arg in args]
@@ -203,6 +204,11 @@ def _or_skip(function: Any, *args: Any, **options: Any) -> Any:
         return function(*args, **options)
     except Unavailable as reason:
         pytest.skip(str(reason))
+
+
+@functools.cache  # sources do not change while tests run
+def _cuda_text(source: str, arch: str, flags: tuple[str, ...]) -> str:
+    return _or_skip(compile_cuda, source, arch, flags)
 
 
 def open_device(choice: str = "auto") -> Device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +60,7 @@ class PtxModule:
         self.sm = int(target[1]) if target else 90
         self.memory = DeviceMemory()
         self._programs: dict[str, Program] = {}
+        self._lock = threading.Lock()  # a program's machine runs one launch at a time, and without the GIL
         self._place_variables()
 
     def _place_variables(self) -> None:
@@ -163,22 +165,25 @@ class PtxModule:
         start = time.perf_counter()
         machine = program.machine
         order = _block_order(block_order, int(np.prod(grid, dtype=object)), seed)
-        fault = machine.run(
-            grid,
-            block,
-            shared,
-            table.table(),
-            bool(races),
-            races == "strict",
-            max_instructions,
-            seed & 0xFFFFFFFF,
-            resident,
-            order,
-            approx_error,
-            l2,
-        )
+        with self._lock:
+            fault = machine.run(
+                grid,
+                block,
+                shared,
+                table.table(),
+                bool(races),
+                races == "strict",
+                max_instructions,
+                seed & 0xFFFFFFFF,
+                resident,
+                order,
+                approx_error,
+                l2,
+            )
+            counters, output = machine.counters, machine.output
+            totals = (machine.blocks_done, machine.barriers, machine.instructions)
+            reports = self._reports(machine)
         seconds = time.perf_counter() - start
-        reports = self._reports(machine)
         if fault is not None:
             raise self._fault(kernel, fault, reports)
         result = Result(
@@ -188,15 +193,15 @@ class PtxModule:
             shared_bytes=shared,
             seconds=seconds,
             reports=reports,
-            output=machine.output.decode(errors="replace"),
-            blocks=machine.blocks_done,
-            barriers=machine.barriers,
-            warp_instructions=machine.instructions,
+            output=output.decode(errors="replace"),
+            blocks=totals[0],
+            barriers=totals[1],
+            warp_instructions=totals[2],
             buffers=buffer_rows(ranges),
             ptxas=parse_ptxas(ptxas, kernel),
             l2=l2_row(l2) if l2 is not None else None,
         )
-        count_instructions(result, program, machine.counters, self.source)
+        count_instructions(result, program, counters, self.source)
         if reports and check == "raise":
             raise PtxSanitizerError(_describe_reports(kernel, result), result)
         return result

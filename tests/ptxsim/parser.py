@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 import struct
 from collections.abc import Iterator
@@ -228,7 +229,10 @@ class _Parser:
     def parse(self) -> Module:
         while self.skip_space():
             if match := _HEADER.match(self.text, self.position):
-                setattr(self.module, match[1], match[2].strip()) if match[1] != "address_size" else None
+                if match[1] == "version":
+                    self.module.version = match[2].strip()
+                elif match[1] == "target":
+                    self.module.target = match[2].strip()
                 self.position = match.end()
                 continue
             head = re.compile(r"[^;{=]*").match(self.text, self.position).group(0)
@@ -343,6 +347,7 @@ class _Parser:
                 scope.registers[name] = match[1]
 
 
+@functools.lru_cache(maxsize=16)
 def parse_module(text: str) -> Module:
-    """Raises PtxError with a line where the text is not PTX."""
+    """Raises PtxError with a line where the text is not PTX. The result is shared: it must not be changed."""
     return _Parser(text).parse()

@@ -96,7 +96,7 @@ void atom(Context& c, const Instruction& in) {
     }
     c.machine->progress += changed;
     // A compare-and-swap that fails stores nothing, so it releases nothing.
-    if (!shared) synchronise(c, in, address[l], true, op != Atomic::Cas || changed);
+    synchronise(c, in, address[l], true, op != Atomic::Cas || changed);
   });
 }
 

@@ -22,8 +22,9 @@ using u128 = unsigned __int128;
 #define PTXSIM_OPCODES(X)                                                                                    \
   X(Nop)                                                                                                     \
   X(Add)                                                                                                     \
-  X(Sub) X(Mul) X(MulHi) X(MulWide) X(Mul24) X(Mad) X(MadHi) X(MadWide) X(Mad24) X(Fma) X(Div) X(Rem) X(Min) \
-      X(Max) X(Min3) X(Max3) X(Abs) X(Neg) X(And) X(Or) X(Xor) X(Not) X(Cnot) X(Shl) X(Shr) X(FunnelLeft)    \
+  X(Sub)                                                                                                     \
+  X(Mul) X(MulHi) X(MulWide) X(Mul24) X(Mad) X(MadHi) X(MadWide) X(Mad24) X(Fma) X(Div) X(Rem) X(Min) X(Max) \
+      X(Min3) X(Max3) X(Abs) X(Neg) X(And) X(Or) X(Xor) X(Not) X(Cnot) X(Shl) X(Shr) X(FunnelLeft)           \
           X(FunnelRight) X(Lop3) X(Prmt) X(Bfe) X(Bfi) X(Bfind) X(Popc) X(Clz) X(Brev) X(Sad) X(Dp4a)        \
               X(Dp2a) X(AddCarry) X(MadCarry) X(PackedInt) X(Fns) X(Szext) X(Bmsk) X(Setp) X(SetpPacked)     \
                   X(Set) X(Selp) X(Slct) X(PredLogic) X(Testp) X(Copysign) X(Mov) X(Pack) X(Unpack)          \
@@ -46,11 +47,12 @@ enum class Op : u16 {
 #undef X
 };
 
-#define PTXSIM_TYPES(X)                                                                               \
-  X(B8)                                                                                               \
-  X(B16)                                                                                              \
-  X(B32) X(B64) X(B128) X(U8) X(U16) X(U32) X(U64) X(S8) X(S16) X(S32) X(S64) X(F16) X(F16X2) X(BF16) \
-      X(BF16X2) X(F32) X(F64) X(PRED) X(TF32) X(E4M3) X(E5M2) X(E4M3X2) X(E5M2X2) X(F32X2) X(U16X2) X(S16X2)
+#define PTXSIM_TYPES(X)                                                                                  \
+  X(B8)                                                                                                  \
+  X(B16)                                                                                                 \
+  X(B32)                                                                                                 \
+  X(B64) X(B128) X(U8) X(U16) X(U32) X(U64) X(S8) X(S16) X(S32) X(S64) X(F16) X(F16X2) X(BF16) X(BF16X2) \
+      X(F32) X(F64) X(PRED) X(TF32) X(E4M3) X(E5M2) X(E4M3X2) X(E5M2X2) X(F32X2) X(U16X2) X(S16X2)
 
 enum class Type : u8 {
 #define X(name) name,

@@ -163,11 +163,12 @@ struct Block {
 
 // ---- results
 // -----------------------------------------------------------------------------------------------
-#define PTXSIM_REPORT_KINDS(X)                                                \
-  X(UninitShared, "uninit-shared")                                            \
-  X(UninitGlobal, "uninit-global")                                            \
-  X(Race, "race") X(GlobalRace, "global-race") X(AsyncHazard, "async-hazard") \
-      X(Proxy, "missing-proxy-fence") X(Barrier, "barrier") X(WarpSync, "warp-sync")
+#define PTXSIM_REPORT_KINDS(X)                                                                \
+  X(UninitShared, "uninit-shared")                                                            \
+  X(UninitGlobal, "uninit-global")                                                            \
+  X(Race, "race")                                                                             \
+  X(GlobalRace, "global-race") X(AsyncHazard, "async-hazard") X(Proxy, "missing-proxy-fence") \
+      X(Barrier, "barrier") X(WarpSync, "warp-sync")
 
 enum class ReportKind : int {
 #define X(name, text) name,

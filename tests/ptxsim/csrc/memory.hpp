@@ -30,7 +30,7 @@ Knowledge merge(Machine& m, const Knowledge& a, const Knowledge& b);
 // Everything the warp has done and seen becomes visible to whoever joins `into`.
 void publish(Context& c, SyncState& into);
 inline void advance_clock(Block& b) { b.clock++; }
-// Effects of a strong access on ordering. `writes`: it stores; `reads`: it loads (an atomic does both).
+// Effects of a strong access to global memory on ordering. An atomic both reads and writes.
 void synchronise(Context& c, const Instruction& in, u64 address, bool reads, bool writes);
 void check_global_order(Context& c, Allocation& a, u64 address, int size, int lane, int flags, int agent,
                         bool written_before);

@@ -151,6 +151,9 @@ void absorb(Context& c, const SyncState& from) { join(*c.machine, c.warp->sync, 
 
 void synchronise(Context& c, const Instruction& in, u64 address, bool reads, bool writes) {
   if (!c.machine->races || !in.has(mod::GpuScope)) return;
+  bool window = address >> 48 == kSharedWindow >> 48 || address >> 48 == kLocalWindow >> 48;
+  if (window || in.space() == Space::Shared || in.space() == Space::Local)
+    return;  // no business of other blocks
   Machine& m = *c.machine;
   SyncState& sync = c.warp->sync;
   auto it = m.released.find(address >> 2);

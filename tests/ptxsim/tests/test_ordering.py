@@ -1,11 +1,12 @@
 """Ordering in global memory: within a block, and between blocks through counters and flags."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from ptxsim import PtxSanitizerError, Uninit
+from ptxsim import PtxModule, PtxSanitizerError, Uninit
 
 from .helpers import RNG, cuda
 
@@ -95,3 +96,40 @@ def test_atomics_on_data_need_no_order(seed):
     x, bins = RNG.integers(0, 50, 3000).astype(np.uint8), np.zeros(64, np.uint32)
     cuda("ordering", "compute_80", "-std=c++17").launch("count", 4, 128, [bins, x, x.size], seed=seed, resident=2)
     assert np.array_equal(bins, np.bincount(x, minlength=64))
+
+
+SHARED_FLAG = """.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry k(.param .u64 data, .param .u64 out)
+{
+.reg .b64 %d, %o; .reg .b32 %b, %v; .reg .pred %p;
+.shared .align 4 .b8 flag[4];
+ld.param.u64 %d, [data]; ld.param.u64 %o, [out]; mov.u32 %b, %ctaid.x; setp.eq.u32 %p, %b, 0;
+st.volatile.shared.u32 [flag], %b;
+@!%p bra R;
+st.global.u32 [%d], 7; membar.gl; st.volatile.shared.u32 [flag], 1;
+ret;
+R: ld.volatile.shared.u32 %v, [flag]; membar.gl; ld.global.u32 %v, [%d]; st.global.u32 [%o], %v;
+ret;
+}
+"""
+
+
+def test_flags_in_shared_memory_order_no_blocks():
+    with pytest.raises(PtxSanitizerError, match="with nothing that orders the blocks"):
+        PtxModule(SHARED_FLAG).launch("k", 2, 1, [np.zeros(1, np.uint32), np.zeros(1, np.uint32)])
+
+
+def test_launches_from_two_threads():
+    """They take turns on a module."""
+    module = cuda("ordering", "compute_80", "-std=c++17")
+    x, results = np.ones(4096, np.float32), [np.zeros(4096, np.float32) for _ in range(4)]
+
+    def run(y):
+        for _ in range(5):
+            assert module.launch("scale", 32, 128, [x, y, 2.0, 4096]).unique_written == y.nbytes
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, results))
+    assert all((y == 2).all() for y in results)
