@@ -1,8 +1,6 @@
-"""Backward of the gate, and the gradients of everything per channel, from the per-tile sums of
-`conv_bwd.before_epilogue`.
+"""Backward of the gate, and every gradient per channel, from the per-tile sums of `conv_bwd.before_epilogue`.
 
-With S1 = Σ_hw d_t, S2 = Σ_hw d_t·∂t/∂gate (d_t: gradient before φ), s the stored gate, a and b skip_scale and
-skip_shift:
+With S1 = Σ_hw d_t and S2 = Σ_hw d_t·∂t/∂gate (d_t: gradient before φ), s the stored gate, a skip_scale, b skip_shift:
     RepVGG-SSE   d_logit = (a·S2 + b·S1)·s(1 − s)      else   d_logit = S2·s(1 − s/2), as s = 2σ
     d_mean = gate_weightᵀ·d_logit, d_gate_weight = Σ_n d_logit·mean, and sums over n (`Channels`).
 All float32, no atomics. Rows of K are in the weight's order (g·K/2 + i); the sums and gates in the result's (2i + g).

@@ -1,6 +1,4 @@
-"""The one place that launches kernels: device, offset width, float32 precision; tests replace `run` to compile or
-simulate.
-"""
+"""The one place that launches kernels; it sets the device and the width of offsets. Tests replace `run`."""
 
 from __future__ import annotations
 

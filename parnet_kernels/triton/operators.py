@@ -1,6 +1,4 @@
-"""The operators on the Triton backend: `run` and `backward` of the backend protocol, and the backward's own
-operator.
-"""
+"""The backend protocol on Triton: `run`, and `backward` with an operator of its own."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ _chosen: str | None = None  # process-wide, as torch.backends is: backward runs 
 
 @contextmanager
 def float32_precision(name: str) -> Iterator[None]:
-    """Within the block, float32 convolutions multiply in "ieee" float32, "tf32", or "tf32x3" (three tf32 products,
-    near float32).
+    """Within the block, float32 convolutions multiply in "ieee" float32, "tf32", or three tf32 products, "tf32x3".
+
+    The last comes near float32. On AMD GPUs, which lack it, it means "ieee".
 
     Outside, torch.backends.cudnn.conv.fp32_precision decides between tf32 and ieee, as for PyTorch's own convolutions.
 
