@@ -17,7 +17,9 @@ import torch
 SPLITS = (1, 2, 3, 4, 6, 8)
 # Units: one output row of a tile in one stage. Estimates, not fitted: a stage's cost besides its products (weights to
 # shared memory, barrier), a block's start and end, and what a split layer pays for leaving and adding partial sums.
-STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 300, 60
+# A block's duration is meant beside a second one on its multiprocessor; alone it takes ALONE of that.
+ALONE = 0.6
+STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 300, 125
 CANDIDATES = 12  # combinations whose schedule is simulated
 
 
@@ -173,19 +175,19 @@ def block_cost(s: Shape, t: Tiling, p: Policy) -> float:
     return stages * (p.shapes[t.tile].rows + STAGE_COST) + BLOCK_COST + extra
 
 
-def resident(gpu: Gpu, shared: int) -> int:
-    """Blocks that run at once; registers allow two on a multiprocessor."""
-    p = policy(gpu.architecture)
-    return gpu.multiprocessors * max(1, min(2, gpu.shared_per_sm // (shared + p.static_shared + 1024)))
+def blocks_per_sm(gpu: Gpu, shared: int) -> int:
+    """How many blocks run at once on a multiprocessor; registers allow two."""
+    return max(1, min(2, gpu.shared_per_sm // (shared + policy(gpu.architecture).static_shared + 1024)))
 
 
-def _makespan(costs: list[tuple[float, int]], slots: int) -> float:
-    """When the last block ends if each free slot takes the next, longest first: (cost, blocks) of each layer."""
-    free = [0.0] * slots
+def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
+    """Modelled time of a launch: blocks (cost, number) go, longest first, to the multiprocessor with the least work."""
+    work = [0.0] * gpu.multiprocessors
     for cost, blocks in sorted(costs, reverse=True):
         for _ in range(blocks):
-            heapq.heapreplace(free, free[0] + cost)
-    return max(free)
+            heapq.heapreplace(work, work[0] + cost)
+    idle = gpu.multiprocessors / sum(blocks for _, blocks in costs)  # memory bandwidth needs all multiprocessors
+    return max(max(work) * (0.5 if per_sm == 2 else ALONE), ALONE * max(costs)[0]) * max(1.0, idle)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -200,8 +202,8 @@ def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tupl
     ranked = []
     for choice in itertools.product(*options):
         costs = [(block_cost(s, t, p), t.blocks(s)) for s, t in zip(shapes, choice, strict=True)]
-        slots = resident(gpu, max(t.shared for t in choice))
+        per_sm = blocks_per_sm(gpu, max(t.shared for t in choice))
         total, longest = sum(c * b for c, b in costs), max(c for c, _ in costs)
-        ranked.append((max(total / slots, longest) + longest / 4, slots, costs, choice))
+        ranked.append((max(total / gpu.multiprocessors / per_sm, longest * ALONE) + longest / 8, per_sm, costs, choice))
     ranked.sort(key=lambda r: r[0])
-    return min(ranked[:CANDIDATES], key=lambda r: _makespan(r[2], r[1]))[3]
+    return min(ranked[:CANDIDATES], key=lambda r: makespan(r[2], gpu, r[1]))[3]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 MAX_LAYERS = 4
 DEPENDENT, COOPERATIVE = 1, 2
-SKIP, RELU, VECTOR_STORE = 1, 2, 4
+SKIP, RELU, VECTOR_STORE, ROUND = 1, 2, 4, 8
 ALIGNMENT = 256
 _BUFFER_SHIFT = 48
 _MATHS = ("f16", "bf16", "tf32", "f32")
@@ -78,8 +78,7 @@ class EnterCall(ctypes.Structure):
         ("input", Strided),
         ("out", c_uint64),
         ("sums", c_uint64),
-        ("pitch", c_int32),
-        ("tiles", c_int32),
+        *((n, c_int32) for n in ("pitch", "tiles", "round", "reserved")),
     ]
 
 

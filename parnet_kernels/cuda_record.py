@@ -14,6 +14,7 @@ from parnet_kernels.cuda_program import (
     DEPENDENT,
     MAX_LAYERS,
     RELU,
+    ROUND,
     SKIP,
     VECTOR_STORE,
     Arena,
@@ -105,10 +106,13 @@ class Recorder:
         n, c, h, w = shape
         layout = Layout.natural(c, self.dtype)
         tiles = -(-h * w // self.policy.enter_pixels)
-        in_place = layout.pitch == c and list(stride) == [h * w * c, 1, w * c, c]
+        rounds = self.program.math == "tf32"
+        in_place = not rounds and layout.pitch == c and list(stride) == [h * w * c, 1, w * c, c]
         sums = self._workspace(4 * n * tiles * layout.pitch, last)
         x = address(buffer) if in_place else self._workspace(n * h * w * layout.pitch * self.dtype.itemsize, last)
-        call = EnterCall(strided(shape, stride, address(buffer)), 0 if in_place else x, sums, layout.pitch, tiles)
+        call = EnterCall(
+            strided(shape, stride, address(buffer)), 0 if in_place else x, sums, layout.pitch, tiles, rounds
+        )
         label = f"enter {list(shape)}"
         self.program.launch(Kind.ENTER, n * tiles, 0, call, label, self._flags())
         return Map(n, h, w, layout, x, sums, tiles)
@@ -126,7 +130,7 @@ class Recorder:
         blocks = min(n * down * across * packed.column_tiles, 2 * self.gpu.multiprocessors)
         out = Output(result.x, result.sums, address(buffer + 2), layout.pitch, layout.pitch, 0, 1, out_h, out_w)
         out.tiles_down, out.tiles_across = down, across
-        out.flags = VECTOR_STORE | (RELU if packed.activation == "relu" else 0)
+        out.flags = VECTOR_STORE | ROUND | (RELU if packed.activation == "relu" else 0)
         out.inverse_area = 1 / (h * w)
         call = StemCall(strided(shape, stride, address(image)), out, address(buffer), address(buffer + 1))
         call.image_sums = self._workspace(4 * n * blocks * c, self.step)
@@ -166,6 +170,7 @@ class Recorder:
     def _layer_call(self, step: Step, s: Shape, t: Tiling) -> tuple[LayerCall, Map]:
         p, layout = step.packed, step.layout
         k = p.out_channels
+        flags = (SKIP if p.kind == "repvgg_sse" else 0) | (RELU if p.activation == "relu" else 0)
         call = LayerCall()
         for i, m in enumerate(step.inputs):
             call.inputs[i] = m.as_input()
@@ -180,12 +185,12 @@ class Recorder:
             width = layout.pitch // p.groups
             group_step = layout.pitch // 2 if grouped else 1 if shuffled else 0
             channel_step = 2 if shuffled else 1
+            flags |= ROUND
         vector = channel_step == 1 and width % 4 == 0 and result.layout.pitch % 4 == 0
         out = Output(result.x, result.sums, address(step.buffer + 2), result.layout.pitch, width, group_step)
         out.channel_step, out.out_h, out.out_w = channel_step, s.out_h, s.out_w
         out.tiles_down, out.tiles_across = t.tiles_down, t.tiles_across
-        out.flags = (SKIP if p.kind == "repvgg_sse" else 0) | (RELU if p.activation == "relu" else 0)
-        out.flags |= VECTOR_STORE if vector else 0
+        out.flags = flags | (VECTOR_STORE if vector else 0)
         out.inverse_area = 1 / (s.h * s.w)
         call.out = out
         call.weight, call.gate_weight, call.chunk_table = (address(step.buffer + i) for i in (0, 1, 3))

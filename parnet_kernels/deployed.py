@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from parnet_kernels import _native, ops
 from parnet_kernels.config import Layer, ParNetConfig, layers, levels
 from parnet_kernels.cpu_network import CpuNetwork
+from parnet_kernels.cuda_network import CapturedNetwork, CudaNetwork
 from parnet_kernels.reference import ACTIVATIONS, per_channel
 from parnet_kernels.reparam import affine_of
 
@@ -102,6 +103,7 @@ class DeployedParNet(nn.Module):
         self.register_buffer("head_weight", torch.zeros(config.num_classes, self.num_features))
         self.register_buffer("head_bias", torch.zeros(config.num_classes))
         self._native = CpuNetwork()
+        self._cuda_network = CudaNetwork()
         self.eval()
 
     @classmethod
@@ -148,6 +150,8 @@ class DeployedParNet(nn.Module):
     def _features(self, x: Tensor, pooled: bool) -> Tensor:
         if self._native.why_not(self, x) is None:
             return self._native.run(self, x, pooled)
+        if self._cuda_network.why_not(self, x) is None:
+            return self._cuda_network.run(self, x, "pooled" if pooled else "features")
         made = {"image": x}
         graph = layers(self.config)
         for index, layer in enumerate(graph):
@@ -168,8 +172,18 @@ class DeployedParNet(nn.Module):
         return self._features(x, pooled=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.num_classes and self._cuda_network.why_not(self, x) is None:
+            return self._cuda_network.run(self, x, "logits")
         pooled = self._features(x, pooled=True)
         return F.linear(pooled, self.head_weight, self.head_bias) if self.num_classes else pooled
+
+    def capture(self, x: Tensor) -> CapturedNetwork:
+        """The whole network as one CUDA graph for images like `x`: see `CapturedNetwork`.
+
+        Raises:
+            RuntimeError: with the reason, where the CUDA kernels cannot run this network on `x`.
+        """
+        return CapturedNetwork(self, x)
 
     def prepare(self) -> DeployedParNet:
         """Packs the weights for the native CPU kernels now, not at the first call; returns itself."""

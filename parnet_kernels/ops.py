@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parnet_kernels import checks, cpu, gradients, reference, triton
+from parnet_kernels import checks, cpu, cuda, gradients, reference, triton
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.environment import BACKEND
 
@@ -172,7 +172,7 @@ class _Reference:
 
 #: In order of preference. Each has `why_not(op, x)`, the reason why it cannot run op on x or None, and `run`. It may
 #: have `backward(op, g, tensors, options, need)`: gradients of tensors, out_scale, out_shift, once differentiable.
-BACKENDS: dict[str, Any] = {"triton": triton, "cpu": cpu, "reference": _Reference}
+BACKENDS: dict[str, Any] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": _Reference}
 
 _forced: ContextVar[str | None] = ContextVar("parnet_backend", default=BACKEND)
 

@@ -69,8 +69,9 @@ struct Tile {
       : p(call), scratch(s), place(p, block) {}
 
   __device__ __forceinline__ int stride() const { return kTile.any_stride ? p.stride : 1; }
-  // Row of the tile that output pixel m lies in; exact for rows * columns < 2^16.
-  __device__ __forceinline__ int row_of(int m) const { return (m * (65536 / p.tile_cols + 1)) >> 16; }
+  // a / b, exact for a * b < 2^16; the inner division is done once for all a.
+  static __device__ __forceinline__ int quotient(int a, int b) { return (a * (65536 / b + 1)) >> 16; }
+  __device__ __forceinline__ int row_of(int m) const { return quotient(m, p.tile_cols); }
 
   __device__ void run() {
     allow_dependents();
@@ -123,12 +124,15 @@ struct Tile {
   }
 
   __device__ __forceinline__ void multiply() {
-    const int part = threadIdx.x & 3, first_slot = threadIdx.x >> 2;  // four threads a pixel, 16 bytes each
+    // Four threads a pixel, 16 bytes each. Eight lanes at a time read whole sectors, 32 bytes of every other
+    // pixel: at a pitch of 80 bytes these lie in different banks.
+    const int lane = lane_id();
+    const int part = (lane >> 4) * 2 + (lane & 1), first_slot = warp * 8 + (lane & 6) + ((lane >> 3) & 1);
     const int halo_bytes = p.slots * kSlotBytes;
     int pixel[kSlotRounds];  // in the image, or -1
 #pragma unroll
     for (int j = 0; j < kSlotRounds; j++) {
-      const int slot = first_slot + 32 * j, r = slot / p.slot_pitch, q = slot - r * p.slot_pitch;
+      const int slot = first_slot + 32 * j, r = quotient(slot, p.slot_pitch), q = slot - r * p.slot_pitch;
       const bool even = !kTile.any_stride || stride() == 1 || q < p.odd_columns;
       const int column = stride() == 1 ? q : even ? 2 * q : 2 * (q - p.odd_columns) + 1;
       const int ih = place.row * stride() + r - 1, iw = place.col * stride() + column - 1;
@@ -153,13 +157,16 @@ struct Tile {
     };
     const int32_t* table = p.chunk_table + place.group * p.chunks;
     const int64_t area = static_cast<int64_t>(p.h) * p.w;
-    const uint32_t halo_to = halo + first_slot * kSlotBytes + part * 16;
+    uint32_t halo_to = halo + first_slot * kSlotBytes + part * 16;
     uint32_t halo_flip = 0;
+    int lane_channel = part * kLaneChannels;
+    pin(lane_channel);
+    pin(halo_to);
     int next_chunk = place.first_chunk, entry = __ldg(table + next_chunk);  // one ahead of its use
     auto load_halo = [&] {
       const Input& in = p.in[entry >> kSourceShift];
       uint64_t x = reinterpret_cast<uint64_t>(static_cast<const T*>(in.x) + place.image * area * in.pitch +
-                                              (entry & ((1 << kSourceShift) - 1)) + part * kLaneChannels);
+                                              (entry & ((1 << kSourceShift) - 1)) + lane_channel);
       pin(x);
       copy_pixels(halo_to + halo_flip, x, pixel, in.pitch * static_cast<int>(sizeof(T)),
                   std::make_integer_sequence<int, kSlotRounds>());
@@ -222,7 +229,6 @@ struct Tile {
           for (int i = 0; i < kFragments; i++) {
             typename M::A a;
             M::load_a(a, a_address[i], shift);
-            M::prepare(a);
 #pragma unroll
             for (int j = 0; j < 4; j++) M::multiply(acc[i][j], a, b[j / 2], j % 2);
           }
@@ -283,17 +289,19 @@ struct Tile {
     }
     __syncthreads();
     if (!scratch.is_last) return false;
-    logit = 0.0f;
+    float4 own[kFragments][kKept];
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
 #pragma unroll
-      for (int j = 0; j < kKept; j++) sums[i][j] = make_float4(0, 0, 0, 0);
+      for (int j = 0; j < kKept; j++) own[i][j] = sums[i][j], sums[i][j] = make_float4(0, 0, 0, 0);
+    logit = 0.0f;
     for (int s = 0; s < p.splits; s++) {
       const float4* theirs = partial + static_cast<int64_t>(s) * (kVectorsPerThread * kThreads);
 #pragma unroll
       for (int i = 0; i < kFragments; i++)
 #pragma unroll
-        for (int j = 0; j < kKept; j++) add(sums[i][j], __ldcg(theirs + (i * kKept + j) * kThreads));
+        for (int j = 0; j < kKept; j++)
+          add(sums[i][j], s == place.split ? own[i][j] : __ldcg(theirs + (i * kKept + j) * kThreads));
       if (threadIdx.x < kColumns) logit += __ldcg(logits + s * kColumns);
     }
     return true;

@@ -33,6 +33,15 @@ __device__ __forceinline__ void set_column(ColumnTerms& terms, const Output& out
   }
 }
 
+// The first `count` of four values, `step` apart. Rare, so not copied into every place that stores.
+template <class T>
+__device__ __noinline__ void scatter4(T* to, float4 v, int step, int count) {
+  const float value[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    if (e < count) to[e * step] = from_float<T>(value[e]);
+}
+
 // Four adjacent columns of one lane.
 template <class M>
 struct LaneEpilogue {
@@ -58,9 +67,10 @@ struct LaneEpilogue {
     out_shift = __ldg(reinterpret_cast<const float4*>(v + 5 * kColumns));
   }
 
+  // Both forms and a selection: a branch here would be copied into every row that a lane stores.
   __device__ __forceinline__ float activate(float v) const {
-    if (out.flags & kReLU) return v < 0.0f ? 0.0f : v;  // keeps NaN
-    return silu<M>(v);
+    const float smooth = silu<M>(v), rectified = v < 0.0f ? 0.0f : v;  // keeps NaN
+    return out.flags & kReLU ? rectified : smooth;
   }
 
   // `skip`: the input pixel's channels `first` to `first + 3`, or null.
@@ -74,14 +84,15 @@ struct LaneEpilogue {
     }
     v.x = fmaf(activate(v.x), out_scale.x, out_shift.x), v.y = fmaf(activate(v.y), out_scale.y, out_shift.y);
     v.z = fmaf(activate(v.z), out_scale.z, out_shift.z), v.w = fmaf(activate(v.w), out_scale.w, out_shift.w);
+    if constexpr (M::kRounds) {
+      if (out.flags & kRound)
+        v = make_float4(round_to_tf32(v.x), round_to_tf32(v.y), round_to_tf32(v.z), round_to_tf32(v.w));
+    }
     T* y = static_cast<T*>(out.y) + pixel * out.pitch + channel;
     if (out.flags & kVectorStore) {
       store4(y, v);
     } else {
-      const float value[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int e = 0; e < 4; e++)
-        if (first + e < out.width) y[e * out.channel_step] = from_float<T>(value[e]);
+      scatter4(y, v, out.channel_step, out.width - first);
     }
     sum.x += rounded<T>(v.x), sum.y += rounded<T>(v.y), sum.z += rounded<T>(v.z), sum.w += rounded<T>(v.w);
   }
@@ -100,10 +111,7 @@ struct LaneEpilogue {
     if (out.flags & kVectorStore) {
       store4(to, sum);
     } else {
-      const float value[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-      for (int e = 0; e < 4; e++)
-        if (first + e < out.width) to[e * out.channel_step] = value[e];
+      scatter4(to, sum, out.channel_step, out.width - first);
     }
   }
 };

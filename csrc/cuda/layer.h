@@ -9,7 +9,7 @@ constexpr int kMaxLayers = 4;     // in one launch
 constexpr int kSourceShift = 30;  // a chunk: first channel | source << kSourceShift
 constexpr int kVectors = 6;       // bias, gate bias, skip scale, skip shift, output scale, output shift
 
-enum LayerFlags : int32_t { kSkip = 1, kReLU = 2, kVectorStore = 4 };
+enum LayerFlags : int32_t { kSkip = 1, kReLU = 2, kVectorStore = 4, kRound = 8 };
 
 // Where a layer's result goes: channel i of group g to g * group_step + i * channel_step.
 struct Output {
@@ -79,6 +79,7 @@ struct EnterCall {
   void* out;    // [N][h][w][pitch], or null: sums only
   float* sums;  // [N][tiles][pitch]
   int32_t pitch, tiles;
+  int32_t round, reserved;  // round: to tf32
 };
 
 // y[n][j] = bias[j] + weight[j] . mean[n]; without weight, mean[n][j].

@@ -30,6 +30,9 @@ __device__ __forceinline__ void run_enter(const EnterCall& p) {
       T v = from_float<T>(0.0f);
       if (pixel < area && base + c < p.in.c)
         v = image[(base + c) * p.in.stride[1] + h * p.in.stride[2] + w * p.in.stride[3]];
+      if constexpr (sizeof(T) == 4) {
+        if (p.round) v = round_to_tf32(v);
+      }
       values[local][c] = v;
     }
     __syncthreads();

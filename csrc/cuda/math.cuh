@@ -55,6 +55,7 @@ __device__ __forceinline__ float rounded(float v) {
 struct TensorCore {
   static constexpr int kRowAddresses = 1;
   static constexpr bool kExact = false;
+  static constexpr bool kRounds = false;  // whether maps for other layers are stored rounded to tf32
   using A = uint32_t[4];
   using B = uint32_t[4];
   static __device__ __forceinline__ int row(int) { return lane_id() & 15; }
@@ -78,7 +79,6 @@ struct TensorCore {
 
 struct Float16 : TensorCore {
   using T = __half;
-  static __device__ __forceinline__ void prepare(A&) {}
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
     PARNET_MMA("m16n8k16", "f32.f16.f16.f32");
   }
@@ -86,19 +86,22 @@ struct Float16 : TensorCore {
 
 struct BFloat16 : TensorCore {
   using T = __nv_bfloat16;
-  static __device__ __forceinline__ void prepare(A&) {}
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
     PARNET_MMA("m16n8k16", "f32.bf16.bf16.f32");
   }
 };
 
-// Weights are rounded to tf32 when they are packed; activations here, since the hardware would truncate them.
+// Operands must be rounded to tf32 before, or the hardware truncates them. Weights are when they are packed;
+// maps when they are stored for another layer, since each value is multiplied nine times (four conversions a
+// fragment in the main loop halve its share of matrix instructions).
+__device__ __forceinline__ float round_to_tf32(float v) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return __uint_as_float(bits);
+}
 struct TensorFloat32 : TensorCore {
+  static constexpr bool kRounds = true;
   using T = float;
-  static __device__ __forceinline__ void prepare(A& a) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(a[i]) : "f"(__uint_as_float(a[i])));
-  }
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
     PARNET_MMA("m16n8k8", "f32.tf32.tf32.f32");
   }
@@ -109,7 +112,7 @@ struct TensorFloat32 : TensorCore {
 // accumulate: over the 4608 products of a 512-channel layer that costs more than the 2e-6 this path promises.
 struct Float32 {
   static constexpr int kRowAddresses = 2;
-  static constexpr bool kExact = true;
+  static constexpr bool kExact = true, kRounds = false;
   using T = float;
   struct A {
     float v[2][8];  // [row][channel of the step]
@@ -132,7 +135,6 @@ struct Float32 {
 #pragma unroll
       for (int k = 0; k < 2; k++) spread(a.v[r], 4 * k, load_shared(address[r] + offset + 16 * k));
   }
-  static __device__ __forceinline__ void prepare(A&) {}
   static __device__ __forceinline__ void load_b(B& b, uint32_t address) {
 #pragma unroll
     for (int f = 0; f < 2; f++)

@@ -115,8 +115,10 @@ struct Stem {
     for (int i = threadIdx.x; i < p.image.c * area; i += kThreads) {
       const int c = i / area, r = (i - c * area) / patch_cols, q = i - c * area - r * patch_cols;
       const int h = row * p.stride + r - 1, w = col * p.stride + q - 1;
-      patch[i] =
-          h >= 0 && h < p.image.h && w >= 0 && w < p.image.w ? *pixel(n, c, h, w) : from_float<T>(0.0f);
+      T v = from_float<T>(0.0f);
+      if (h >= 0 && h < p.image.h && w >= 0 && w < p.image.w) v = *pixel(n, c, h, w);
+      if constexpr (M::kRounds) v = round_to_tf32(v);
+      patch[i] = v;
     }
     __syncthreads();
     const int r = threadIdx.x / kStemCols * p.stride, q = threadIdx.x % kStemCols * p.stride;
@@ -192,7 +194,6 @@ struct Stem {
             address[k] = products + (chunk * kStemPixels + warp * 32 + i * 16 + M::row(k)) * kSlotBytes +
                          M::row_byte();
           M::load_a(a[i], address, step * 32);
-          M::prepare(a[i]);
         }
 #pragma unroll
         for (int pair = 0; pair < 4; pair++) {
