@@ -24,10 +24,10 @@ void write_reduction(Context& c, Warp& w, const Group& g, const Instruction& in,
   *slots = (*slots & ~g.mask) | (result ? g.mask : 0);
 }
 
-void report_divergent(Context& c, const Warp& w, const Group& g, u32 other_pc, int id) {
+void report_divergent(Context& c, Warp& w, const Group& g, u32 other_pc, int id) {
   Context at = c;
   at.pc = g.pc;
-  at.warp = const_cast<Warp*>(&w);
+  at.warp = &w;
   report(at, ReportKind::Barrier, first_lane(g.mask), other_pc,
          format("divergent warp %d at barrier %d: its lanes wait at lines %d and %d", w.id, id,
                 line_of(c, other_pc), line_of(c, g.pc)));

@@ -19,27 +19,24 @@ using s64 = std::int64_t;
 using s128 = __int128;
 using u128 = unsigned __int128;
 
-#define PTXSIM_OPCODES(X)                                                                                    \
-  X(Nop)                                                                                                     \
-  X(Add)                                                                                                     \
-  X(Sub)                                                                                                     \
-  X(Mul) X(MulHi) X(MulWide) X(Mul24) X(Mad) X(MadHi) X(MadWide) X(Mad24) X(Fma) X(Div) X(Rem) X(Min) X(Max) \
-      X(Min3) X(Max3) X(Abs) X(Neg) X(And) X(Or) X(Xor) X(Not) X(Cnot) X(Shl) X(Shr) X(FunnelLeft)           \
-          X(FunnelRight) X(Lop3) X(Prmt) X(Bfe) X(Bfi) X(Bfind) X(Popc) X(Clz) X(Brev) X(Sad) X(Dp4a)        \
-              X(Dp2a) X(AddCarry) X(MadCarry) X(PackedInt) X(Fns) X(Szext) X(Bmsk) X(Setp) X(SetpPacked)     \
-                  X(Set) X(Selp) X(Slct) X(PredLogic) X(Testp) X(Copysign) X(Mov) X(Pack) X(Unpack)          \
-                      X(AddImmediate) X(Mapa) X(Isspacep) X(Clock) X(Cvt) X(CvtPack2) X(CvtFp8) X(CvtTf32)   \
-                          X(Ex2) X(Lg2) X(Rcp) X(Rsqrt) X(Sqrt) X(Sin) X(Cos) X(Tanh) X(Ld) X(St) X(Atom)    \
-                              X(Red) X(Fence) X(ProxyFence) X(CpAsync) X(CpAsyncCommit) X(CpAsyncWait)       \
-                                  X(CpAsyncMbarrier) X(MbarrierInit) X(MbarrierInval) X(MbarrierArrive)      \
-                                      X(MbarrierTx) X(MbarrierWait) X(MbarrierPending) X(BulkLoad)           \
-                                          X(BulkStore) X(TensorLoad) X(TensorStore) X(BulkCommit)            \
-                                              X(BulkWait) X(Ldmatrix) X(Stmatrix) X(Movmatrix) X(Mma)        \
-                                                  X(WmmaLoad) X(WmmaStore) X(WmmaMma) X(WgmmaFence) X(Wgmma) \
-                                                      X(WgmmaCommit) X(WgmmaWait) X(Shfl) X(Vote) X(Match)   \
-                                                          X(Redux) X(Elect) X(Activemask) X(Bar) X(BarWarp)  \
-                                                              X(Bra) X(Brx) X(Call) X(Ret) X(Exit) X(Trap)   \
-                                                                  X(Nanosleep) X(Vprintf) X(AssertFail)
+// clang-format off
+#define PTXSIM_OPCODES(X) \
+  X(Nop) X(Add) X(Sub) X(Mul) X(MulHi) X(MulWide) X(Mul24) X(Mad) X(MadHi) X(MadWide) X(Mad24) X(Fma) \
+  X(Div) X(Rem) X(Min) X(Max) X(Min3) X(Max3) X(Abs) X(Neg) X(And) X(Or) X(Xor) X(Not) X(Cnot) X(Shl) \
+  X(Shr) X(FunnelLeft) X(FunnelRight) X(Lop3) X(Prmt) X(Bfe) X(Bfi) X(Bfind) X(Popc) X(Clz) X(Brev) \
+  X(Sad) X(Dp4a) X(Dp2a) X(AddCarry) X(MadCarry) X(PackedInt) X(Fns) X(Szext) X(Bmsk) \
+  X(Setp) X(SetpPacked) X(Set) X(Selp) X(Slct) X(PredLogic) X(Testp) X(Copysign) \
+  X(Mov) X(Pack) X(Unpack) X(AddImmediate) X(Mapa) X(Isspacep) X(Clock) \
+  X(Cvt) X(CvtPack2) X(CvtFp8) X(CvtTf32) X(Ex2) X(Lg2) X(Rcp) X(Rsqrt) X(Sqrt) X(Sin) X(Cos) X(Tanh) \
+  X(Ld) X(St) X(Atom) X(Red) X(Fence) X(ProxyFence) \
+  X(CpAsync) X(CpAsyncCommit) X(CpAsyncWait) X(CpAsyncMbarrier) \
+  X(MbarrierInit) X(MbarrierInval) X(MbarrierArrive) X(MbarrierTx) X(MbarrierWait) X(MbarrierPending) \
+  X(BulkLoad) X(BulkStore) X(TensorLoad) X(TensorStore) X(BulkCommit) X(BulkWait) \
+  X(Ldmatrix) X(Stmatrix) X(Movmatrix) X(Mma) X(WmmaLoad) X(WmmaStore) X(WmmaMma) \
+  X(WgmmaFence) X(Wgmma) X(WgmmaCommit) X(WgmmaWait) \
+  X(Shfl) X(Vote) X(Match) X(Redux) X(Elect) X(Activemask) \
+  X(Bar) X(BarWarp) X(Bra) X(Brx) X(Call) X(Ret) X(Exit) X(Trap) X(Nanosleep) X(Vprintf) X(AssertFail)
+// clang-format on
 
 enum class Op : u16 {
 #define X(name) name,
@@ -47,12 +44,12 @@ enum class Op : u16 {
 #undef X
 };
 
-#define PTXSIM_TYPES(X)                                                                                  \
-  X(B8)                                                                                                  \
-  X(B16)                                                                                                 \
-  X(B32)                                                                                                 \
-  X(B64) X(B128) X(U8) X(U16) X(U32) X(U64) X(S8) X(S16) X(S32) X(S64) X(F16) X(F16X2) X(BF16) X(BF16X2) \
-      X(F32) X(F64) X(PRED) X(TF32) X(E4M3) X(E5M2) X(E4M3X2) X(E5M2X2) X(F32X2) X(U16X2) X(S16X2)
+// clang-format off
+#define PTXSIM_TYPES(X) \
+  X(B8) X(B16) X(B32) X(B64) X(B128) X(U8) X(U16) X(U32) X(U64) X(S8) X(S16) X(S32) X(S64) \
+  X(F16) X(F16X2) X(BF16) X(BF16X2) X(F32) X(F64) X(PRED) X(TF32) X(E4M3) X(E5M2) X(E4M3X2) X(E5M2X2) \
+  X(F32X2) X(U16X2) X(S16X2)
+// clang-format on
 
 enum class Type : u8 {
 #define X(name) name,

@@ -59,7 +59,6 @@ void reset(Machine& m) {
   m.report_index.clear();
   m.output.clear();
   m.instructions = m.blocks_done = m.barriers = m.progress = 0;
-  m.fault_pc = ~0u;
   m.last_allocation = 0;
   m.write_records.assign(1, WriteRecord{});  // number 0: nobody
   m.snapshots.clear();
@@ -166,6 +165,5 @@ PYBIND11_MODULE(PTXSIM_MODULE, module) {
       .def_readonly("instructions", &Machine::instructions)
       .def_readonly("blocks_done", &Machine::blocks_done)
       .def_readonly("barriers", &Machine::barriers)
-      .def_readonly("fault_pc", &Machine::fault_pc)
       .def_property_readonly("output", [](const Machine& m) { return py::bytes(m.output); });
 }

@@ -5,15 +5,14 @@
 namespace ptxsim {
 
 // Modifier bits of Instruction::mods; every name has its own bit, and Python reads them by name.
-#define PTXSIM_MODIFIERS(X)                                                                                  \
-  X(Sat, 16)                                                                                                 \
-  X(Ftz, 17)                                                                                                 \
-  X(RoundToInt, 18)                                                                                          \
-  X(Relu, 19) X(PropagateNan, 20) X(XorSign, 21) X(SatFinite, 22) X(Approx, 23) X(Strong, 24) X(Acquire, 25) \
-      X(Release, 26) X(GpuScope, 27) X(Wrap, 28) X(ShiftAmount, 29) X(High, 30) X(CarryIn, 31)               \
-          X(CarryOut, 32) X(Subtract, 33) X(Transposed, 34) X(HasSize, 35) X(IgnoreSource, 36)               \
-              X(WaitAll, 37) X(NoIncrement, 38) X(ExpectTx, 39) X(HasOperand, 40) X(Drop, 41) X(Parity, 42)  \
-                  X(ReadOnly, 43) X(ArriveOnly, 44) X(HasCount, 45) X(Cluster, 46) X(Relaxed, 47)
+// clang-format off
+#define PTXSIM_MODIFIERS(X) \
+  X(Sat, 16) X(Ftz, 17) X(RoundToInt, 18) X(Relu, 19) X(PropagateNan, 20) X(XorSign, 21) X(SatFinite, 22) \
+  X(Approx, 23) X(Strong, 24) X(Acquire, 25) X(Release, 26) X(GpuScope, 27) X(Wrap, 28) X(ShiftAmount, 29) \
+  X(High, 30) X(CarryIn, 31) X(CarryOut, 32) X(Subtract, 33) X(Transposed, 34) X(HasSize, 35) \
+  X(IgnoreSource, 36) X(WaitAll, 37) X(NoIncrement, 38) X(ExpectTx, 39) X(HasOperand, 40) X(Drop, 41) \
+  X(Parity, 42) X(ReadOnly, 43) X(ArriveOnly, 44) X(HasCount, 45) X(Cluster, 46)
+// clang-format on
 
 namespace mod {
 enum : u64 {

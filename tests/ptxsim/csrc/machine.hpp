@@ -163,12 +163,12 @@ struct Block {
 
 // ---- results
 // -----------------------------------------------------------------------------------------------
-#define PTXSIM_REPORT_KINDS(X)                                                                \
-  X(UninitShared, "uninit-shared")                                                            \
-  X(UninitGlobal, "uninit-global")                                                            \
-  X(Race, "race")                                                                             \
+// clang-format off
+#define PTXSIM_REPORT_KINDS(X) \
+  X(UninitShared, "uninit-shared") X(UninitGlobal, "uninit-global") X(Race, "race") \
   X(GlobalRace, "global-race") X(AsyncHazard, "async-hazard") X(Proxy, "missing-proxy-fence") \
-      X(Barrier, "barrier") X(WarpSync, "warp-sync")
+  X(Barrier, "barrier") X(WarpSync, "warp-sync")
+// clang-format on
 
 enum class ReportKind : int {
 #define X(name, text) name,
@@ -245,7 +245,6 @@ struct Machine {
   std::unordered_map<u64, size_t> report_index;
   std::string output;
   u64 instructions = 0, blocks_done = 0, barriers = 0, progress = 0;
-  u32 fault_pc = 0;
 
   // Ordering between blocks
   std::vector<WriteRecord> write_records;

@@ -28,7 +28,6 @@ void fault(Context& c, int lane, const std::string& message) {
   u32 t[3];
   thread_index(c, lane, t);
   const u32* b = c.block->id;
-  c.machine->fault_pc = c.pc;
   throw Fault(format("%s at PTX line %d, block (%u,%u,%u), thread (%u,%u,%u)", message.c_str(),
                      line_of(c, c.pc), b[0], b[1], b[2], t[0], t[1], t[2]));
 }
