@@ -38,7 +38,7 @@ Parameters = dict[str, Tensor | None]
 
 
 def why_not(op: str, x: Tensor) -> str | None:
-    """The reason why the kernels cannot run `op` on x, or None. Arguments are already checked to agree with each other."""
+    """The reason why the kernels cannot run `op` on x, or None. The arguments are known to agree with each other."""
     if _native.cpu_error:
         return _native.cpu_error
     if x.device.type != "cpu":

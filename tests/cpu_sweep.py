@@ -1,0 +1,92 @@
+"""Random cases of the native CPU kernels against the float64 reference. Also a script, because the instruction set is
+chosen once per process: PARNET_CPU_ISA=portable python tests/cpu_sweep.py SEED COUNT"""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import torch
+from cases import OPERATORS, arguments, to
+from oracle import error
+from torch import Tensor
+
+from parnet_kernels import cpu, reference
+
+LIMITS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+CHANNELS = (1, 2, 3, 5, 8, 12, 16, 31, 33, 64, 92, 130)
+EXTENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 28, 31, 65, 67)
+
+
+def as_strides(x: Tensor, how: str) -> Tensor:
+    """The values of x in another memory layout."""
+    if how == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if how == "sliced":  # a part of a wider tensor, every stride odd
+        n, c, h, w = x.shape
+        wide = x.new_full((n, c + 3, h + 1, 2 * w + 1), float("nan"))
+        wide[:, 2 : 2 + c, 1:, 1::2] = x
+        return wide[:, 2 : 2 + c, 1:, 1::2]
+    if how == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x.contiguous()
+
+
+def run(op: str, args: list, options: dict, storage: str = "f32") -> Tensor:
+    """One call of the native kernel, past dispatch and cache."""
+    inputs = 2 if op == "fusion_se" else 1
+    names = ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias")
+    if op != "repvgg_sse":
+        names = ("weight", "bias", "gate_weight", "gate_bias")
+    parameters = dict(zip(names, args[inputs:], strict=True))
+    parameters |= {name: options.get(name) for name in ("out_scale", "out_shift")}
+    packed = cpu.pack(op, options.get("stride", 1), options["activation"], parameters, storage)
+    channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
+    return torch.ops.parnet._cpu_layer(args[0], args[1] if inputs == 2 else None, packed, channels_last)
+
+
+def random_case(rng: random.Random) -> dict:
+    op = rng.choice(OPERATORS)
+    k = rng.choice(CHANNELS)
+    small = rng.random() < 0.8  # the largest maps are slow in float64
+    return {
+        "op": op,
+        "n": rng.choice((1, 2, 3)),
+        "c": rng.choice(CHANNELS),
+        "k": k + k % 2 if op == "fusion_se" else k,
+        "size": tuple(rng.choice(EXTENTS[:-4] if small else EXTENTS) for _ in range(2)),
+        "stride": 1 if op == "repvgg_sse" else rng.choice((1, 2)),
+        "activation": rng.choice(("silu", "relu")),
+        "gate_bias": rng.random() < 0.7,
+        "affine": rng.random() < 0.5,
+        "dtype": rng.choice((torch.float32, torch.float32, torch.float16, torch.bfloat16)),
+        "seed": rng.randrange(1000),
+    }
+
+
+def failure(rng: random.Random) -> str | None:
+    """Runs one random case; what is wrong with the result, or None."""
+    case = random_case(rng)
+    storage, threads = rng.choice(("f32", "compact")), rng.choice((1, 2, 3))
+    how = [rng.choice(("contiguous", "channels_last", "sliced", "transposed")) for _ in range(2)]
+    args, options = arguments(**case)
+    expected = getattr(reference, case["op"])(*to(torch.float64, args, {})[0], **to(torch.float64, [], options)[1])
+    maps = 2 if case["op"] == "fusion_se" else 1
+    args = [as_strides(x, how[i]) if i < maps else x for i, x in enumerate(args)]
+    torch.set_num_threads(threads)
+    found = run(case["op"], args, options, storage)
+    found_error = error(found, expected)
+    if found.shape == expected.shape and found.dtype == case["dtype"] and found_error <= LIMITS[case["dtype"]]:
+        return None
+    return f"{case} {storage=} {threads=} {how=}: error {found_error:.2e}, {found.shape}, {found.dtype}"
+
+
+def main(seed: int, count: int) -> None:
+    rng = random.Random(seed)
+    failures = [text for _ in range(count) if (text := failure(rng))]
+    print(*failures, f"{torch.ops.parnet._cpu_info()}: {count} cases, {len(failures)} failures", sep="\n")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
