@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) parnet_kernels/schemas.inc
 CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.h' 'tests/*.cu')
 
-.PHONY: help setup build demo test test-all bench lint format asan clean
+.PHONY: help setup build demo test test-all bench asan lint format clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -33,8 +33,15 @@ test: setup ## the test suite (about 10 minutes on two cores)
 test-all: setup ## the test suite with the long sweeps
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: setup ## speed against other engines; writes out/bench. `pip install -e .[peers]` adds them
+bench: setup .venv/peers ## speed against other engines; writes out/bench (BENCH_ARGS=--quick: a minute)
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+.venv/peers: pyproject.toml ## the engines that the benchmark compares with; it reports those it does not get
+	-$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[peers]'
+	@touch $@
+
+asan: setup ## the CPU kernels under the address, undefined-behaviour and thread sanitizers (about a minute)
+	tests/asan/run.sh
 
 lint: .venv/ready ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
