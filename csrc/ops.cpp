@@ -1,5 +1,5 @@
-// Schemas of torch.ops.parnet.*. Kernels are registered next to their code (cpu/bind.cpp, cuda/bind.cpp) and, for the
-// public operators, in parnet_kernels/ops.py, which checks arguments and chooses the backend.
+// Schemas of torch.ops.parnet.*. Kernels are registered next to their code (cpu/bind.cpp, cuda/bind.cpp) and,
+// for the public operators, in parnet_kernels/ops.py, which checks arguments and chooses the backend.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(parnet, m) {

@@ -78,8 +78,9 @@ class DeployedParNet(nn.Module):
     Input [N, in_chans, H, W], H, W ≥ 1; output logits [N, num_classes] ([N, P] without a classifier).
 
     The BatchNorms before a fusion are the output affine of the layer that produces their input: exact at the border
-    too, where the zero padding comes after them. On the CPU, float32, float16 and bfloat16 inputs run through the native
-    network kernel, whose packed weights are made by `prepare` or at the first call and are not part of the state dict.
+    too, where the zero padding comes after them. On the CPU and on CUDA devices the whole network is one call of the
+    native kernels where they can take it, with packed weights that are made by `prepare` or at the first call and are
+    not part of the state dict; else each layer is one operator.
     """
 
     head_weight: Tensor
