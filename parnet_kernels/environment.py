@@ -2,8 +2,8 @@
 
 | variable | meaning |
 |---|---|
-| PARNET_BACKEND | run every operator on this backend or raise: cuda, triton, cpu, reference; default: the first that can |
-| PARNET_CPU_ISA | lower the instruction set of the CPU kernels: portable16, portable, avx2, avx512; read by the library |
+| PARNET_BACKEND | run operators on this backend or raise: cuda, triton, cpu, reference; default: the first that can |
+| PARNET_CPU_ISA | lower the instruction set of the CPU kernels: portable16, portable, avx2, avx512 |
 | PARNET_CPU_POISON | 1: the CPU kernels fill their scratch memory with NaN before each run, to find reads of it |
 | PARNET_CUDA | building: 0 leaves the CUDA library out, 1 fails without nvcc, auto (default) builds it where nvcc is |
 | PARNET_CUDA_ARCHS | building: CUDA architectures, default "80 86 89 90 100 120" (PTX of the last is included) |
