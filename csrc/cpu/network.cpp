@@ -17,7 +17,10 @@ constexpr int64_t kSharedBytes = int64_t{32} << 20;
 // Regions of shared transformed inputs, used in turn: a layer's inputs are transformed while the two layers
 // before it may still be multiplied.
 constexpr int kRegions = 3;
+// Plans keep their workspaces: of the most recently used, at most this many and this many bytes (the last one
+// always).
 constexpr size_t kCachedPlans = 32;
+constexpr int64_t kCachedBytes = int64_t{1} << 30;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -304,7 +307,13 @@ std::shared_ptr<const NetworkPlan> plan_for(const Request& request, const Kernel
     }
   }
   plans.push_front(std::make_shared<NetworkPlan>(request, k));
-  if (plans.size() > kCachedPlans) plans.pop_back();
+  int64_t bytes = plans.front()->workspace_bytes();
+  auto keep = std::next(plans.begin());
+  for (size_t kept = 1; keep != plans.end() && kept < kCachedPlans; ++keep, kept++) {
+    bytes += (*keep)->workspace_bytes();
+    if (bytes > kCachedBytes) break;
+  }
+  plans.erase(keep, plans.end());
   return plans.front();
 }
 

@@ -49,6 +49,7 @@ class NetworkPlan {
            const Strided& output, RunParallel) const;
 
   const Request& request() const { return request_; }
+  int64_t workspace_bytes() const { return floats_ * 4; }
 
  private:
   friend class NetworkRun;

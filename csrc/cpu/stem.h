@@ -30,8 +30,8 @@ __attribute__((noinline)) void stem_pixels(StemRow& row, int start, int groups) 
         const Vec low = load(w), high = load(w + kLanes);
         PARNET_UNROLL for (int p = 0; p < Pixels; p++) {
           const Vec v = splat(x[p * Stride + s]);
-          acc[0][p] = fma(v, low, acc[0][p]);
-          acc[1][p] = fma(v, high, acc[1][p]);
+          accumulate(acc[0][p], v, low);
+          accumulate(acc[1][p], v, high);
         }
       }
     }
