@@ -22,7 +22,7 @@ from parnet_kernels import _native, gradients, triton
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.cuda_pack import Layout, PackedLayer, chunk_channels, pack
 from parnet_kernels.cuda_plan import Gpu, policy
-from parnet_kernels.cuda_program import math_of
+from parnet_kernels.cuda_program import math_of, play
 from parnet_kernels.cuda_record import RESULT, WORKSPACE, Recorder, Step
 from parnet_kernels.cuda_workspace import workspace
 from parnet_kernels.triton.precision import current_precision
@@ -112,7 +112,7 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
     )
     result = torch.empty(recorded.shape, dtype=x.dtype, device=x.device)
     with workspace(x.device, recorded.workspace_bytes) as memory:
-        torch.ops.parnet._cuda_play([memory, result, *maps, *packed[:4]], recorded.program)
+        play([memory, result, *maps, *packed[:4]], recorded.program)
     y = result.permute(0, 3, 1, 2)
     return y if is_channels_last(x) else y.contiguous()
 

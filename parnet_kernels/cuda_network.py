@@ -14,7 +14,7 @@ from parnet_kernels.config import Layer, ParNetConfig, layers, levels
 from parnet_kernels.cuda import tensor_missing
 from parnet_kernels.cuda_pack import Layout, PackedLayer, PackedStem, fits_stem, pack, pack_stem
 from parnet_kernels.cuda_plan import Gpu
-from parnet_kernels.cuda_program import math_of
+from parnet_kernels.cuda_program import math_of, play
 from parnet_kernels.cuda_record import RESULT, Map, Recorder, Step
 from parnet_kernels.cuda_workspace import allocate, workspace
 from parnet_kernels.triton.precision import current_precision
@@ -222,7 +222,7 @@ class CudaNetwork:
         lowered = self.lowered(network, weights, x, precision, result)
         y = torch.empty(lowered.shape, dtype=x.dtype, device=x.device)
         with workspace(x.device, lowered.workspace_bytes) as memory:
-            torch.ops.parnet._cuda_play([memory, y, x, *weights.tensors], lowered.program)
+            play([memory, y, x, *weights.tensors], lowered.program)
         if result != "features":
             return y
         nchw = y.permute(0, 3, 1, 2)
@@ -261,7 +261,7 @@ class CapturedNetwork:
 
     def _launch(self) -> None:
         buffers = [self._memory, self.result, self.input, *self._weights.tensors]
-        torch.ops.parnet._cuda_play(buffers, self._lowered.program)
+        play(buffers, self._lowered.program)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self.input.shape or x.dtype != self.input.dtype or x.device != self.input.device:

@@ -186,8 +186,13 @@ def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
     for cost, blocks in sorted(costs, reverse=True):
         for _ in range(blocks):
             heapq.heapreplace(work, work[0] + cost)
-    idle = gpu.multiprocessors / sum(blocks for _, blocks in costs)  # memory bandwidth needs all multiprocessors
-    return max(max(work) * (0.5 if per_sm == 2 else ALONE), ALONE * max(costs)[0]) * max(1.0, idle)
+    return max(max(work) * (0.5 if per_sm == 2 else ALONE), ALONE * max(costs)[0]) * _idle(costs, gpu)
+
+
+def _idle(costs: list[tuple[float, int]], gpu: Gpu) -> float:
+    """A penalty for fewer blocks than multiprocessors: it takes all of them to use the memory's bandwidth."""
+    missing = gpu.multiprocessors / sum(blocks for _, blocks in costs)
+    return 1.0 if missing <= 1 else 1.25 * missing
 
 
 @functools.lru_cache(maxsize=1024)
@@ -204,6 +209,7 @@ def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tupl
         costs = [(block_cost(s, t, p), t.blocks(s)) for s, t in zip(shapes, choice, strict=True)]
         per_sm = blocks_per_sm(gpu, max(t.shared for t in choice))
         total, longest = sum(c * b for c, b in costs), max(c for c, _ in costs)
-        ranked.append((max(total / gpu.multiprocessors / per_sm, longest * ALONE) + longest / 8, per_sm, costs, choice))
+        bound = max(total / gpu.multiprocessors / per_sm, longest * ALONE) + longest / 8
+        ranked.append((bound * _idle(costs, gpu), per_sm, costs, choice))
     ranked.sort(key=lambda r: r[0])
     return min(ranked[:CANDIDATES], key=lambda r: makespan(r[2], gpu, r[1]))[3]

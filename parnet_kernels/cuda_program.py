@@ -93,6 +93,11 @@ class ClassifierCall(ctypes.Structure):
 STRUCTURES = (LayerCall, LevelCall, StemCall, EnterCall, ClassifierCall)  # in the order of `_cuda_layout`
 
 
+def play(buffers: list[Tensor], program: Tensor) -> None:
+    """Launches a program on the current stream of the buffers' device."""
+    torch.ops.parnet._cuda_play(buffers, program)
+
+
 def math_of(dtype: torch.dtype, precision: str) -> str:
     """The arithmetic for maps of `dtype`; `precision` of float32 is "tf32" or exact."""
     if dtype == torch.float32:

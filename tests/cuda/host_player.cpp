@@ -4,15 +4,17 @@
 #include "../../csrc/cuda/program.h"
 
 namespace {
-using Report = const char* (*)(int kernel, unsigned grid, unsigned shared, int flags, const void* arguments,
-                               int bytes, const char* label);
+using Report = int (*)(int kernel, unsigned grid, unsigned shared, int flags, const void* arguments,
+                       int bytes, const char* label);
 }
 
 extern "C" const char* parnet_play(const uint8_t* program, int64_t size, const parnet::cuda::Buffer* buffers,
                                    int64_t count, Report report) {
   static thread_local std::string error;
   error = parnet::cuda::play(program, size, buffers, count, [&](const parnet::cuda::Launch& l) {
-    return report(l.kernel, l.grid, l.shared, l.flags, l.arguments, l.argument_bytes, l.label.c_str());
+    const int failed =
+        report(l.kernel, l.grid, l.shared, l.flags, l.arguments, l.argument_bytes, l.label.c_str());
+    return failed ? "too many resources" : nullptr;
   });
   return error.c_str();
 }

@@ -1,5 +1,5 @@
-"""Plays a program of the CUDA backend where there is no GPU: the package's host code decodes it (host_player.cpp,
-compiled with g++), the PTX simulator executes the kernels that nvcc compiled.
+"""Plays programs of the CUDA backend through the `device` fixture: the package's host code (host_player.cpp, compiled
+with g++) decodes them; a GPU, or the PTX simulator, runs the kernels that nvcc compiled.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptxsim import PtxModule, Result, Session, compile_cuda
+import torch
+from ptxsim.device import Device
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
+from parnet_kernels.cuda_record import COUNTER_BYTES
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 THREADS = 128
+COOPERATIVE = 2
 
 
 class Buffer(ctypes.Structure):
@@ -35,7 +39,7 @@ class Launch:
 
 
 _Report = ctypes.CFUNCTYPE(
-    ctypes.c_char_p,
+    ctypes.c_int,
     ctypes.c_int,
     ctypes.c_uint,
     ctypes.c_uint,
@@ -58,13 +62,17 @@ def host() -> Any:
     return loaded
 
 
-def decode(program: Tensor, buffers: Sequence[tuple[int, int]]) -> list[Launch]:
-    """What the host code launches for buffers (address, bytes). Raises RuntimeError with the host code's message."""
+def decode(program: Tensor, buffers: Sequence[tuple[int, int]], error_at: int | None = None) -> list[Launch]:
+    """What the host code launches for buffers (address, bytes); launch `error_at` reports a failure.
+
+    Raises RuntimeError with the host code's message.
+    """
     found: list[Launch] = []
 
-    def report(kernel: int, grid: int, shared: int, flags: int, arguments: int, size: int, label: bytes) -> None:
+    def report(kernel: int, grid: int, shared: int, flags: int, arguments: int, size: int, label: bytes) -> int:
         name = host().parnet_kernel_name(kernel).decode()
         found.append(Launch(name, grid, shared, flags, ctypes.string_at(arguments, size), label.decode()))
+        return len(found) - 1 == error_at
 
     spans = (Buffer * len(buffers))(*buffers)
     error = host().parnet_play(program.data_ptr(), program.numel(), spans, len(buffers), _Report(report))
@@ -74,34 +82,39 @@ def decode(program: Tensor, buffers: Sequence[tuple[int, int]]) -> list[Launch]:
 
 
 @functools.cache
-def module(math: str, architecture: int) -> PtxModule:
-    source = ROOT / "csrc" / "cuda" / f"level_{math}.cu"
-    return PtxModule(compile_cuda(source, f"compute_{architecture}", ["-std=c++20"]))
+def module(device: Device, math: str, architecture: int) -> Any:
+    return device.cuda(CUDA / f"level_{math}.cu", f"compute_{architecture}", ["-std=c++20"])
 
 
-def module_of(kernel: str, architecture: int) -> PtxModule:
-    return module(kernel.rsplit("_", 1)[1], architecture)
+def workspace(device: Device, size: int) -> Tensor:
+    """As the package allocates it: zero counters, then memory that must be written before it is read."""
+    memory = torch.zeros(size, dtype=torch.uint8)
+    memory[COUNTER_BYTES:] = 0xFF
+    if device.simulated:
+        device.session.memory.mark_uninitialised(memory[COUNTER_BYTES:])
+    return device.tensor(memory)
 
 
-def simulate(
+def play(
+    device: Device,
     program: Tensor,
     buffers: Sequence[Tensor],
     architecture: int = 80,
-    uninitialised: Sequence[Tensor] = (),
+    only: int | None = None,
     **options: Any,
-) -> list[Result]:
-    """Plays `program` in the simulator; buffers change in place. Raises on any report of the sanitiser.
+) -> list[Any]:
+    """Plays `program` (or its launch `only`); buffers change in place. Returns counters, or None on a GPU.
 
-    uninitialised: buffers, or parts of them, that must be written before they are read.
+    Options are the simulator's. Its sanitiser raises on any report.
     """
-    session = Session(**options)
-    addresses = [(session.register(b) if b.numel() else 0, b.numel() * b.element_size()) for b in buffers]
-    for part in uninitialised:
-        session.memory.mark_uninitialised(part)
-    for launch in decode(program, addresses):
-        compiled = module_of(launch.kernel, architecture)
-        resident = launch.grid if launch.flags & 2 else 1  # a cooperative launch
-        session.launch(
-            compiled, launch.kernel, launch.grid, THREADS, [launch.arguments], launch.shared, resident=resident
-        )
-    return session.results
+    addresses = [(device.pointer(b) if b.numel() else 0, b.numel() * b.element_size()) for b in buffers]
+    results = []
+    for i, launch in enumerate(decode(program, addresses)):
+        if only not in (None, i):
+            continue
+        compiled = module(device, launch.kernel.rsplit("_", 1)[1], architecture)
+        extra = {"resident": launch.grid} if launch.flags & COOPERATIVE else {}
+        extra = {**options, **extra} if device.simulated else {}
+        arguments = [launch.arguments]
+        results.append(device.launch(compiled, launch.kernel, launch.grid, THREADS, arguments, launch.shared, **extra))
+    return results

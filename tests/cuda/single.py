@@ -1,0 +1,75 @@
+"""One operator's call as a program, for the tests of single layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from cases import arguments, to
+from player import play, workspace
+from ptxsim.device import Device
+from torch import Tensor
+
+from parnet_kernels import cuda, cuda_plan, cuda_record, reference
+from parnet_kernels.cuda_pack import PackedLayer
+from parnet_kernels.cuda_plan import A100, Gpu, plan_level
+from parnet_kernels.cuda_record import COUNTER_BYTES
+
+#: (dtype, precision, norm-wise error allowed)
+MATHS = {
+    "f16": (torch.float16, "ieee", 1e-3),
+    "bf16": (torch.bfloat16, "ieee", 8e-3),
+    "tf32": (torch.float32, "tf32", 1e-3),
+    "f32": (torch.float32, "ieee", 2e-6),
+}
+
+
+def pack(op: str, args: list[Any], options: dict[str, Any], precision: str) -> tuple[list[Tensor], PackedLayer]:
+    """The maps and the packed layer of a call."""
+    inputs = 2 if op == "fusion_se" else 1
+    parameters = dict(zip(cuda._PARAMETERS[op], args[inputs:], strict=True))
+    parameters |= {"out_scale": options.get("out_scale"), "out_shift": options.get("out_shift")}
+    packed = cuda._pack(op, options.get("stride", 1), options["activation"], parameters, precision)
+    return args[:inputs], packed
+
+
+def run(
+    device: Device,
+    op: str,
+    math: str = "f16",
+    gpu: Gpu = A100,
+    tile: int | None = None,
+    splits: int | None = None,
+    layout: Any = lambda x: x,
+    simulator: dict[str, Any] | None = None,
+    **case: Any,
+) -> tuple[Tensor, Tensor, list[Any]]:
+    """(result [N, K, H, W], the reference in float64, counters of the launches) of an operator on `cases.arguments`.
+
+    tile, splits: instead of the planned ones. layout: of the input maps.
+    """
+    dtype, precision, _ = MATHS[math]
+    args, options = to(dtype, *arguments(op, dtype=torch.float64, **case))
+    expected = getattr(reference, op)(*to(torch.float64, args, options)[0], **to(torch.float64, args, options)[1])
+    maps, packed = pack(op, args, options, precision)
+    maps = [device.tensor(layout(m)) for m in maps]
+
+    def plan(shapes: Any, gpu: Gpu, exact: bool) -> Any:
+        tilings = plan_level(shapes, gpu, exact)
+        if tile is not None:
+            tilings = tuple(cuda_plan._spatial(s, tile, gpu) for s in shapes)
+        return tuple(replace(t, splits=splits or t.splits) for t in tilings)
+
+    before, cuda_record.plan_level = cuda_record.plan_level, plan
+    try:
+        shapes = tuple((tuple(m.shape), m.stride()) for m in maps)
+        recorded = cuda._record.__wrapped__(op, shapes, dtype, precision, gpu, cuda._Geometry(*packed[4:]))
+    finally:
+        cuda_record.plan_level = before
+    memory = workspace(device, recorded.workspace_bytes)
+    result = device.empty(*recorded.shape, dtype=dtype)
+    buffers = [memory, result, *maps, *(device.tensor(t) for t in packed[:4])]
+    results = play(device, recorded.program, buffers, gpu.architecture, **(simulator or {}))
+    assert not memory[:COUNTER_BYTES].any(), "counters are not zero after the launch"
+    return result.permute(0, 3, 1, 2).cpu(), expected, results

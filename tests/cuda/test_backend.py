@@ -1,0 +1,190 @@
+"""The Python side of the backend, with the player in the simulator's place of the GPU; and on a GPU, the real thing."""
+
+from contextlib import contextmanager
+
+import networks
+import player
+import pytest
+import torch
+from cases import arguments, to
+from oracle import error
+from single import MATHS
+
+from parnet_kernels import cuda, cuda_network, ops, reference, selftest
+from parnet_kernels.cuda_plan import A100
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def played(device, monkeypatch):
+    """Programs of the backend's Python code run in the simulator, on CPU tensors."""
+    if not device.simulated:
+        pytest.skip("the real thing is tested below")
+    calls = []
+
+    def play(buffers, program):
+        player.play(device, program, buffers)
+        calls.append((buffers, program))
+
+    @contextmanager
+    def workspace(_, size):
+        yield player.workspace(device, size)
+
+    for module in (cuda, cuda_network):
+        monkeypatch.setattr(module, "play", play)
+        monkeypatch.setattr(module, "workspace", workspace)
+        monkeypatch.setattr(module, "Gpu", type("Gpu", (), {"of": staticmethod(lambda _: A100)}))
+    cuda.clear_cache()
+    return calls
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", ["repvgg_sse", "downsample_se", "fusion_se"])
+def test_run(played, op, channels_last):
+    args, options = to(torch.float16, *arguments(op, dtype=torch.float64, n=2, c=32, k=20, size=(7, 9)))
+    expected = getattr(reference, op)(*to(torch.float64, args, options)[0], **to(torch.float64, args, options)[1])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    args = [
+        t.contiguous(memory_format=layout) if t is not None and t.dim() == 4 and i < 2 else t
+        for i, t in enumerate(args)
+    ]
+    y = cuda.run(op, args, options)
+    assert error(y, expected) <= 1e-3
+    assert y.is_contiguous(memory_format=layout)
+
+
+def test_packed_weights_are_kept_while_current(played):
+    args, options = to(torch.float16, *arguments("downsample_se", dtype=torch.float64, c=16, k=8))
+
+    def run():
+        y = cuda.run("downsample_se", args, options)
+        return y, played[-1][0][3]  # the packed weight
+
+    first, packed = run()
+    again, same = run()
+    assert same is packed
+    assert torch.equal(first, again)
+    args[1].mul_(2)
+    changed, other = run()
+    assert other is not packed
+    assert not torch.equal(changed, first)
+    args[1] = args[1].clone()
+    assert run()[1] is not other
+
+
+def test_parameters_that_require_gradients_are_packed_anew(played):
+    args, options = to(torch.float32, *arguments("downsample_se", dtype=torch.float64, c=16, k=8))
+    args[1].requires_grad_()
+    with torch.no_grad():
+        first = cuda.run("downsample_se", args, options)
+        args[1].data.mul_(2)  # behind the version counter's back
+        assert not torch.equal(cuda.run("downsample_se", args, options), first)
+    assert not cuda._entries
+
+
+@pytest.mark.parametrize("result", ["logits", "pooled", "features"])
+def test_network(played, result):
+    network, x = networks.tiny(), torch.randn(1, 3, 40, 33, dtype=torch.float64)
+    with torch.no_grad():
+        features = network.forward_features(x)
+        expected = {"logits": network(x), "pooled": features.mean((2, 3)), "features": features}[result]
+    network = network.float()
+    runner = network._cuda_network
+    with torch.no_grad():
+        y = runner.run(network, x.float(), result)
+        assert error(y, expected) <= 5e-3
+        if result == "features":
+            assert y.is_contiguous()
+        before = runner.weights(network, "ieee")
+        assert runner.weights(network, "ieee") is before
+        network.layers["inits_0_0"].weight.mul_(2)
+        assert runner.weights(network, "ieee") is not before
+        assert not torch.equal(runner.run(network, x.float(), result), y)
+
+
+def test_backward_without_triton(monkeypatch):
+    monkeypatch.setattr(cuda.triton, "why_not", lambda op, x: "not here")
+    args, options = to(torch.float32, *arguments("repvgg_sse", dtype=torch.float64, c=4))
+    leaves = [t.requires_grad_() for t in (*args, options["out_scale"], options["out_shift"])]
+    y = reference.repvgg_sse(*args, **options)
+    g = torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, g)
+    need = (True,) * 8 + (False,)
+    found = cuda.backward(
+        "repvgg_sse",
+        g,
+        [t.detach() for t in args],
+        {k: v.detach() if torch.is_tensor(v) else v for k, v in options.items()},
+        need,
+    )
+    assert found[-1] is None
+    for a, b in zip(found[:-1], expected, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_selftest_measures_errors():
+    call, exact = selftest._layer("fusion_se", 2, torch.float32, torch.device("cpu"))
+    assert selftest._row("cpu", "fusion", call, exact, 1e-5).passed
+    assert not selftest._row("cpu", "fusion", lambda: call() * 1.01, exact, 1e-5).passed
+    assert not selftest._row("cpu", "fusion", lambda: call() * float("nan"), exact, 1e-5).passed
+
+    def fails():
+        raise RuntimeError("launch failed\ndetails")
+
+    row = selftest._row("cpu", "fusion", fails, exact, 1e-5)
+    assert not row.passed
+    assert row.message == "launch failed"
+    call, exact = selftest._network(1, torch.float32, torch.device("cpu"))
+    assert selftest._row("cpu", "network", call, exact, 1e-4).passed
+
+
+def test_selftest_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert selftest.selftest() == []
+
+
+# ------------------------------------------------------------------ on a GPU
+
+
+@gpu
+def test_selftest_passes():
+    rows = selftest.selftest()
+    assert any(row.backend == "cuda" for row in rows)
+    assert [row for row in rows if not row.passed] == []
+
+
+@gpu
+@pytest.mark.parametrize("math", MATHS)
+def test_operators(math):
+    dtype, _, allowed = MATHS[math]
+    args, options = to(dtype, *arguments("repvgg_sse", dtype=torch.float64, n=3, c=72, size=(15, 17)))
+    expected = reference.repvgg_sse(*to(torch.float64, args, options)[0], **to(torch.float64, args, options)[1])
+    args = [t.cuda() for t in args]
+    options = {k: v.cuda() if torch.is_tensor(v) else v for k, v in options.items()}
+    with ops.use_backend("cuda"), torch.no_grad():
+        assert error(ops.repvgg_sse(*args, **options).cpu(), expected) <= max(allowed, 1e-3)
+
+
+@gpu
+def test_streams_and_capture():
+    network = networks.tiny().half().cuda()
+    x = torch.randn(1, 3, 64, 64, device="cuda", dtype=torch.half)
+    with torch.no_grad():
+        expected = network(x)
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        found = []
+        torch.cuda.synchronize()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found += [network(x) for _ in range(5)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for y in found)
+        captured = network.capture(x)
+        assert torch.equal(captured(x), expected)
+        assert torch.equal(captured(2 * x), network(2 * x))
+        with pytest.raises(ValueError, match="`x` must be"):
+            captured(x[..., :32])
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        captured(x)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

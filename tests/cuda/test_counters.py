@@ -1,0 +1,165 @@
+"""Counted, not guessed: memory traffic and bank conflicts in the simulator; registers, spills and the main loop's
+instructions in the cubins.
+"""
+
+import functools
+import re
+import subprocess
+
+import networks
+import pytest
+import torch
+from player import CUDA, decode, play
+from ptxsim import Unavailable, compile_cuda, ptxas_info
+from ptxsim.toolchain import find_tool
+from single import MATHS
+
+from parnet_kernels.cuda_plan import A100, H100
+from parnet_kernels.cuda_program import LevelCall
+
+REGISTERS = 65536  # of a multiprocessor; 128 threads a block, allocated by 8 a thread
+
+
+@functools.cache
+def ptx(math, architecture):
+    try:
+        return compile_cuda(CUDA / f"level_{math}.cu", f"compute_{architecture}", ["-std=c++20"])
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def main_loops(math, architecture, tmp_path):
+    """Of each loop with matrix instructions in the level kernel: (matrix instructions, all instructions)."""
+    source, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    source.write_text(ptx(math, architecture))
+    subprocess.run([find_tool("ptxas"), "-O3", f"-arch=sm_{architecture}", source, "-o", cubin], check=True)
+    try:
+        tool = find_tool("cuobjdump")
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    command = [tool, "-sass", "-fun", f"parnet_level_{math}", str(cubin)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    code = [(int(at, 16), what) for at, what in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", text, re.MULTILINE)]
+    loops = []
+    for at, what in code:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", what)
+        if target and int(target[1], 16) <= at:
+            body = [i for a, i in code if int(target[1], 16) <= a <= at]
+            if matrix := sum("HMMA" in i for i in body):
+                loops.append((matrix, len(body)))
+    return loops
+
+
+@pytest.mark.parametrize(("math", "architecture"), [("f16", 80), ("f16", 90)])
+def test_resources(math, architecture):
+    check_resources(math, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("math", MATHS)
+def test_all_resources(math, architecture):
+    check_resources(math, architecture)
+
+
+def check_resources(math, architecture):
+    """No spills, and registers for two blocks on a multiprocessor."""
+    told = ptxas_info(ptx(math, architecture))
+    for kernel in ("level", "stem"):
+        mine = told.split(f"'parnet_{kernel}_{math}'", 1)[1].split("Compiling", 1)[0]
+        spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", mine)
+        registers = int(re.search(r"Used (\d+) registers", mine)[1])
+        assert spilled
+        assert set(spilled) == {"0"}, mine
+        assert 2 * 128 * -(-registers // 8) * 8 <= REGISTERS, mine
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_share_of_matrix_instructions(architecture, tmp_path):
+    """At least 45 % of the 112-row tile's main loop; the 64-row tile, with fewer products a weight, has about 30 %."""
+    shares = {matrix: matrix / every for matrix, every in main_loops("f16", architecture, tmp_path)}
+    assert set(shares) == {252, 144}
+    assert shares[252] >= 0.45
+    assert shares[144] >= 0.28
+
+
+def count(device, lowered, tensors, index, architecture):
+    """Counters of one launch of a program, on arbitrary contents."""
+    if not device.simulated:
+        pytest.skip("only the simulator counts")
+    buffers = [
+        torch.zeros(lowered.workspace_bytes, dtype=torch.uint8),
+        torch.zeros(lowered.shape, dtype=torch.half),
+        torch.zeros(1, 3, 224, 224, dtype=torch.half),
+        *tensors,
+    ]
+    (result,) = play(device, lowered.program, buffers, architecture, only=index, races=False)
+    return result
+
+
+def level_calls(lowered, tensors):
+    launches = decode(lowered.program, [(1 << 40, 1 << 40)] * (3 + len(tensors)))
+    return {
+        i: LevelCall.from_buffer_copy(launch.arguments) for i, launch in enumerate(launches) if "level" in launch.kernel
+    }
+
+
+@pytest.mark.parametrize("gpu", [A100, H100], ids=["A100", "H100"])
+def test_three_streams_of_parnet_m(device, gpu):
+    """The launch that counts most: three RepVGG-SSE layers, 56², 28² and 14²."""
+    lowered, tensors = networks.variant("m", gpu)
+    run = count(device, lowered, tensors, 5, gpu.architecture)
+    requested = run.global_load["bytes"] + run.global_store["bytes"]
+    assert run.mma_count * 4096 >= 2 * 3 * 462e6 * 0.99  # every product, on tensor cores
+    assert run.ldmatrix["bank_conflict"] <= 1.10
+    assert run.shared_store["bank_conflict"] <= 1.15
+    assert run.shared_load["bank_conflict"] <= 1.02
+    sectors = run.global_load["sectors"] + run.global_store["sectors"]
+    assert requested / (32 * sectors) >= 0.95
+    assert requested <= (45e6 if gpu is A100 else 55e6)  # more multiprocessors: more splits, more partial sums
+    call = level_calls(lowered, tensors)[5]
+    partial = sum(
+        4 * 64 * c.splits * c.column_tiles * c.out.tiles_down * c.out.tiles_across * (112, 64)[c.tile]
+        for c in call.layer[: call.layers]
+        if c.splits > 1
+    )
+    # Every line that is read or written is needed: weights, gates, maps in and out, and the split layers' partial sums.
+    weights = sum(t.nbytes for t in packed_of(tensors, call))
+    maps = sum(2 * c.h * c.w * c.inputs[0].pitch * 2 for c in call.layer[: call.layers])
+    assert run.unique_lines * 128 <= 1.1 * (weights + maps + partial)
+
+
+def packed_of(tensors, call):
+    """The packed tensors of a level, told by their sizes."""
+    wanted = [(c.groups * c.column_tiles * c.chunks, c.column_tiles) for c in call.layer[: call.layers]]
+    found = []
+    for chunks, tiles in wanted:
+        found.append(next(t for t in tensors if t.nbytes == chunks * 9 * 64 * 64))
+        found.append(next(t for t in tensors if t.nbytes == chunks * 64 * 64))
+        found.append(next(t for t in tensors if t.nbytes == tiles * 6 * 64 * 4))
+    return found
+
+
+@pytest.mark.parametrize("index", [1, 9, 10])
+def test_other_levels_of_parnet_m(device, index):
+    """Stride 2, a fusion, and the widest layer on the smallest map."""
+    lowered, tensors = networks.variant("m")
+    run = count(device, lowered, tensors, index, 80)
+    requested = run.global_load["bytes"] + run.global_store["bytes"]
+    sectors = run.global_load["sectors"] + run.global_store["sectors"]
+    assert run.ldmatrix["bank_conflict"] <= 1.10
+    assert run.shared_store["bank_conflict"] <= 1.15
+    assert requested / (32 * sectors) >= 0.95
+
+
+def test_gate_is_a_tenth_of_the_bytes(device):
+    """Gate weights and channel sums, of all that a three-stream level of ParNet-M asks for."""
+    lowered, tensors = networks.variant("m")
+    run = count(device, lowered, tensors, 5, 80)
+    call = level_calls(lowered, tensors)[5]
+    gate = 0
+    for c in call.layer[: call.layers]:
+        blocks = c.column_tiles * c.out.tiles_down * c.out.tiles_across
+        gate += blocks * c.chunks * 64 * 64  # weights: over the splits, once a tile
+        gate += blocks * c.chunks * 32 * 4 * c.inputs[0].sum_tiles
+    assert gate <= 0.1 * (run.global_load["bytes"] + run.global_store["bytes"])
