@@ -73,14 +73,29 @@ def _choice(call: str) -> dict[str, Any]:
     return {"runs on": chosen, **{name: reason or "can run it" for name, reason in reasons.items()}}
 
 
+def _selftest() -> bool:
+    from parnet_kernels.selftest import selftest
+
+    rows = selftest()
+    table = Table("backend", "kernel", "error", "allowed", "")
+    for row in rows:
+        verdict = "[green]passed" if row.passed else f"[red]FAILED {row.message}"
+        table.add_row(row.backend, row.what, f"{row.error:.1e}", f"{row.allowed:.0e}", verdict)
+    console.print(table if rows else "no GPU: nothing to test")
+    return all(row.passed for row in rows)
+
+
 @app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     why: Annotated[
         str | None, typer.Option(help="Which backend runs a call, and why not another: OP,NxCxHxW,DTYPE,DEVICE.")
     ] = None,
+    selftest: Annotated[bool, typer.Option("--selftest", help="Compare each GPU kernel with the reference.")] = False,
 ) -> None:
     """Versions, devices, and which backends are available, or why not."""
+    if selftest:
+        raise typer.Exit(0 if _selftest() else 1)
     found = installation() if why is None else _choice(why)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

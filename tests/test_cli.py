@@ -58,6 +58,12 @@ def test_info_why() -> None:
     assert parnet("info", "--why", "repvgg,1x8x5x5,float32,cpu").returncode != 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
+def test_selftest_without_a_gpu() -> None:
+    result = parnet("info", "--selftest")
+    assert (result.returncode, result.stdout.strip()) == (0, "no GPU: nothing to test")
+
+
 def test_bench_is_reachable() -> None:
     result = parnet("bench", "--help")
     assert result.returncode == 0, result.stderr
