@@ -50,15 +50,19 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tensor:
-    """One call of a public operator: `tensors` are its positional arguments, `options` the others."""
+def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tensor | None:
+    """One call of a public operator: `tensors` are its positional arguments, `options` the others.
+
+    None if x or y holds NaN or infinity, which the kernels' tiles would spread.
+    """
     inputs = 2 if op == "fusion_se" else 1
     x, y = tensors[0], tensors[1] if inputs == 2 else None
     assert x is not None
     parameters: Parameters = dict(zip(_PARAMETERS[op], tensors[inputs:], strict=True))
     parameters["out_scale"], parameters["out_shift"] = options["out_scale"], options["out_shift"]
     packed = packed_weights(op, options.get("stride", 1), options["activation"], parameters)
-    return torch.ops.parnet._cpu_layer(x, y, packed, is_channels_last(x))
+    result = torch.ops.parnet._cpu_layer(x, y, packed, is_channels_last(x))
+    return result if result.numel() or not x.numel() else None
 
 
 def pack(op: str, stride: int, activation: str, parameters: Parameters, storage: str = "auto") -> Tensor:

@@ -170,8 +170,9 @@ class _Reference:
         return y.contiguous(memory_format=layout)
 
 
-#: In order of preference. Each has `why_not(op, x)`, the reason why it cannot run op on x or None, and `run`. It may
-#: have `backward(op, g, tensors, options, need)`: gradients of tensors, out_scale, out_shift, once differentiable.
+#: In order of preference. Each has `why_not(op, x)`, the reason why it cannot run op on x or None, and `run`, whose
+#: result None means: not with these values, take the reference. It may have `backward(op, g, tensors, options, need)`:
+#: gradients of tensors, out_scale, out_shift, once differentiable.
 BACKENDS: dict[str, Any] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": _Reference}
 
 _forced: ContextVar[str | None] = ContextVar("parnet_backend", default=BACKEND)
@@ -236,7 +237,8 @@ class _Operator:
     def kernel(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors, options = self.bind(args, kwargs)
         getattr(checks, self.name)(*tensors, **options)
-        return _choose(self.name, args[0]).run(self.name, tensors, options)
+        result = _choose(self.name, args[0]).run(self.name, tensors, options)
+        return _Reference.run(self.name, tensors, options) if result is None else result
 
     def fake(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors, options = self.bind(args, kwargs)

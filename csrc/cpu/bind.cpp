@@ -137,7 +137,12 @@ Tensor pack(const std::string& kind, int64_t stride, const Tensor& weight_in, co
 
 // ---- _cpu_layer, _cpu_network
 
-Tensor run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
+struct Result {
+  Tensor value;
+  bool finite;  // whether the inputs were
+};
+
+Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
            std::vector<parnet::cpu::Step> steps, bool pooled, bool channels_last) {
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   parnet::cpu::Request request{.layers = {},
@@ -166,19 +171,21 @@ Tensor run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
   Tensor result =
       torch::stable::empty(size, inputs[0].scalar_type(), std::nullopt, inputs[0].device(), std::nullopt,
                            last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (shape[0] == 0) return result;
+  if (shape[0] == 0) return {result, true};
   request.direct = last && views[0].dtype == Dtype::kFloat && shape[1] % k.lanes == 0;
   const int64_t c = shape[1], h = shape[2], w = shape[3];
   Strided out{result.mutable_data_ptr(), views[0].dtype, {shape[0], c, h, w}, {c * h * w, h * w, w, 1}};
   if (last) out.stride[1] = 1, out.stride[2] = w * c, out.stride[3] = c;
-  parnet::cpu::plan_for(request, k)->run(headers, views, out, run_parallel);
-  return result;
+  const bool finite = parnet::cpu::plan_for(request, k)->run(headers, views, out, run_parallel);
+  return {result, finite};
 }
 
+// An empty tensor if x or y is not finite: the caller has to compute in another way (see NetworkPlan::run).
 Tensor layer(const Tensor& x, const std::optional<Tensor>& y, const Tensor& packed, bool channels_last) {
   std::vector<Tensor> inputs = {x};
   if (y) inputs.push_back(*y);
-  return run(inputs, {packed}, {{0, 0, y ? 1 : -1, y ? 2 : 1}}, false, channels_last);
+  const Result result = run(inputs, {packed}, {{0, 0, y ? 1 : -1, y ? 2 : 1}}, false, channels_last);
+  return result.finite ? result.value : torch::stable::new_empty(x, {0});
 }
 
 Tensor network(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
@@ -188,7 +195,7 @@ Tensor network(const Tensor& x, const std::vector<Tensor>& packed, const std::ve
   for (size_t i = 0; i < program.size(); i += 4) {
     steps.push_back({program[i], program[i + 1], program[i + 2], program[i + 3]});
   }
-  return run({x}, packed, std::move(steps), pooled, channels_last);
+  return run({x}, packed, std::move(steps), pooled, channels_last).value;
 }
 
 // ---- _cpu_fingerprint: a hash of all values of vectors and of 64 values spread over larger tensors.
@@ -227,7 +234,5 @@ STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_network", TORCH_BOX(&network));
   m.impl("_cpu_fingerprint", TORCH_BOX(&fingerprint));
 }
-
-STABLE_TORCH_LIBRARY_FRAGMENT(parnet, m) { m.def("_cpu_fingerprint(Tensor[] tensors) -> int"); }
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) { m.impl("_cpu_info", TORCH_BOX(&info)); }

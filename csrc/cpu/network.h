@@ -45,7 +45,9 @@ class NetworkPlan {
   // time.
   using Body = void (*)(void* context);
   using RunParallel = void (*)(int threads, Body, void* context);
-  void run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
+  // False if the inputs hold NaN or infinity, or channels whose sums are beyond float: the tiles of
+  // Winograd's algorithm spread them, and can turn infinity into NaN or its opposite.
+  bool run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
            const Strided& output, RunParallel) const;
 
   const Request& request() const { return request_; }

@@ -2,6 +2,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 
@@ -32,6 +33,8 @@ class NetworkRun {
     workspace_.reset_counters();
     if (poisoned()) poison();
   }
+
+  bool finite() const { return finite_; }
 
   void work() {
     const int worker = workspace_.counter(0).value++;
@@ -138,14 +141,18 @@ class NetworkRun {
     const Rows rows = rows_of(item, v.shape[2], v.sum_rows);
     float* sums = workspace_.at(v.sums) + item * v.blocks * plan_.kernels_.lanes;
     if (stage.work == Work::kEnter) {
-      return plan_.kernels_.enter(x, view_of(v), rows.image, rows.first, rows.last, sums, lines);
+      plan_.kernels_.enter(x, view_of(v), rows.image, rows.first, rows.last, sums, lines);
+    } else {
+      StemArgs a{};
+      a.planes = workspace_.at(v.offset);
+      a.image = v.view.image;
+      a.channel = v.view.block;
+      a.pitch = v.view.row;
+      plan_.kernels_.enter_planes(x, a, rows.image, rows.first, rows.last, sums);
     }
-    StemArgs a{};
-    a.planes = workspace_.at(v.offset);
-    a.image = v.view.image;
-    a.channel = v.view.block;
-    a.pitch = v.view.row;
-    plan_.kernels_.enter_planes(x, a, rows.image, rows.first, rows.last, sums);
+    // A sum is finite only if everything in it is.
+    const auto is_finite = [](float sum) { return std::isfinite(sum); };
+    if (!std::all_of(sums, sums + x.size[1], is_finite)) finite_ = false;
   }
 
   void gate(const Layer& l, int64_t item, float* means) {
@@ -241,14 +248,16 @@ class NetworkRun {
   const std::vector<Strided>& inputs_;
   const Strided& output_;
   Workspace& workspace_;
+  std::atomic<bool> finite_{true};
 };
 
-void NetworkPlan::run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
+bool NetworkPlan::run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
                       const Strided& output, RunParallel parallel) const {
   std::unique_ptr<Workspace> workspace = pool_->take();
   NetworkRun run(*this, packed, inputs, output, *workspace);
   parallel(request_.threads, [](void* context) { static_cast<NetworkRun*>(context)->work(); }, &run);
   pool_->put(std::move(workspace));
+  return run.finite();
 }
 
 }  // namespace parnet::cpu
