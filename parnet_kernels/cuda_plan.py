@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from parnet_kernels.cuda_pack import CHUNK_BYTES
+
 SPLITS = (1, 2, 3, 4, 6, 8)
 # Units: one output row of a tile in one stage. Estimates, not fitted: a stage's cost besides its products (weights to
 # shared memory, barrier), a block's start and end, and what a split layer pays for leaving and adding partial sums.
@@ -21,6 +23,8 @@ SPLITS = (1, 2, 3, 4, 6, 8)
 ALONE = 0.6
 STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 300, 125
 CANDIDATES = 12  # combinations whose schedule is simulated
+#: Bytes that L2 gives a multiprocessor while it does a unit alone: their rates are in bench/cuda_levels.py.
+L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 110, 100: 110, 120: 300}
 
 
 class TileShape(NamedTuple):
@@ -175,6 +179,15 @@ def block_cost(s: Shape, t: Tiling, p: Policy) -> float:
     return stages * (p.shapes[t.tile].rows + STAGE_COST) + BLOCK_COST + extra
 
 
+def block_bytes(s: Shape, t: Tiling, p: Policy) -> int:
+    """What a block asks L2 for: weights, gate weights and halo of its chunks; partial sums out and in."""
+    halo_rows = min(s.h, s.stride * (t.rows - 1) + 3)
+    halo_cols = min(s.w, s.stride * (t.cols - 1) + 3)
+    chunk = 3 * p.weight_stage_bytes + p.columns * CHUNK_BYTES + halo_rows * halo_cols * CHUNK_BYTES
+    partial = 2 * 4 * p.shapes[t.tile].rows * p.columns if t.splits > 1 else 0
+    return -(-s.chunks // t.splits) * chunk + partial
+
+
 def blocks_per_sm(gpu: Gpu, shared: int) -> int:
     """How many blocks run at once on a multiprocessor; registers allow two."""
     return max(1, min(2, gpu.shared_per_sm // (shared + policy(gpu.architecture).static_shared + 1024)))
@@ -192,7 +205,7 @@ def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
 def _idle(costs: list[tuple[float, int]], gpu: Gpu) -> float:
     """A penalty for fewer blocks than multiprocessors: it takes all of them to use the memory's bandwidth."""
     missing = gpu.multiprocessors / sum(blocks for _, blocks in costs)
-    return 1.0 if missing <= 1 else 1.25 * missing
+    return 1.0 if missing <= 1 else 1.5 * missing
 
 
 @functools.lru_cache(maxsize=1024)
@@ -209,7 +222,10 @@ def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tupl
         costs = [(block_cost(s, t, p), t.blocks(s)) for s, t in zip(shapes, choice, strict=True)]
         per_sm = blocks_per_sm(gpu, max(t.shared for t in choice))
         total, longest = sum(c * b for c, b in costs), max(c for c, _ in costs)
-        bound = max(total / gpu.multiprocessors / per_sm, longest * ALONE) + longest / 8
-        ranked.append((bound * _idle(costs, gpu), per_sm, costs, choice))
+        asked = sum(block_bytes(s, t, p) * t.blocks(s) for s, t in zip(shapes, choice, strict=True))
+        traffic = asked / (gpu.multiprocessors * L2_BYTES.get(gpu.architecture, L2_BYTES[90]))
+        bound = max(total / gpu.multiprocessors / per_sm, longest * ALONE, traffic) + longest / 8
+        ranked.append((bound * _idle(costs, gpu), traffic, per_sm, costs, choice))
     ranked.sort(key=lambda r: r[0])
-    return min(ranked[:CANDIDATES], key=lambda r: makespan(r[2], gpu, r[1]))[3]
+    # Traffic breaks ties, and lengthens everything a little even where it does not bound.
+    return min(ranked[:CANDIDATES], key=lambda r: max(makespan(r[3], gpu, r[2]), r[1]) + r[1] / 4)[4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -49,12 +50,16 @@ def run(
     return (y.permute(0, 3, 1, 2) if result == "features" else y).cpu(), results, lowered
 
 
-def variant(name: str, gpu: Gpu = A100, size: int = 224, n: int = 1) -> tuple[cuda_network.Lowered, list[Tensor]]:
-    """A published network with zero weights in fp16: (program, packed tensors). For counting."""
+@functools.cache
+def published(name: str) -> cuda_network.Weights:
+    """The packed weights, zero, of a published network in fp16."""
     network = DeployedParNet(VARIANTS[name]).half()
     head = [network.head_weight, network.head_bias]
-    weights = cuda_network.pack_network(network.config, network.operators(), head, "ieee")
-    shape = (n, 3, size, size)
-    stride = torch.empty(shape, device="meta").stride()
-    lowered = cuda_network.lower(network.config, weights, shape, stride, torch.float16, "ieee", gpu, "logits")
+    return cuda_network.pack_network(network.config, network.operators(), head, "ieee")
+
+
+def variant(name: str, gpu: Gpu = A100) -> tuple[cuda_network.Lowered, list[Tensor]]:
+    """A published network at 224² and batch 1: (program, packed tensors). For counting."""
+    weights, shape, stride = published(name), (1, 3, 224, 224), (3 * 224 * 224, 224 * 224, 224, 1)
+    lowered = cuda_network.lower(VARIANTS[name], weights, shape, stride, torch.float16, "ieee", gpu, "logits")
     return lowered, weights.tensors

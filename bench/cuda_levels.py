@@ -1,0 +1,274 @@
+"""The CUDA kernels level by level: `python -m bench.cuda_levels [--count] [--gpu A100 H100] [--variant s m]`.
+
+For each launch of a published network at 224² and batch 1, in fp16:
+
+* blocks and waves (blocks over blocks that run at once), and FLOPs of the layers: from the program;
+* needed bytes: weights, gates, maps in and out once each (modelled); asked bytes: what all blocks load and store, in
+  the simulator (counted, with --count) or by the same sums, which it confirms to a few percent (modelled);
+* roofline: max(FLOPs / peak, needed bytes / memory bandwidth);
+* time (modelled): start + max(matrix instructions of the busiest multiprocessor, asked bytes / L2 bandwidth, needed
+  bytes / memory bandwidth) + dependent latencies. Constants and their sources: `Model`, `GPUS` and what follows them.
+
+Where there is a GPU, also measured times, each launch alone and the whole network against PyTorch (eager, compiled) and
+TensorRT if it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from parnet_kernels import ops
+from parnet_kernels.config import VARIANTS
+from parnet_kernels.cuda_network import Lowered, Weights, lower, pack_network
+from parnet_kernels.cuda_plan import A100, H100, L4, RTX4090, Gpu, blocks_per_sm, policy
+from parnet_kernels.cuda_program import LevelCall
+from parnet_kernels.deployed import DeployedParNet
+
+TESTS = Path(__file__).parents[1] / "tests"
+HALF = 2  # bytes
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a GPU is modelled by.
+
+    tflops: dense fp16 with fp32 accumulation, data sheet. mma: the share of it that mma.sync reaches; on Hopper 0.63,
+    the rest needs wgmma (arXiv 2402.13499). memory: GB/s, data sheet. l2: GB/s from L2 to the multiprocessors; A100
+    5120 bytes a clock (NVIDIA's white paper); the others are estimates from published microbenchmarks. clock: GHz,
+    boost. start: µs of a launch inside a CUDA graph; with dependent launches, an estimate of what they leave of it.
+    """
+
+    gpu: Gpu
+    tflops: float
+    mma: float
+    memory: float
+    l2: float
+    clock: float
+    start: float
+
+
+GPUS = {
+    "A100": Model(A100, 312, 1.0, 1555, 7200, 1.41, 1.3),
+    "H100": Model(H100, 989, 0.63, 3350, 5700, 1.75, 0.7),
+    "L4": Model(L4, 121, 1.0, 300, 2000, 2.04, 1.3),
+    "RTX 4090": Model(RTX4090, 165, 1.0, 1008, 5000, 2.52, 1.3),
+}
+L2_CLOCKS, MEMORY_CLOCKS = 200, 290  # latencies of a hit and of a miss on A100 (arXiv 2208.11174)
+# Waited for in a row by a block: first weights and maps from memory; chunk table, sums, gate weights, skip from L2; and
+# if split, the partial sums' way: store, arrival, load.
+MISSES, HITS, SPLIT_HITS = 2, 4, 3
+
+
+class Level(NamedTuple):
+    """One launch of a program."""
+
+    label: str
+    blocks: int
+    waves: float
+    gflop: float
+    needed: int  # bytes
+    asked: int  # bytes
+    roofline: float  # µs
+    modelled: float  # µs
+
+
+def lowered(name: str, gpu: Gpu) -> tuple[Weights, Lowered]:
+    """A published network with arbitrary weights."""
+    network = DeployedParNet(VARIANTS[name]).half()
+    head = [network.head_weight, network.head_bias]
+    weights = pack_network(network.config, network.operators(), head, "ieee")
+    stride = (3 * 224 * 224, 224 * 224, 224, 1)
+    return weights, lower(network.config, weights, (1, 3, 224, 224), stride, torch.float16, "ieee", gpu, "logits")
+
+
+def launches(weights: Weights, low: Lowered) -> list[Any]:
+    """The launches as the package's host code decodes them."""
+    sys.path[:0] = [path for path in (str(TESTS), str(TESTS / "cuda")) if path not in sys.path]
+    from player import decode
+
+    return decode(low.program, [(1 << 40, 1 << 40)] * (3 + len(weights.tensors)))
+
+
+def count(weights: Weights, low: Lowered, architecture: int) -> list[int]:
+    """Bytes that each launch loads and stores, in the simulator."""
+    from player import play
+    from ptxsim.device import Simulator
+
+    memory = torch.zeros(low.workspace_bytes, dtype=torch.uint8)
+    buffers = [memory, torch.zeros(low.shape).half(), torch.zeros(1, 3, 224, 224).half(), *weights.tensors]
+    results = play(Simulator(), low.program, buffers, architecture, races=False)
+    return [r.global_load["bytes"] + r.global_store["bytes"] for r in results]
+
+
+def layer_terms(c: Any, rows: int) -> tuple[float, int, int, float]:
+    """(FLOPs, needed bytes, asked bytes, FLOPs that each block's matrix instructions do) of one layer of a level."""
+    tiles = c.out.tiles_down * c.out.tiles_across * c.groups * c.column_tiles
+    weight = c.groups * c.column_tiles * c.chunks * 64 * 64 * 10  # and a tenth for the gate
+    inputs = [c.inputs[i] for i in range(2) if c.inputs[i].x]
+    maps = sum(c.h * c.w * m.pitch * HALF for m in inputs)
+    result = c.out.out_h * c.out.out_w * c.out.pitch * HALF
+    width = c.groups * c.chunks * 32 * c.out.width
+    halo = min(c.h, c.stride * (c.tile_rows - 1) + 3) * min(c.w, c.stride * (c.tile_cols - 1) + 3)
+    asked = tiles // (c.groups * c.column_tiles) * weight + tiles * c.chunks * halo * 64
+    asked += tiles * c.chunks * 32 * 4 * c.inputs[0].sum_tiles + result * (2 if c.out.flags & 1 else 1)
+    if c.splits > 1:
+        asked += tiles * (2 * c.splits - 1) * rows * 64 * 4
+    executed = 2 * 9 * rows * 64 * 32 * -(-c.chunks // c.splits)
+    return 2 * 9 * c.out.out_h * c.out.out_w * width, weight + maps + result, asked, executed
+
+
+def analyse(launch: Any, m: Model, counted: int | None) -> Level:
+    """A level launch by the model above."""
+    call = LevelCall.from_buffer_copy(launch.arguments)
+    shapes = policy(m.gpu.architecture).shapes
+    flops, needed, asked, split = 0.0, 0, 0, False
+    work = [0.0] * m.gpu.multiprocessors
+    for i in range(call.layers):
+        c = call.layer[i]
+        terms = layer_terms(c, shapes[c.tile].rows)
+        flops, needed, asked, split = flops + terms[0], needed + terms[1], asked + terms[2], split or c.splits > 1
+        last = call.layer[i + 1].first_block if i + 1 < call.layers else launch.grid
+        for _ in range(last - c.first_block):
+            heapq.heapreplace(work, work[0] + terms[3])
+    asked = counted if counted is not None else asked
+    busiest = max(work) / (1e6 * m.tflops * m.mma / m.gpu.multiprocessors)
+    latency = (MISSES * MEMORY_CLOCKS + (HITS + (SPLIT_HITS if split else 0)) * L2_CLOCKS) / (1e3 * m.clock)
+    time = m.start + max(busiest, asked / (1e3 * m.l2), needed / (1e3 * m.memory)) + latency
+    roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
+    waves = launch.grid / (m.gpu.multiprocessors * blocks_per_sm(m.gpu, launch.shared))
+    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time)
+
+
+def small(launch: Any, m: Model, needed: int, counted: int | None, flops: float) -> Level:
+    """The stem or the classifier: bound by latency and their bytes."""
+    asked = counted if counted is not None else needed
+    barrier = 3 if "stem" in launch.kernel else 0  # sums stored, arrival, sums loaded
+    latency = (MISSES * MEMORY_CLOCKS + (HITS + barrier) * L2_CLOCKS) / (1e3 * m.clock)
+    work = max(flops / (1e6 * m.tflops * m.mma), asked / (1e3 * m.l2), needed / (1e3 * m.memory))
+    roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
+    waves = launch.grid / (2 * m.gpu.multiprocessors)
+    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, m.start + work + latency)
+
+
+def levels(name: str, m: Model, counting: bool) -> list[Level]:
+    weights, low = lowered(name, m.gpu)
+    found = launches(weights, low)
+    counted: list[int] | list[None] = count(weights, low, m.gpu.architecture) if counting else [None] * len(found)
+    config = VARIANTS[name]
+    rows = []
+    for launch, asked in zip(found, counted, strict=True):
+        if "level" in launch.kernel:
+            rows.append(analyse(launch, m, asked))
+        elif "stem" in launch.kernel:
+            needed = 3 * 224 * 224 * HALF + 112 * 112 * config.stem * HALF
+            rows.append(small(launch, m, needed, asked, 2 * 27 * config.stem * 112 * 112))
+        else:
+            size = config.planes[-1] * config.num_classes
+            rows.append(small(launch, m, size * HALF, asked, 2 * size))
+    return rows
+
+
+def show(console: Console, name: str, gpu: str, rows: list[Level], counting: bool) -> None:
+    title = f"ParNet-{name.upper()} on {gpu}: modelled, not measured"
+    table = Table(title=title)
+    asked = "MB asked (counted)" if counting else "MB asked (modelled)"
+    for column in ("launch", "blocks", "waves", "GFLOP", "MB needed", asked, "roofline µs", "modelled µs"):
+        table.add_column(column, justify="left" if column == "launch" else "right")
+    for r in rows:
+        label = r.label if len(r.label) <= 60 else r.label[:57] + "…"
+        numbers = [f"{r.waves:.2f}", f"{r.gflop:.2f}", f"{r.needed / 1e6:.2f}", f"{r.asked / 1e6:.2f}"]
+        table.add_row(label, str(r.blocks), *numbers, f"{r.roofline:.2f}", f"{r.modelled:.2f}")
+    roofline, modelled = (sum(getattr(r, field) for r in rows) for field in ("roofline", "modelled"))
+    sums = [f"{sum(getattr(r, field) for r in rows) / 1e6:.1f}" for field in ("needed", "asked")]
+    ratio = f"{modelled:.1f} ({modelled / roofline:.2f}×)"
+    table.add_row("sum", "", "", f"{sum(r.gflop for r in rows):.2f}", *sums, f"{roofline:.1f}", ratio, style="bold")
+    console.print(table)
+
+
+# ------------------------------------------------------------------ on a GPU
+
+
+def records(program: Tensor) -> Iterator[Tensor]:
+    """Programs of one launch each."""
+    at = 0
+    while at < program.numel():
+        size = int(program[at + 28 : at + 32].view(torch.int32))
+        yield program[at : at + size].clone()
+        at += size
+
+
+def microseconds(call: Callable[[], Any], repeats: int = 200) -> float:
+    """Median of `repeats` calls, by events around each."""
+    for _ in range(20):
+        call()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in pairs:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return 1e3 * sorted(start.elapsed_time(end) for start, end in pairs)[repeats // 2]
+
+
+@torch.inference_mode()
+def measured(console: Console, name: str) -> None:
+    """Times on this machine's GPU: whole networks, and each launch of ours alone."""
+    x = torch.randn(1, 3, 224, 224, device="cuda").half()
+    with torch.inference_mode(False):
+        network = DeployedParNet(VARIANTS[name]).half().cuda()
+    captured = network.capture(x)
+    runs: dict[str, Callable[[], Any]] = {"ours, CUDA graph": lambda: captured(x), "ours": lambda: network(x)}
+
+    def stock(image: Tensor) -> Tensor:
+        with ops.use_backend("reference"):
+            return network(image)
+
+    runs["PyTorch eager"] = lambda: stock(x)
+    compiled = torch.compile(stock, mode="reduce-overhead")
+    runs["torch.compile"] = lambda: compiled(x)
+    try:
+        import torch_tensorrt
+
+        engine = torch_tensorrt.compile(network, inputs=[x], enabled_precisions={torch.half})
+        runs["TensorRT"] = lambda: engine(x)
+    except ImportError:
+        console.print("TensorRT is not installed")
+    table = Table("ParNet-" + name.upper(), "µs (measured)", title=torch.cuda.get_device_name())
+    for label, run in runs.items():
+        table.add_row(label, f"{microseconds(run):.1f}")
+    low, weights = captured._lowered, captured._weights
+    buffers = [captured._memory, captured.result, captured.input, *weights.tensors]
+    for label, record in zip(low.labels, records(low.program), strict=True):
+        play = partial(torch.ops.parnet._cuda_play, buffers, record)
+        table.add_row(f"  {label}", f"{microseconds(play):.1f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cuda_levels", description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--gpu", nargs="+", choices=list(GPUS), default=list(GPUS))
+    parser.add_argument("--count", action="store_true", help="count the asked bytes in the simulator (needs nvcc)")
+    arguments = parser.parse_args()
+    console = Console(width=160)
+    for name in arguments.variant:
+        for gpu in arguments.gpu:
+            show(console, name, gpu, levels(name, GPUS[gpu], arguments.count), arguments.count)
+        if torch.cuda.is_available():
+            measured(console, name)
+
+
+if __name__ == "__main__":
+    main()
