@@ -5,41 +5,41 @@ Each error names the argument, what is required of it and what was got.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from parnet_kernels.reference import ACTIVATIONS
 
 
-def _require(condition: bool, argument: str, requirement: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"parnet_kernels: `{argument}` must {requirement}, got {got}")
+def _error(argument: str, requirement: str, got: object) -> ValueError:
+    return ValueError(f"parnet_kernels: `{argument}` must {requirement}, got {got}")
 
 
 def _is_map(name: str, t: Tensor) -> None:
-    _require(t.dim() == 4, name, "have 4 dimensions [N, C, H, W]", f"shape {list(t.shape)}")
-    _require(t.is_floating_point(), name, "be a floating-point tensor", t.dtype)
-    _require(
-        t.shape[1] > 0 and t.shape[2] > 0 and t.shape[3] > 0,
-        name,
-        "have C, H, W ≥ 1",
-        f"shape {list(t.shape)}",
-    )
+    if t.dim() != 4:
+        raise _error(name, "have 4 dimensions [N, C, H, W]", f"shape {list(t.shape)}")
+    if not t.is_floating_point():
+        raise _error(name, "be a floating-point tensor", t.dtype)
+    if 0 in t.shape[1:]:
+        raise _error(name, "have C, H, W ≥ 1", f"shape {list(t.shape)}")
 
 
-def _like(name: str, t: Tensor, x: Tensor, shape: Sequence[int], meaning: str) -> None:
-    _require(list(t.shape) == list(shape), name, f"have shape {list(shape)} ({meaning})", list(t.shape))
-    _require(t.dtype == x.dtype, name, f"have the dtype of `x`, {x.dtype}", t.dtype)
-    _require(t.device == x.device, name, f"be on the device of `x`, {x.device}", t.device)
+def _like(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if t.shape != shape:
+        raise _error(name, f"have shape {list(shape)} ({meaning})", list(t.shape))
+    if t.dtype != x.dtype:
+        raise _error(name, f"have the dtype of `x`, {x.dtype}", t.dtype)
+    if t.device != x.device:
+        raise _error(name, f"be on the device of `x`, {x.device}", t.device)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> int:
     """Checks the parameters that every operator has; returns K."""
-    _require(weight.dim() == 4, "weight", "have 4 dimensions [K, C, 3, 3]", f"shape {list(weight.shape)}")
+    if weight.dim() != 4:
+        raise _error("weight", "have 4 dimensions [K, C, 3, 3]", f"shape {list(weight.shape)}")
     k, c = weight.shape[0], x.shape[1]
-    _require(k > 0, "weight", "have K ≥ 1 output channels", f"shape {list(weight.shape)}")
+    if k == 0:
+        raise _error("weight", "have K ≥ 1 output channels", f"shape {list(weight.shape)}")
     _like("weight", weight, x, (k, c, 3, 3), "[K, C, 3, 3]")
     _like("bias", bias, x, (k,), "[K]")
     _like("gate_weight", gate_weight, x, (k, c), "[K, C]")
@@ -49,18 +49,21 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor, gate_weight: Tensor, g
 
 
 def _epilogue(x: Tensor, k: int, activation: str, out_scale: Tensor | None, out_shift: Tensor | None) -> None:
-    _require(activation in ACTIVATIONS, "activation", f"be one of {sorted(ACTIVATIONS)}", repr(activation))
-    for name, t, other_name, other in (
-        ("out_scale", out_scale, "out_shift", out_shift),
-        ("out_shift", out_shift, "out_scale", out_scale),
-    ):
-        if t is not None:
-            _require(other is not None, other_name, f"be given together with `{name}`", None)
-            _like(name, t, x, (k,), "[K]")
+    if activation not in ACTIVATIONS:
+        raise _error("activation", f"be one of {sorted(ACTIVATIONS)}", repr(activation))
+    if out_scale is None and out_shift is None:
+        return
+    if out_scale is None:
+        raise _error("out_scale", "be given together with `out_shift`", None)
+    if out_shift is None:
+        raise _error("out_shift", "be given together with `out_scale`", None)
+    _like("out_scale", out_scale, x, (k,), "[K]")
+    _like("out_shift", out_shift, x, (k,), "[K]")
 
 
 def _stride(stride: int) -> None:
-    _require(stride in (1, 2), "stride", "be 1 or 2", stride)
+    if stride not in (1, 2):
+        raise _error("stride", "be 1 or 2", stride)
 
 
 def repvgg_sse(
@@ -78,7 +81,8 @@ def repvgg_sse(
 ) -> None:
     _is_map("x", x)
     k = _convolution(x, weight, bias, gate_weight, gate_bias)
-    _require(k == x.shape[1], "weight", f"have K = C = {x.shape[1]}, the skip adds x", f"K = {k}")
+    if k != x.shape[1]:
+        raise _error("weight", f"have K = C = {x.shape[1]}, the skip adds x", f"K = {k}")
     _like("skip_scale", skip_scale, x, (k,), "[C]")
     _like("skip_shift", skip_shift, x, (k,), "[C]")
     _epilogue(x, k, activation, out_scale, out_shift)
@@ -120,7 +124,8 @@ def fusion_se(
     _like("y", y, x, x.shape, "that of `x`")
     _stride(stride)
     k = _convolution(x, weight, bias, gate_weight, gate_bias)
-    _require(k % 2 == 0, "weight", "have an even K, two groups", f"K = {k}")
+    if k % 2:
+        raise _error("weight", "have an even K, two groups", f"K = {k}")
     _epilogue(x, k, activation, out_scale, out_shift)
 
 
