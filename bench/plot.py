@@ -54,7 +54,7 @@ def _figure(rows: list[Row], machine: Machine, path: Path) -> Path:
         _panel(axis, own, engines, workloads)
         axis.set_title(f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}", loc="left", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
     caption = f"{TITLES[rows[0].suite]}, float32, our time below each name; {machine.cpu}; {machine.date}"
     figure.supxlabel(caption, fontsize=8, color="#666666")
     figure.savefig(path, dpi=160)
