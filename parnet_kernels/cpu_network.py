@@ -15,6 +15,7 @@ from parnet_kernels.config import layers
 if TYPE_CHECKING:
     from parnet_kernels.deployed import DeployedLayer, DeployedParNet
 
+STORAGES = ("auto", "f32", "compact")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Versions = tuple[tuple[int, int], ...]
 
@@ -64,6 +65,14 @@ class CpuNetwork:
         if network.head_weight.is_inference():
             return "the weights are inference tensors, whose changes cannot be seen"
         return None
+
+    def use(self, storage: str) -> None:
+        """Packs with `storage` from now on."""
+        if storage not in STORAGES:
+            raise ValueError(f"parnet_kernels: `storage` must be one of {STORAGES}, got {storage!r}")
+        with self._lock:
+            if storage != self.storage:
+                self.storage, self._packed = storage, None
 
     def prepare(self, network: DeployedParNet) -> _Packed:
         """Packs the weights if they are not, or have changed since."""

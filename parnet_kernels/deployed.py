@@ -186,8 +186,17 @@ class DeployedParNet(nn.Module):
         """
         return CapturedNetwork(self, x)
 
-    def prepare(self) -> DeployedParNet:
-        """Packs the weights for the native CPU kernels now, not at the first call; returns itself."""
+    def prepare(self, storage: str | None = None) -> DeployedParNet:
+        """Packs the weights for the native CPU kernels now, not at the first call; returns itself.
+
+        storage: "f32" keeps 36 transformed values for the 9 of a kernel, "compact" the 9, transformed at each call: a
+        quarter of the memory, slower, the same bits. "auto", the start: "f32" up to 192 MB a layer. None: as before.
+
+        Raises:
+            ValueError: for another storage.
+        """
+        if storage is not None:
+            self._native.use(storage)
         if not _native.cpu_error:
             self._native.prepare(self)
         return self

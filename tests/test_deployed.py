@@ -182,6 +182,18 @@ def test_changes_of_weights_are_seen() -> None:
     assert torch.equal(deployed.float()(x), before)
 
 
+@torch.no_grad()
+def test_storage_trades_memory_for_time() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    x = image((64, 64))
+    expected = deployed.prepare(storage="f32")(x)
+    large = sum(w.numel() for w in deployed._native.prepare(deployed).weights)
+    assert torch.equal(deployed.prepare(storage="compact")(x), expected)
+    assert sum(w.numel() for w in deployed._native.prepare(deployed).weights) < large / 2
+    with pytest.raises(ValueError, match="`storage` must be one of"):
+        deployed.prepare(storage="int8")
+
+
 def test_made_in_inference_mode() -> None:
     x = image((64, 64))
     with torch.inference_mode():
