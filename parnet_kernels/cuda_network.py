@@ -45,16 +45,17 @@ class Lowered(NamedTuple):
 
 
 def layouts(config: ParNetConfig, dtype: torch.dtype) -> dict[str, Layout]:
-    """Where each layer's channels are stored. A fusion keeps its groups apart unless a skip reads its result: who reads
-    it has the shuffle in its weights.
+    """Where each layer's channels are stored. A fusion keeps its groups apart unless a skip reads its result, or it would
+    take more memory: who reads it has the shuffle in its weights.
     """
     graph = layers(config)
     found = {"image": Layout.natural(config.in_chans, dtype)}
     for layer in graph:
         skipped = any(layer.name in reader.inputs for reader in graph if reader.kind == "repvgg_sse")
-        grouped = layer.kind == "fusion_se" and not skipped and layer.out_channels % 2 == 0
-        make = Layout.grouped if grouped else Layout.natural
-        found[layer.name] = make(layer.out_channels, dtype)
+        natural, grouped = (make(layer.out_channels, dtype) for make in (Layout.natural, Layout.grouped))
+        apart = layer.kind == "fusion_se" and not skipped and layer.out_channels % 2 == 0
+        # The two inputs of a fusion share a pitch.
+        found[layer.name] = grouped if apart and grouped.pitch == natural.pitch else natural
     return found
 
 

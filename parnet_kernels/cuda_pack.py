@@ -7,6 +7,8 @@ weights. So channel counts, groups, interleaving and shuffles cost the kernels n
 
 from __future__ import annotations
 
+import itertools
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -203,6 +205,8 @@ def pack(
         w = torch.zeros(tiles * COLUMNS, channels + 1, 9, dtype=dtype, device=device)
         w[:width, :channels] = convolution[rows].reshape(width, channels, 9)
         w = w.index_select(1, index).reshape(tiles, COLUMNS, chunks, size, 9).permute(0, 2, 4, 1, 3)
+        if stride == 2:  # even columns of the input first
+            w = w.unflatten(2, (3, 3))[:, :, :, [0, 2, 1]].flatten(2, 3)
         packed_weight.append(_swizzle(w))
         g = torch.zeros(tiles * COLUMNS, channels + 1, dtype=dtype, device=device)
         g[:width, :channels] = gate_weight[rows]
@@ -211,7 +215,7 @@ def pack(
         torch.stack(packed_weight),
         torch.stack(packed_gate).contiguous(),
         _vectors(kind, p, groups, tiles),
-        torch.tensor(tables, dtype=torch.int32, device=device),
+        torch.tensor([*itertools.chain(*tables), 0], dtype=torch.int32, device=device),
         kind,
         stride,
         activation,

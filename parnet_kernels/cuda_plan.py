@@ -30,7 +30,7 @@ L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 110, 100: 110, 120: 300}
 class TileShape(NamedTuple):
     rows: int
     max_slots: int
-    any_stride: bool
+    stride: int
 
 
 class Policy(NamedTuple):
@@ -47,6 +47,7 @@ class Policy(NamedTuple):
     stem_rows: int
     stem_cols: int
     enter_pixels: int
+    odd_slots: int
     shapes: tuple[TileShape, ...]
 
 
@@ -56,7 +57,7 @@ def policy(architecture: int) -> Policy:
     values = list(torch.ops.parnet._cuda_policy(architecture))
     constants = dict(zip(Policy._fields, values, strict=False))
     triples = zip(*[iter(values[len(Policy._fields) - 1 :])] * 3, strict=True)
-    return Policy(**{**constants, "shapes": tuple(TileShape(r, s, bool(a)) for r, s, a in triples)})
+    return Policy(**{**constants, "shapes": tuple(TileShape(*t) for t in triples)})
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,6 @@ class Tiling:
     tiles_across: int
     slots: int
     slot_pitch: int
-    odd_columns: int
     splits: int
     shared: int
 
@@ -135,10 +135,10 @@ class Tiling:
 
 
 def _slot_pitch(cols: int, stride: int) -> tuple[int, bool]:
-    """Slots from one halo row to the next, and whether ldmatrix then reads without bank conflicts: 8 output pixels in
-    a row must lie in 8 slots that differ modulo 8, also across the end of a tile's row.
+    """Slots from one halo row to the next (stride 2: of its even columns), and whether ldmatrix then reads without bank
+    conflicts: 8 output pixels in a row must lie in 8 slots that differ modulo 8, also across the end of a tile's row.
     """
-    least = cols + 2 if stride == 1 else 2 * cols + 1
+    least = cols + 2 if stride == 1 else cols + 1
     for pitch in range(least, least + 8):
         if cols % 8 == 0 or (stride * pitch - cols) % 8 == 0:
             return pitch, True
@@ -150,7 +150,7 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
     """The best rows and cols for a tile shape: fewest tiles, then no conflicts, then the smallest halo."""
     p = policy(gpu.architecture)
     shape = p.shapes[tile]
-    if s.stride != 1 and not shape.any_stride:
+    if s.stride != shape.stride:
         return None
     two_blocks = gpu.shared_per_sm // 2 - 1024 - p.static_shared
     best: tuple[tuple[int, ...], Tiling] | None = None
@@ -159,16 +159,16 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
         for rows in range(1, min(s.out_h, shape.rows // cols) + 1):
             down, across = -(-s.out_h // rows), -(-s.out_w // cols)
             halo_rows, halo_cols = s.stride * (rows - 1) + 3, s.stride * (cols - 1) + 3
-            slots = (halo_rows - 1) * pitch + halo_cols
+            plane = (halo_rows - 1) * pitch + (halo_cols if s.stride == 1 else cols + 1)
+            slots = plane if s.stride == 1 else p.odd_slots + plane - 1
             exchange = shape.rows * p.columns * 2
             shared = max(p.stages * p.weight_stage_bytes + 2 * slots * p.slot_bytes, exchange)
-            if slots > shape.max_slots or shared + p.static_shared > gpu.shared_per_block:
+            if plane > shape.max_slots or shared + p.static_shared > gpu.shared_per_block:
                 continue
             # Two blocks on a multiprocessor are worth more than a few tiles.
             key = (shared > two_blocks, down * across, not free, halo_rows * halo_cols, slots)
             if best is None or key < best[0]:
-                odd = cols + 1 if s.stride == 2 else 0
-                best = key, Tiling(tile, rows, cols, down, across, slots, pitch, odd, 1, -(-shared // 128) * 128)
+                best = key, Tiling(tile, rows, cols, down, across, slots, pitch, 1, -(-shared // 128) * 128)
     return None if best is None else best[1]
 
 
@@ -210,7 +210,7 @@ def _idle(costs: list[tuple[float, int]], gpu: Gpu) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tuple[Tiling, ...]:
-    """A tiling for each layer of one launch. exact: float32 kernels, which have the 64-row tile only."""
+    """A tiling for each layer of one launch. exact: float32 kernels, which have no 112-row tile."""
     p = policy(gpu.architecture)
     options: list[list[Tiling]] = []
     for s in shapes:

@@ -172,6 +172,9 @@ class Recorder:
         k = p.out_channels
         flags = (SKIP if p.kind == "repvgg_sse" else 0) | (RELU if p.activation == "relu" else 0)
         call = LayerCall()
+        if len({m.layout.pitch for m in step.inputs}) > 1:
+            pitches = [m.layout.pitch for m in step.inputs]
+            raise ValueError(f"parnet_kernels: {step.label}: the inputs' pitches must be equal, got {pitches}")
         for i, m in enumerate(step.inputs):
             call.inputs[i] = m.as_input()
         if layout is None:  # the user's result: no padding, no sums
@@ -202,7 +205,7 @@ class Recorder:
         call.tile, call.h, call.w, call.stride = t.tile, s.h, s.w, s.stride
         call.groups, call.column_tiles, call.chunks, call.splits = s.groups, s.column_tiles, s.chunks, t.splits
         call.tile_rows, call.tile_cols = t.rows, t.cols
-        call.slots, call.slot_pitch, call.odd_columns = t.slots, t.slot_pitch, t.odd_columns
+        call.slots, call.slot_pitch = t.slots, t.slot_pitch
         return call, result
 
     def classifier(self, m: Map, features: int, classes: int, weight: int | None, bias: int | None) -> None:

@@ -54,9 +54,9 @@ std::vector<int64_t> policy(int64_t architecture) {
                                  cuda::kMaxBatch,
                                  cuda::kStemRows,
                                  cuda::kStemCols,
-                                 cuda::kEnterPixels};
-  for (const cuda::TileShape& t : cuda::kTiles)
-    values.insert(values.end(), {t.rows, t.max_slots, t.any_stride});
+                                 cuda::kEnterPixels,
+                                 cuda::kOddSlots};
+  for (const cuda::TileShape& t : cuda::kTiles) values.insert(values.end(), {t.rows, t.max_slots, t.stride});
   return values;
 }
 

@@ -7,11 +7,6 @@
 
 namespace parnet::cuda {
 
-struct GateScratch {
-  float4 sums[4][32];  // [warp][four channels]
-  float logits[kColumns];
-};
-
 __device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
 
 template <class T>
@@ -36,10 +31,12 @@ struct GateVector<__half> : GateVector16<__half> {};
 template <>
 struct GateVector<__nv_bfloat16> : GateVector16<__nv_bfloat16> {};
 
-// A pass is four chunks: 16 lanes a row of gate weights, 16 bytes each; two rows a warp at a time.
+// `sums`: scratch, [warp][four channels]. A pass is four chunks: 16 lanes a row of gate weights, 16 bytes
+// each; two rows a warp at a time.
 template <class T>
 __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int group, int group_tile,
-                                            int first_chunk, int last_chunk, GateScratch& scratch) {
+                                            int first_chunk, int last_chunk, float4 (&sums)[4][32],
+                                            float (&logits)[kColumns]) {
   constexpr int kLaneChannels = 16 / sizeof(T), kChunkChannels = kChunkBytes / sizeof(T);
   constexpr int kPassChannels = 16 * kLaneChannels, kQuads = kLaneChannels / 4, kRows = kColumns / 8;
   const int lane = lane_id(), warp = threadIdx.x / 32, part = lane & 15;
@@ -72,14 +69,14 @@ __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int g
                  : make_uint4(0, 0, 0, 0);
     if (chunk != first_chunk) __syncthreads();  // the sums of the last pass have been read
     // Of two quads that one lane needs, the first ones of all lanes come first: reads without bank conflicts.
-    scratch.sums[warp][kQuads == 2 ? ((lane & 1) << 4) + (lane >> 1) : lane] = sum;
+    sums[warp][kQuads == 2 ? ((lane & 1) << 4) + (lane >> 1) : lane] = sum;
     __syncthreads();
     float4 total[kQuads];
 #pragma unroll
     for (int i = 0; i < kQuads; i++) {
-      total[i] = scratch.sums[0][16 * i + part];
+      total[i] = sums[0][16 * i + part];
 #pragma unroll
-      for (int k = 1; k < 4; k++) add(total[i], scratch.sums[k][16 * i + part]);
+      for (int k = 1; k < 4; k++) add(total[i], sums[k][16 * i + part]);
     }
 #pragma unroll
     for (int r = 0; r < kRows; r++) logit[r] += GateVector<T>::dot(w[r], total);
@@ -88,7 +85,7 @@ __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int g
   for (int r = 0; r < kRows; r++) {
 #pragma unroll
     for (int lanes = 8; lanes > 0; lanes /= 2) logit[r] += __shfl_xor_sync(~0u, logit[r], lanes);
-    if (part == 0) scratch.logits[warp * 2 + (lane >> 4) + r * 8] = logit[r] * p.out.inverse_area;
+    if (part == 0) logits[warp * 2 + (lane >> 4) + r * 8] = logit[r] * p.out.inverse_area;
   }
 }
 

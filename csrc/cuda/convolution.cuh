@@ -1,7 +1,7 @@
 // One tile of a 3x3 convolution as an implicit matrix product, with everything a ParNet layer does after it.
 //
 // The halo of the tile is loaded once for each 64-byte chunk of channels; the 9 taps read it at shifted
-// addresses. Columns of a stride-2 halo lie even ones first, so that the taps are constant shifts there too.
+// addresses. Of a stride-2 halo the even columns lie first, so that the taps are constant shifts there too.
 // Warps: 2 halves of the columns times 2 K groups, each with one 32-byte half of every chunk.
 #pragma once
 #include <utility>
@@ -18,8 +18,11 @@ constexpr int kStages = 3;
 #endif
 
 struct Scratch {
-  GateScratch gate;
-  ColumnTerms terms;
+  union {
+    float4 sums[4][32];  // the gate's, while the pipeline fills
+    ColumnTerms terms;   // once the products are done
+  };
+  float logits[kColumns];
   int is_last;
 };
 static_assert(sizeof(Scratch) <= kStaticSharedBytes);
@@ -54,8 +57,11 @@ struct Tile {
   static constexpr TileShape kTile = kTiles[kShape];
   static constexpr int kFragments = kTile.rows / 16;
   static constexpr int kWeightBytes = weight_stage_bytes();
-  static constexpr int kSlotRounds = (kTile.max_slots + 31) / 32;
+  static constexpr int kStride = kTile.stride;
+  static constexpr int kSlots = kStride == 2 ? kOddSlots + kTile.max_slots : kTile.max_slots;
+  static constexpr int kSlotRounds = (kSlots + 31) / 32;
   static constexpr int kLaneChannels = 16 / sizeof(T);
+  static constexpr int kWeightBias = 1024;
   static constexpr int kKept = 2;  // of a warp's 4 column fragments, after the exchange between K groups
 
   const LayerCall& p;
@@ -68,7 +74,6 @@ struct Tile {
   __device__ __forceinline__ Tile(const LayerCall& call, Scratch& s, int block)
       : p(call), scratch(s), place(p, block) {}
 
-  __device__ __forceinline__ int stride() const { return kTile.any_stride ? p.stride : 1; }
   // a / b, exact for a * b < 2^16; the inner division is done once for all a.
   static __device__ __forceinline__ int quotient(int a, int b) { return (a * (65536 / b + 1)) >> 16; }
   __device__ __forceinline__ int row_of(int m) const { return quotient(m, p.tile_cols); }
@@ -81,7 +86,7 @@ struct Tile {
     __syncthreads();
     float4 sums[kFragments][kKept];
     exchange(sums);
-    float logit = threadIdx.x < kColumns ? scratch.gate.logits[threadIdx.x] : 0.0f;
+    float logit = threadIdx.x < kColumns ? scratch.logits[threadIdx.x] : 0.0f;
     if (p.splits > 1 && !add_splits(sums, logit)) return;
     if (threadIdx.x < kColumns) set_column<M>(scratch.terms, p.out, place.group_tile, threadIdx.x, logit);
     __syncthreads();
@@ -106,21 +111,26 @@ struct Tile {
            (static_cast<int64_t>(place.group_tile) * p.chunks + place.first_chunk) * (3 * kWeightBytes);
   }
 
+  // `from` and `to` are the lane's first 16 bytes. A warp copies 3 KB in a row: the offsets of all its copies
+  // fit into the instruction.
   template <int... kRound>
   static __device__ __forceinline__ void copy_weights(uint32_t to, const char* from,
                                                       std::integer_sequence<int, kRound...>) {
-    (copy_async<kRound * 16 * kThreads, kRound * 16 * kThreads>(to, from), ...);
+    (copy_async<kRound * 512, kRound * 512 - kWeightBias>(to, from), ...);
   }
 
   // `x` is the lane's part of the chunk in the image's first pixel.
   template <int... kRound>
   static __device__ __forceinline__ void copy_pixels(uint32_t to, uint64_t x, const int (&pixel)[kSlotRounds],
-                                                     int pitch, std::integer_sequence<int, kRound...>) {
-    ((pixel[kRound] >= 0
-          ? copy_async<kRound * 32 * kSlotBytes>(
-                to, reinterpret_cast<const void*>(x + static_cast<int64_t>(pixel[kRound]) * pitch))
-          : void()),
-     ...);
+                                                     std::integer_sequence<int, kRound...>) {
+    (copy_async_unless_negative<kRound * 32 * kSlotBytes>(to, x, pixel[kRound]), ...);
+  }
+
+  // Where the weights of kernel row `row` lie, of those a chunk uses: with three stages always in the same.
+  // Rows 3 and 4 are the next chunk's. `flip`: kWeightBytes in every second chunk.
+  static __device__ __forceinline__ uint32_t stage_offset(int row, uint32_t flip) {
+    if constexpr (kStages == 3) return row % 3 * kWeightBytes;
+    return row % 2 ? kWeightBytes - flip : flip;
   }
 
   __device__ __forceinline__ void multiply() {
@@ -129,16 +139,19 @@ struct Tile {
     const int lane = lane_id();
     const int part = (lane >> 4) * 2 + (lane & 1), first_slot = warp * 8 + (lane & 6) + ((lane >> 3) & 1);
     const int halo_bytes = p.slots * kSlotBytes;
-    int pixel[kSlotRounds];  // in the image, or -1
+    const int pixel_parts = p.in[0].pitch / kLaneChannels;  // the same for both inputs
+    int pixel[kSlotRounds];                                 // in the image, in units of 16 bytes, or -1
 #pragma unroll
     for (int j = 0; j < kSlotRounds; j++) {
-      const int slot = first_slot + 32 * j, r = quotient(slot, p.slot_pitch), q = slot - r * p.slot_pitch;
-      const bool even = !kTile.any_stride || stride() == 1 || q < p.odd_columns;
-      const int column = stride() == 1 ? q : even ? 2 * q : 2 * (q - p.odd_columns) + 1;
-      const int ih = place.row * stride() + r - 1, iw = place.col * stride() + column - 1;
-      const bool inside = slot < p.slots && column < stride() * (p.tile_cols - 1) + 3 && ih >= 0 &&
-                          ih < p.h && iw >= 0 && iw < p.w;
-      pixel[j] = inside ? ih * p.w + iw : -1;
+      const int slot = first_slot + 32 * j;
+      const bool odd = kStride == 2 && slot >= kOddSlots;
+      const int of_plane = odd ? slot - kOddSlots : slot;
+      const int r = quotient(of_plane, p.slot_pitch), q = of_plane - r * p.slot_pitch;
+      const int column = kStride == 1 ? q : 2 * q + odd;
+      const int ih = place.row * kStride + r - 1, iw = place.col * kStride + column - 1;
+      const bool inside = slot < p.slots && column < kStride * (p.tile_cols - 1) + 3 &&
+                          r < kStride * (p.tile_rows - 1) + 3 && ih >= 0 && ih < p.h && iw >= 0 && iw < p.w;
+      pixel[j] = inside ? (ih * p.w + iw) * pixel_parts : -1;
       if (!inside && slot < p.slots) {  // the padding, once: no copy writes there
         unsigned char* to = dynamic_shared + kStages * kWeightBytes + slot * kSlotBytes + part * 16;
         *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
@@ -146,45 +159,39 @@ struct Tile {
       }
     }
 
-    const char* weight = weight_source() + threadIdx.x * 16;
-    uint32_t weight_to = weights + threadIdx.x * 16;
-    const uint32_t weight_end = weight_to + kStages * kWeightBytes;
-    auto load_weights = [&] {
-      copy_weights(weight_to, weight, std::make_integer_sequence<int, kWeightBytes / (16 * kThreads)>());
-      weight += kWeightBytes;
-      weight_to += kWeightBytes;
-      if (weight_to == weight_end) weight_to -= kStages * kWeightBytes;
+    const int lane_weight = warp * (kWeightBytes / 4) + lane * 16;
+    const char* weight = weight_source() + lane_weight + kWeightBias;
+    const uint32_t weight_to = weights + lane_weight;
+    auto load_weights = [&](uint32_t stage) {
+      copy_weights(weight_to + stage, weight,
+                   std::make_integer_sequence<int, kWeightBytes / (16 * kThreads)>());
     };
-    const int32_t* table = p.chunk_table + place.group * p.chunks;
-    const int64_t area = static_cast<int64_t>(p.h) * p.w;
+    const int32_t* next_entry = p.chunk_table + place.group * p.chunks + place.first_chunk;
+    uint64_t image_part = (static_cast<uint64_t>(place.image) * p.h * p.w * pixel_parts + part) * 16;
     uint32_t halo_to = halo + first_slot * kSlotBytes + part * 16;
-    uint32_t halo_flip = 0;
-    int lane_channel = part * kLaneChannels;
-    pin(lane_channel);
+    pin(image_part);
     pin(halo_to);
-    int next_chunk = place.first_chunk, entry = __ldg(table + next_chunk);  // one ahead of its use
+    int halo_flip = halo_bytes, entry = __ldg(next_entry);
     auto load_halo = [&] {
-      const Input& in = p.in[entry >> kSourceShift];
-      uint64_t x = reinterpret_cast<uint64_t>(static_cast<const T*>(in.x) + place.image * area * in.pitch +
-                                              (entry & ((1 << kSourceShift) - 1)) + lane_channel);
-      pin(x);
-      copy_pixels(halo_to + halo_flip, x, pixel, in.pitch * static_cast<int>(sizeof(T)),
-                  std::make_integer_sequence<int, kSlotRounds>());
-      halo_flip = halo_bytes - halo_flip;
-      next_chunk++;
-      if (next_chunk < place.last_chunk) entry = __ldg(table + next_chunk);
+      const uint64_t x = reinterpret_cast<uint64_t>(p.in[entry >> kSourceShift].x) + image_part +
+                         static_cast<uint32_t>((entry & ((1 << kSourceShift) - 1)) * sizeof(T));
+      copy_pixels(halo_to, x, pixel, std::make_integer_sequence<int, kSlotRounds>());
+      halo_to += halo_flip;
+      halo_flip = -halo_flip;
+      entry = __ldg(++next_entry);  // one ahead of its use
     };
 
-    const int chunks = place.last_chunk - place.first_chunk, iterations = 3 * chunks;
+    const int chunks = place.last_chunk - place.first_chunk;
 #pragma unroll
-    for (int i = 0; i < kStages - 1; i++) load_weights();  // at most two of the three stages that a chunk has
+    for (int i = 0; i < kStages - 1; i++, weight += kWeightBytes)
+      load_weights(stage_offset(i, 0));  // of the first chunk's three
     wait_for_producers();
     load_halo();
     commit_copies();
 #pragma unroll
     for (int i = 1; i < kStages - 1; i++) commit_copies();
     gate_logits<T>(p, place.image, place.group, place.group_tile, place.first_chunk, place.last_chunk,
-                   scratch.gate);
+                   scratch.sums, scratch.logits);
 
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
@@ -198,44 +205,48 @@ struct Tile {
 #pragma unroll
       for (int k = 0; k < M::kRowAddresses; k++) {
         const int m = i * 16 + M::row(k), r = row_of(m), c = m - r * p.tile_cols;
-        const int slot = r < p.tile_rows ? r * stride() * p.slot_pitch + c : 0;
+        const int slot = r < p.tile_rows ? r * kStride * p.slot_pitch + c : 0;
         a_address[i][k] = halo + slot * kSlotBytes + M::row_byte() + k_group * 32;
       }
     uint32_t b_address = weights + column_half * 32 * 64 + M::weight_offset(k_group);
     pin(b_address);
     const int row_bytes = p.slot_pitch * kSlotBytes;
-    const int shift1 = kTile.any_stride && stride() == 2 ? p.odd_columns * kSlotBytes : kSlotBytes;
-    const int shift2 = kTile.any_stride && stride() == 2 ? kSlotBytes : 2 * kSlotBytes;
-    uint32_t stage = 0, buffer = 0;
-    for (int chunk = 0; chunk < chunks; chunk++) {
+    // Of the three taps in a packed row: with stride 2 these are columns 0, 2 (the next even one) and 1.
+    constexpr int kShift[3] = {0, kSlotBytes, (kStride == 2 ? kOddSlots : 2) * kSlotBytes};
+    int chunk_step = halo_bytes - 2 * row_bytes;  // from the last row of a buffer to the first of the other
+    uint32_t flip = 0;
+    for (int left = chunks; left > 0; left--) {
 #pragma unroll
       for (int kh = 0; kh < 3; kh++) {
         wait_copies<kStages - 2>();
         __syncthreads();
-        if (chunk * 3 + kh + kStages - 1 < iterations) {
-          load_weights();
+        if (kh + kStages - 1 < 3 || left > 1) {
+          load_weights(stage_offset(kh + kStages - 1, flip));
           if ((kh + kStages - 1) % 3 == 0) load_halo();
         }
+        weight += kWeightBytes;
         commit_copies();
-        const uint32_t from = b_address + stage;
-        const int row_shift = buffer + kh * row_bytes;
+        const uint32_t from = b_address + stage_offset(kh, flip);
 #pragma unroll
         for (int kw = 0; kw < 3; kw++) {
           typename M::B b[2];
 #pragma unroll
           for (int j = 0; j < 2; j++) M::load_b(b[j], from + kw * (kColumns * 64) + j * 1024);
-          const int shift = row_shift + (kw == 0 ? 0 : kw == 1 ? shift1 : shift2);
 #pragma unroll
           for (int i = 0; i < kFragments; i++) {
             typename M::A a;
-            M::load_a(a, a_address[i], shift);
+            M::load_a(a, a_address[i], kShift[kw]);
 #pragma unroll
             for (int j = 0; j < 4; j++) M::multiply(acc[i][j], a, b[j / 2], j % 2);
           }
         }
-        stage = stage == (kStages - 1) * kWeightBytes ? 0 : stage + kWeightBytes;
+#pragma unroll
+        for (int i = 0; i < kFragments; i++)
+#pragma unroll
+          for (int k = 0; k < M::kRowAddresses; k++) a_address[i][k] += kh < 2 ? row_bytes : chunk_step;
       }
-      buffer = halo_bytes - buffer;
+      chunk_step = -chunk_step - 4 * row_bytes;
+      flip = kWeightBytes - flip;
     }
   }
 
@@ -338,14 +349,16 @@ struct Tile {
 template <class M>
 __device__ __forceinline__ void run_level(const LevelCall& call) {
   __shared__ Scratch scratch;
-  const int block = blockIdx.x;
+  int block = blockIdx.x;
   int layer = 0;
   while (layer + 1 < call.layers && block >= call.layer[layer + 1].first_block) layer++;
   const LayerCall& p = call.layer[layer];
-  if constexpr (!M::kExact) {  // the exact kernel multiplies on the 64-row tile only: 112 rows spill
-    if (p.tile == 0) return Tile<M, 0>(p, scratch, block - p.first_block).run();
+  block -= p.first_block;
+  if constexpr (!M::kExact) {  // the exact kernel multiplies on 64-row tiles only: 112 rows spill
+    if (p.tile == 0) return Tile<M, 0>(p, scratch, block).run();
   }
-  Tile<M, 1>(p, scratch, block - p.first_block).run();
+  if (p.tile == 1) return Tile<M, 1>(p, scratch, block).run();
+  Tile<M, 2>(p, scratch, block).run();
 }
 
 }  // namespace parnet::cuda

@@ -33,9 +33,11 @@ struct Input {
 struct LayerCall {
   Input in[2];
   Output out;
-  const void* weight;          // [group][column tile][chunk][9][64 columns][64 bytes], swizzled
+  // [group][column tile][chunk][9 taps][64 columns][64 bytes], swizzled; with stride 2 the taps of a kernel
+  // row in the order 0, 2, 1
+  const void* weight;
   const void* gate_weight;     // [group][column tile][64 columns][chunks * 64 bytes]
-  const int32_t* chunk_table;  // [group][chunks]
+  const int32_t* chunk_table;  // [group][chunks], and one entry that is read but not used
   float* partial;              // [tile][split][rows * 64 / 512 float4 of each thread]: sums of a split layer
   float* partial_logits;       // [tile][split][64]
   uint32_t* arrivals;          // [tile], zero between launches
@@ -44,7 +46,7 @@ struct LayerCall {
   int32_t groups, column_tiles, chunks, splits;
   int32_t tile_rows, tile_cols;  // output pixels of a tile
   int32_t slots, slot_pitch;     // of the halo: all, and from one row to the next
-  int32_t odd_columns;           // stride 2: slot of the first odd column in a row
+  int32_t reserved;
 };
 
 // A level: independent layers, those with the longest blocks first.

@@ -7,21 +7,16 @@
 // counted in the simulator or read off the cubins.
 //
 // Rejected:
-// * im2col tiles (A loaded once a tap) 64x64 and 128x64: 104 and 75 MB requested a ParNet-M level against 42
-// of the halo
-//   tile, matrix instructions 22-23 % of the main loop.
-// * 128 rows: 4 more accumulators a thread spill at 2 blocks a multiprocessor, and 128 divides neither 3136
-// nor 784;
-//   112 divides both.
-// * a compile-time stride in the 64-row tile: one more body to compile for each type; the shifts it saves are
-// 14 integer
-//   additions a stage in layers that are a fifth of the work.
+// * im2col tiles (A loaded once a tap) 64x64 and 128x64: 104 and 75 MB requested a ParNet-M level instead of
+//   the halo tile's 43 to 45; matrix instructions 22-23 % of the main loop.
+// * 128 rows: 128 divides neither 3136 nor 784; 112 divides both.
+// * a run-time stride in the 64-row tile: a body less to compile, but address arithmetic takes matrix
+//   instructions from 46 % of the main loop to 43.
+// * 224 rows without K groups: half the weights, but partial sums of twice as many splits take it back.
 // * 64-byte pitch with XOR swizzle for the halo: 20 % less shared memory, but every shifted tap needs its own
-// XOR
-//   (matrix instructions 38 % of the main loop instead of half).
+//   XOR (matrix instructions 38 % of the main loop instead of half).
 // * 32 output channels: a quarter of the columns of ParNet-S's 96-channel stream saved, but each halo is read
-// twice as
-//   often, and a third body costs a minute of compilation.
+//   twice as often.
 #pragma once
 #include <cstdint>
 
@@ -42,15 +37,18 @@ constexpr int kMaxBatch = 8;     // beyond it throughput counts, not latency
 
 struct TileShape {
   int rows;       // output pixels
-  int max_slots;  // input pixels with their halo
-  bool any_stride;
+  int max_slots;  // input pixels with their halo; with stride 2, of the even columns
+  int stride;
 };
 
 // Index = `LayerCall::tile`.
 constexpr TileShape kTiles[] = {
-    {112, 256, false},  // stride 1: 8x14 or 7x16 pixels
-    {64, 320, true},    // stride 2, whose halo is 4.5 times the tile, and small maps
+    {112, 256, 1},  // 8x14 or 7x16 pixels
+    {64, 160, 1},   // small maps
+    {64, 136, 2},   // 7x8 or 4x14 pixels, whose halo is 4.5 times the tile: just two blocks on an A100
 };
+// With stride 2 the odd columns of the halo lie so many slots behind the even ones: taps are constant shifts.
+constexpr int kOddSlots = 136;
 constexpr int kTileShapes = sizeof(kTiles) / sizeof(kTiles[0]);
 
 // Three stages where a multiprocessor has 164 KB of shared memory or more, two where it has 100 KB (86, 87,
@@ -62,7 +60,7 @@ PARNET_BOTH constexpr int stages(int architecture) {
 PARNET_BOTH constexpr int weight_stage_bytes() { return 3 * kColumns * kChunkBytes; }
 
 // Static shared memory of the level kernels (convolution.cuh asserts it).
-constexpr int kStaticSharedBytes = 3200;
+constexpr int kStaticSharedBytes = 2432;
 
 // The halves of the sums that the two K groups exchange reuse the pipeline's memory.
 constexpr int exchange_bytes(const TileShape& t) { return t.rows * kColumns * 2; }

@@ -15,6 +15,21 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
                "n"(kFrom)
                : "memory");
 }
+// From 16 * offset bytes after `from`. A predicate that the compiler sees it keeps across the main loop,
+// packed with others, which costs more than this comparison.
+template <int kTo>
+__device__ __forceinline__ void copy_async_unless_negative(uint32_t to, uint64_t from, int offset) {
+  asm volatile(
+      "{\n"
+      ".reg .pred inside;\n"
+      ".reg .b64 address;\n"
+      "setp.ge.s32 inside, %2, 0;\n"
+      "mad.wide.s32 address, %2, 16, %1;\n"
+      "@inside cp.async.cg.shared.global [%0 + %3], [address], 16;\n"
+      "}" ::"r"(to),
+      "l"(from), "r"(offset), "n"(kTo)
+      : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {

@@ -76,11 +76,11 @@ def check_resources(math, architecture):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_share_of_matrix_instructions(architecture, tmp_path):
-    """At least 45 % of the 112-row tile's main loop; the 64-row tile, with fewer products a weight, has about 30 %."""
-    shares = {matrix: matrix / every for matrix, every in main_loops("f16", architecture, tmp_path)}
-    assert set(shares) == {252, 144}
-    assert shares[252] >= 0.45
-    assert shares[144] >= 0.28
+    """At least 45 % of the main loop of every tile: 112 rows, 64 rows, 64 rows with stride 2."""
+    loops = main_loops("f16", architecture, tmp_path)
+    assert sorted(matrix for matrix, _ in loops) == [144, 144, 252]  # a chunk: 9 taps, 4 or 7 x 4 fragments
+    for matrix, every in loops:
+        assert matrix / every >= 0.45
 
 
 def count(device, lowered, tensors, index, architecture):
@@ -119,7 +119,7 @@ def test_three_streams_of_parnet_m(device, gpu):
     assert requested <= (45e6 if gpu is A100 else 55e6)  # more multiprocessors: more splits, more partial sums
     call = level_calls(lowered, tensors)[5]
     partial = sum(
-        4 * 64 * c.splits * c.column_tiles * c.out.tiles_down * c.out.tiles_across * (112, 64)[c.tile]
+        4 * 64 * c.splits * c.column_tiles * c.out.tiles_down * c.out.tiles_across * (112, 64, 64)[c.tile]
         for c in call.layer[: call.layers]
         if c.splits > 1
     )
