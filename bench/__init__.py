@@ -4,6 +4,7 @@
     make bench BENCH_ARGS=--quick           about a minute
     python -m bench --suite net --variants s,m --batch 1 --threads 1 --engines ours,onnxruntime,ncnn
     python -m bench --profile --variants s  our layers one by one
+    python -m bench --device cuda           on a GPU: see bench/gpu/__init__.py
     pip install -e '.[peers]'               the other engines; a missing one is reported
 
 Each run writes results.csv, results.json, results.md and plots to out/bench/<time>.

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,6 +22,7 @@ from bench.workloads import Workload, select
 from parnet_kernels.config import VARIANTS
 
 SUITES = {"ops": ["ops"], "net": ["net"], "all": ["net", "ops"]}
+GPU_ENGINES = "eager-cl,compile,compile-max,tensorrt,ours-triton,ours"
 QUICK_LAYERS = ("streams.0.0", "streams.1.0", "streams.2.0")
 
 
@@ -89,11 +90,16 @@ def run(
 
 
 def main(
-    suite: Annotated[str, typer.Option(help="ops (single layers), net (whole networks) or all")] = "all",
+    suite: Annotated[
+        str,
+        typer.Option(help="ops (single layers), net (whole networks) or all; with --device cuda also train, levels"),
+    ] = "all",
     variants: Annotated[str, typer.Option(help="of s,m,l,xl")] = "s,m,l,xl",
-    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8",
+    batch: Annotated[str, typer.Option(help="batch sizes; default: 1,8, with --device cuda 1,8,32")] = "",
     threads: Annotated[str, typer.Option(help="numbers of threads; default: 1 and the number of cores")] = "",
-    engines: Annotated[str, typer.Option(help=f"of {','.join(ENGINES)}; default: all")] = "",
+    engines: Annotated[
+        str, typer.Option(help=f"of {','.join(ENGINES)}; with --device cuda of {GPU_ENGINES}; default: all")
+    ] = "",
     quick: Annotated[
         bool,
         typer.Option("--quick", help="ParNet-S and its blocks, batch 1, all cores, no torch.compile: about a minute"),
@@ -107,20 +113,30 @@ def main(
     minutes: Annotated[float, typer.Option(help="stop after this time, keeping what is measured")] = 90,
     size: Annotated[int, typer.Option(min=1, help="height and width of the images")] = 224,
     out: Annotated[Path | None, typer.Option(help="folder; default out/bench/<time>")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtypes: Annotated[str, typer.Option(help="with --device cuda: of fp16,bf16,tf32,fp32")] = "fp16,bf16,tf32,fp32",
+    modes: Annotated[str, typer.Option(help="with --device cuda: of warm,cold,graph")] = "warm,cold,graph",
 ) -> None:
-    """Latency of ParNet on the CPU: this package against the engines one would use instead.
+    """Latency of ParNet on the CPU, or a GPU: this package against the engines one would use instead.
 
     An engine's result is compared with a float64 reference first; no time is given for a wrong one. Writes tables, CSV,
     JSON and plots. Everything (the default) takes about an hour and a half and stops there; --quick about a minute.
     Networks come first, then single layers. How to read the numbers: see the package's docstring, bench/__init__.py.
     """
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = out or Path("out") / "bench" / stamp
+    if device != "cpu":
+        _list("--device", device, ["cpu", "cuda"])
+        if profile or threads:
+            raise typer.BadParameter("does not go with --device cuda", param_hint="--profile or --threads")
+        _on_gpu(suite, variants, batch, size, dtypes, modes, engines, quick, rounds, minutes, folder)
     if suite not in SUITES:
         raise typer.BadParameter(f"{suite!r} not among {list(SUITES)}", param_hint="--suite")
     cores = machines.physical_cores()
     chosen = select(
         ["net"] if profile else SUITES[suite],
         _list("--variants", "s" if quick else variants, list(VARIANTS)),
-        _numbers("--batch", "1" if quick else batch),
+        _numbers("--batch", "1" if quick else batch or "1,8"),
         size,
     )
     if quick:
@@ -139,8 +155,6 @@ def main(
     if quick and not engines:
         wanted = [name for name in wanted if not name.startswith("compile")]
     names = [name for name in ENGINES if name in wanted]
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = out or Path("out") / "bench" / stamp
     rows: list[Row] = []
     try:
         for row in run(chosen, counts, names, plan, machine, console, minutes):
@@ -155,6 +169,39 @@ def main(
         console.print(f"wrote {path}", highlight=False)
     if not any(path.suffix == ".png" for path in paths):
         console.print("no plots: no right result, or matplotlib is not installed", style="yellow")
+
+
+def _on_gpu(
+    suite: str,
+    variants: str,
+    batch: str,
+    size: int,
+    dtypes: str,
+    modes: str,
+    engines: str,
+    quick: bool,
+    rounds: int | None,
+    minutes: float,
+    folder: Path,
+) -> NoReturn:
+    """--device cuda: `bench.gpu`. --quick: ParNet-S and its blocks, batch 1, fp16, no autotuning."""
+    from bench.gpu import main as gpu
+    from bench.gpu.measure import GpuPlan
+
+    known = list(gpu.ENGINES)
+    request = gpu.Request(
+        list(gpu.SUITES) if suite == "all" else _list("--suite", suite, list(gpu.SUITES)),
+        _list("--variants", "s" if quick else variants, list(VARIANTS)),
+        _numbers("--batch", "1" if quick else batch or "1,8,32"),
+        size,
+        _list("--dtypes", "fp16" if quick else dtypes, list(gpu.DTYPES)),
+        _list("--modes", modes, list(gpu.MODES)),
+        _list("--engines", engines, known) if engines else [n for n in known if not quick or n != "compile-max"],
+        GpuPlan(rounds=rounds or (3 if quick else 7)),
+        minutes,
+        QUICK_LAYERS if quick else None,
+    )
+    raise typer.Exit(gpu.run(request, folder, Console() if Console().is_terminal else Console(width=200)))
 
 
 def _profile(

@@ -44,6 +44,11 @@ class Machine:
     def busy(self) -> bool:
         return self.load > 0.25 * self.cores
 
+    @property
+    def place(self) -> str:
+        """Where it ran, for a caption."""
+        return self.cpu
+
     def line(self) -> str:
         isa = "+".join(self.isa) or "portable"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.engines import ENGINES
 from bench.machine import Machine
 from bench.measure import Row
+
+if TYPE_CHECKING:
+    from bench.report import Subject
 
 COLOURS = {
     "eager": "#c9ced6",
@@ -19,13 +21,14 @@ COLOURS = {
     "openvino": "#6baed6",
     "ncnn": "#4292c6",
     "mnn": "#2171b5",
+    "tensorrt": "#4292c6",
+    "ours-triton": "#fdae6b",
     "ours": "#e6550d",
 }
-TITLES = {"net": "whole network", "ops": "single layers, cold weights"}
 
 
-def plot(rows: list[Row], machine: Machine, folder: Path) -> list[Path]:
-    """net.png and ops-<variant>.png, a panel for every batch and number of threads; nothing without matplotlib."""
+def plot(rows: list[Row], machine: Machine, folder: Path, subject: Subject) -> list[Path]:
+    """net.png and ops-<variant>.png, a panel for every batch and condition; nothing without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     import matplotlib as mpl
@@ -34,40 +37,42 @@ def plot(rows: list[Row], machine: Machine, folder: Path) -> list[Path]:
     figures: dict[str, list[Row]] = {}
     for row in rows:
         if row.status == "ok":
-            name = row.suite if row.suite == "net" else f"{row.suite}-{row.variant}"
-            figures.setdefault(name, []).append(row)
-    return [_figure(right, machine, folder / f"{name}.png") for name, right in figures.items()]
+            figures.setdefault(subject.plotted(row)[0], []).append(row)
+    return [_figure(right, machine, folder / f"{name}.png", subject) for name, right in figures.items()]
 
 
-def _figure(rows: list[Row], machine: Machine, path: Path) -> Path:
+def _figure(rows: list[Row], machine: Machine, path: Path, subject: Subject) -> Path:
     import matplotlib.pyplot as plt
 
-    panels = sorted({(row.batch, row.threads) for row in rows})
-    engines = [name for name in ENGINES if any(row.engine == name for row in rows)]
+    titles = {(row.batch, row.threads, subject.plotted(row)[1]): subject.plotted(row)[1] for row in rows}
+    panels = [titles[key] for key in sorted(titles)]
+    engines = [name for name in subject.engines if any(row.engine == name for row in rows)]
     workloads = list(dict.fromkeys(row.workload for row in rows))
     width = max(7.0, 1.6 + 0.13 * len(engines) * len(workloads))
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(width, 1.2 + 2.6 * len(panels)), squeeze=False, layout="constrained"
     )
-    for axis, (batch, threads) in zip(axes[:, 0], panels, strict=True):
-        own = [row for row in rows if (row.batch, row.threads) == (batch, threads)]
-        _panel(axis, own, engines, workloads)
-        axis.set_title(f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}", loc="left", fontsize=10)
+    for axis, title in zip(axes[:, 0], panels, strict=True):
+        own = [row for row in rows if subject.plotted(row)[1] == title]
+        _panel(axis, own, {name: subject.engines[name].title for name in engines}, workloads)
+        axis.set_title(title, loc="left", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
-    caption = f"{TITLES[rows[0].suite]}, float32, our time below each name; {machine.cpu}; {machine.date}"
+    what = subject.suites[rows[0].suite]
+    caption = f"{what[0].lower()}{what[1:]}, {subject.about}, our time below each name; {machine.place}; {machine.date}"
     figure.supxlabel(caption, fontsize=8, color="#666666")
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path
 
 
-def _panel(axis: Any, rows: list[Row], engines: list[str], workloads: list[str]) -> None:
+def _panel(axis: Any, rows: list[Row], engines: dict[str, str], workloads: list[str]) -> None:
     """Latency relative to ours where ours ran, in milliseconds otherwise; whiskers from p10 to p90."""
-    ours = {row.workload: row.median_ms for row in rows if row.engine == "ours"}
+    times = [(row.workload, row.median_ms) for row in rows if row.engine.startswith("ours")]
+    ours = {name: min(t for w, t in times if w == name) for name, _ in times}
     relative = set(ours) == {row.workload for row in rows}
     bar = 0.84 / len(engines)
-    for i, engine in enumerate(engines):
+    for i, (engine, label) in enumerate(engines.items()):
         places, heights, whiskers = [], [], []
         for row in rows:
             if row.engine == engine:
@@ -75,7 +80,7 @@ def _panel(axis: Any, rows: list[Row], engines: list[str], workloads: list[str])
                 places.append(workloads.index(row.workload) + (i - (len(engines) - 1) / 2) * bar)
                 heights.append(row.median_ms / unit)
                 whiskers.append(((row.median_ms - row.p10_ms) / unit, (row.p90_ms - row.median_ms) / unit))
-        axis.bar(places, heights, bar * 0.92, color=COLOURS[engine], label=ENGINES[engine].title, zorder=2)
+        axis.bar(places, heights, bar * 0.92, color=COLOURS[engine], label=label, zorder=2)
         if places:
             low_high = list(zip(*whiskers, strict=True))
             axis.errorbar(places, heights, low_high, fmt="none", ecolor="#333333", elinewidth=0.7, zorder=3)

@@ -1,13 +1,17 @@
-"""Rows as a terminal table, CSV, JSON, a markdown table and a plot. A time stands only beside a right result."""
+"""Rows as a terminal table, CSV, JSON, a markdown table and a plot. A time stands only beside a right result.
+
+A `Subject` says of what: the CPU's benchmark, or that of a GPU (`bench.gpu`).
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -17,24 +21,70 @@ from bench.engines import ENGINES
 from bench.machine import Machine
 from bench.measure import COLUMNS, Row
 
-Cell = tuple[str, int, int]  # workload, batch, threads
-PEERS = [name for name in ENGINES if name != "ours"]
+Cell = tuple[str, ...]  # workload, batch, and the conditions
 
 
-def by_cell(rows: Iterable[Row], suite: str) -> dict[Cell, dict[str, Row]]:
+class _Titled(Protocol):
+    @property
+    def title(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What differs between the reports: the engines in their order, and under which conditions a cell was measured.
+
+    conditions: heading of the table, of the markdown table, and the row's value, of each. suites: key and heading.
+    plotted: (a file's name, a panel's title) of a row. limits: whether rows have fractions of the machine's limits.
+    """
+
+    engines: Mapping[str, _Titled]
+    suites: dict[str, str]
+    conditions: tuple[tuple[str, str, Callable[[Any], str]], ...]
+    columns: list[str]
+    about: str
+    plotted: Callable[[Any], tuple[str, str]]
+    limits: bool = True
+
+    def where(self, row: Row) -> str:
+        return ", ".join(
+            [row.workload, f"batch {row.batch}", *(f"{value(row)} {h}" for _, h, value in self.conditions)]
+        )
+
+
+def _plotted(row: Row) -> tuple[str, str]:
+    name = row.suite if row.suite == "net" else f"{row.suite}-{row.variant}"
+    return name, f"batch {row.batch}, {row.threads} thread{'s' if row.threads > 1 else ''}"
+
+
+CPU = Subject(
+    ENGINES,
+    {"net": "Whole network", "ops": "Single layers, cold weights"},
+    (("thr.", "threads", lambda row: str(row.threads)),),
+    COLUMNS,
+    "float32",
+    _plotted,
+)
+
+
+def by_cell(rows: Iterable[Row], suite: str, subject: Subject = CPU) -> dict[Cell, dict[str, Row]]:
     """The rows of a suite, those of one cell together."""
     cells: dict[Cell, dict[str, Row]] = {}
     for row in rows:
         if row.suite == suite:
-            cells.setdefault((row.workload, row.batch, row.threads), {})[row.engine] = row
+            conditions = (value(row) for _, _, value in subject.conditions)
+            cells.setdefault((row.workload, str(row.batch), *conditions), {})[row.engine] = row
     return cells
+
+
+def is_ours(engine: str) -> bool:
+    return engine.startswith("ours")
 
 
 def speedups(cell: dict[str, Row]) -> tuple[float, str, float]:
     """Ours against the fastest peer, which that is, and against the faster torch.compile; NaN where there is none."""
     times = {name: row.median_ms for name, row in cell.items() if row.status == "ok"}
-    ours = times.get("ours", math.nan)
-    peers = {name: t for name, t in times.items() if name != "ours"}
+    ours = min((t for name, t in times.items() if is_ours(name)), default=math.nan)
+    peers = {name: t for name, t in times.items() if not is_ours(name)}
     best = min(peers, key=lambda name: peers[name], default="")
     compiled = [t for name, t in peers.items() if name.startswith("compile")]
     return peers.get(best, math.nan) / ours, best, min(compiled, default=math.nan) / ours
@@ -51,9 +101,15 @@ def ratio(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}×"
 
 
-def _engines(rows: list[Row]) -> list[str]:
+def _engines(rows: list[Row], subject: Subject) -> list[str]:
     present = {row.engine for row in rows}
-    return [name for name in ENGINES if name in present]
+    return [name for name in subject.engines if name in present]
+
+
+def _best_of_ours(cell: dict[str, Row]) -> Row | None:
+    """The fastest right one of ours, or any of them."""
+    ours = [row for name, row in cell.items() if is_ours(name)]
+    return min(ours, key=lambda row: (row.status != "ok", row.median_ms), default=None)
 
 
 def _text(row: Row | None, best: bool) -> Text:
@@ -61,42 +117,41 @@ def _text(row: Row | None, best: bool) -> Text:
         return Text("")
     if row.status != "ok":
         return Text(row.status, "dim" if row.status == "missing" else "bold red")
-    text = Text(number(row.median_ms), "bold green" if row.engine == "ours" else "bold" if best else "")
+    text = Text(number(row.median_ms), "bold green" if is_ours(row.engine) else "bold" if best else "")
     return text.append(f"\n{number(row.p10_ms)}–{number(row.p90_ms)}\n{row.error:.0e}", "dim not bold")
 
 
-def tables(rows: list[Row]) -> list[Table]:
+def tables(rows: list[Row], subject: Subject = CPU) -> list[Table]:
     """One for each suite: a line for each cell, a column for each engine."""
     found = []
-    for suite, title in (("net", "Whole network"), ("ops", "Single layers, cold weights")):
-        cells = by_cell(rows, suite)
+    for suite, title in subject.suites.items():
+        cells = by_cell(rows, suite, subject)
         if not cells:
             continue
         table = Table(
             title=f"{title}: median ms, p10–p90, error against float64", title_justify="left", show_lines=True
         )
         table.add_column("workload", no_wrap=True)
-        for heading in ("batch", "thr."):
+        for heading in ("batch", *(short for short, _, _ in subject.conditions)):
             table.add_column(heading, justify="right")
-        names = _engines(rows)
+        names = _engines(rows, subject)
         for name in names:
-            table.add_column(ENGINES[name].title, justify="right")
-        for heading in ("vs best peer", "vs compile", "GFLOP/s", "of direct / Winograd limit"):
+            table.add_column(subject.engines[name].title, justify="right")
+        limit_headings = ("of direct / Winograd limit",) if subject.limits else ()
+        for heading in ("vs best peer", "vs compile", "GFLOP/s", *limit_headings):
             table.add_column(heading, justify="right")
-        for (workload, batch, threads), cell in cells.items():
+        for conditions, cell in cells.items():
             against, best, compiled = speedups(cell)
-            ours = cell.get("ours")
+            ours = _best_of_ours(cell)
             rate = number(ours.gflops) if ours else ""
             limits = f"{_percent(ours.of_direct_limit)} / {_percent(ours.of_winograd_limit)}" if ours else ""
             table.add_row(
-                workload,
-                str(batch),
-                str(threads),
+                *conditions,
                 *(_text(cell.get(name), name == best) for name in names),
                 ratio(against),
                 ratio(compiled),
                 rate,
-                limits,
+                *((limits,) if subject.limits else ()),
             )
         found.append(table)
     return found
@@ -106,73 +161,76 @@ def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.0f} %"
 
 
-def remarks(rows: list[Row], machine: Machine) -> list[str]:
+def remarks(rows: list[Row], machine: Machine, subject: Subject = CPU) -> list[str]:
     """Why engines are missing, failed or wrong, and what else a reader should know; each once."""
     found: dict[str, None] = {}
     if machine.busy:
         found[f"The machine was busy (load {machine.load:.1f} at the start): do not rely on these times"] = None
     for row in rows:
-        title = ENGINES[row.engine].title
+        title = subject.engines[row.engine].title
         if row.status == "missing":
             found[f"{title} is missing: {row.reason}"] = None
         elif row.status != "ok":
-            found[f"{title}, {row.workload}, batch {row.batch}, {row.threads} threads: {row.status}, {row.reason}"] = (
-                None
-            )
+            found[f"{title}, {subject.where(row)}: {row.status}, {row.reason}"] = None
         if row.note:
             found[f"{title}: {row.note}"] = None
     return list(found)
 
 
-def markdown(rows: list[Row], machine: Machine) -> str:
-    lines = [f"Median latency in ms, float32. {machine.line()}.", "", machine.ceilings_line() + ".", ""]
-    for suite, heading in (("net", "Whole network"), ("ops", "Single layers, cold weights")):
-        cells = by_cell(rows, suite)
+def markdown(rows: list[Row], machine: Machine, subject: Subject = CPU) -> str:
+    lines = [f"Median latency in ms, {subject.about}. {machine.line()}.", "", machine.ceilings_line() + ".", ""]
+    for suite, heading in subject.suites.items():
+        cells = by_cell(rows, suite, subject)
         if not cells:
             continue
-        names = _engines(rows)
-        titles = [f"**{ENGINES[n].title}**" if n == "ours" else ENGINES[n].title for n in names]
-        columns = [heading, "batch", "threads", *titles, "vs best peer", "vs torch.compile", "error"]
+        names = _engines(rows, subject)
+        titles = [f"**{subject.engines[n].title}**" if is_ours(n) else subject.engines[n].title for n in names]
+        headings = [long for _, long, _ in subject.conditions]
+        columns = [heading, "batch", *headings, *titles, "vs best peer", "vs torch.compile", "error"]
         lines += ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-        for (workload, batch, threads), cell in cells.items():
+        for conditions, cell in cells.items():
             against, _, compiled = speedups(cell)
             times = [
                 "" if n not in cell else number(cell[n].median_ms) if cell[n].status == "ok" else cell[n].status
                 for n in names
             ]
-            if "ours" in names and cell.get("ours"):
-                times[names.index("ours")] = f"**{times[names.index('ours')]}**"
-            error = f"{cell['ours'].error:.0e}" if "ours" in cell else ""
-            values = [workload, str(batch), str(threads), *times, ratio(against), ratio(compiled), error]
+            times = [f"**{t}**" if is_ours(n) and t else t for n, t in zip(names, times, strict=True)]
+            ours = _best_of_ours(cell)
+            error = f"{ours.error:.0e}" if ours else ""
+            values = [*conditions, *times, ratio(against), ratio(compiled), error]
             lines.append("| " + " | ".join(values) + " |")
         lines.append("")
-    lines += [f"* {remark}" for remark in remarks(rows, machine)]
+    lines += [f"* {remark}" for remark in remarks(rows, machine, subject)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(rows: list[Row], machine: Machine, folder: Path) -> list[Path]:
+def write(rows: list[Row], machine: Machine, folder: Path, subject: Subject = CPU) -> list[Path]:
     """results.csv, results.json, results.md, and plots where there is something to plot."""
     folder.mkdir(parents=True, exist_ok=True)
     table, data, text = (folder / f"results.{suffix}" for suffix in ("csv", "json", "md"))
     with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, subject.columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     plain = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
+        {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in asdict(row).items()
+            if k in subject.columns
+        }
         for row in rows
     ]
     data.write_text(json.dumps({"machine": machine.as_dict(), "rows": plain}, indent=1))
-    text.write_text(markdown(rows, machine))
+    text.write_text(markdown(rows, machine, subject))
     from bench.plot import plot
 
-    return [table, data, text, *plot(rows, machine, folder)]
+    return [table, data, text, *plot(rows, machine, folder, subject)]
 
 
-def show(console: Console, rows: list[Row], machine: Machine) -> None:
-    for table in tables(rows):
+def show(console: Console, rows: list[Row], machine: Machine, subject: Subject = CPU) -> None:
+    for table in tables(rows, subject):
         console.print(table)
-    for remark in remarks(rows, machine):
+    for remark in remarks(rows, machine, subject):
         console.print(f"• {remark}", style="yellow", highlight=False)
     console.print(machine.line(), style="dim", highlight=False)
     console.print(machine.ceilings_line(), style="dim", highlight=False)

@@ -1,0 +1,129 @@
+"""Each launch of our CUDA network at batch 1 in fp16: measured beside what bench/cuda_levels.py models.
+
+A launch is replayed alone, many times in a row ("warm": its weights lie in the L2 cache) and after a flush of the cache
+("cold", which is nearer to the model's bytes from memory). The sum of launches exceeds the network's graph, in which
+they overlap. The model is printed where it knows the device.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from bench import cuda_levels
+from bench.gpu.timing import Call, Device, calls_in_a_sample, sample
+from bench.report import number
+from parnet_kernels.config import VARIANTS
+from parnet_kernels.deployed import DeployedParNet
+
+SAMPLES = 40
+
+
+@dataclass
+class LevelRow:
+    """One launch; times are medians in µs, NaN where the device has no model."""
+
+    variant: str
+    launch: str
+    modelled_us: float
+    roofline_us: float  # modelled
+    warm_us: float
+    cold_us: float
+
+
+def model_for(device_name: str) -> str | None:
+    """The key in `cuda_levels.GPUS` of a device as CUDA names it."""
+    return next((key for key in cuda_levels.GPUS if key.lower() in device_name.lower()), None)
+
+
+def launches(variant: str) -> tuple[list[str], list[Call]]:
+    """The launches of a captured network: labels, and calls that play one launch each on its buffers."""
+    with torch.inference_mode(False):
+        network = DeployedParNet(VARIANTS[variant]).half().cuda()
+    captured = network.capture(torch.randn(1, 3, 224, 224, device="cuda").half())
+    buffers = [captured._memory, captured.result, captured.input, *captured._weights.tensors]
+
+    def play(record: torch.Tensor) -> Call:
+        return lambda: torch.ops.parnet._cuda_play(buffers, record)
+
+    low = captured._lowered
+    calls = [play(record) for record in cuda_levels.records(low.program)]
+    for call in calls:  # in order, so that each finds what its predecessors leave
+        call()
+    return list(low.labels), calls
+
+
+def measure(
+    variant: str,
+    device: Device,
+    device_name: str,
+    launches: Callable[[str], tuple[list[str], list[Call]]] = launches,
+) -> list[LevelRow]:
+    """Times every launch. Raises RuntimeError where the CUDA kernels cannot run."""
+    labels, calls = launches(variant)
+    key = model_for(device_name)
+    model = cuda_levels.levels(variant, cuda_levels.GPUS[key], False) if key else []
+    rows = []
+    for i, (label, call) in enumerate(zip(labels, calls, strict=True)):
+        count = calls_in_a_sample(device, call)
+        medians = [
+            1e3 * statistics.median(sample(device, call, count, cold=cold) for _ in range(SAMPLES))
+            for cold in (False, True)
+        ]
+        modelled = model[i] if i < len(model) else None
+        if modelled is not None and modelled.label != label:
+            modelled = None  # another division into launches than the model's
+        rows.append(
+            LevelRow(
+                variant,
+                label,
+                modelled.modelled if modelled else math.nan,
+                modelled.roofline if modelled else math.nan,
+                *medians,
+            )
+        )
+    return rows
+
+
+def table(rows: list[LevelRow], device_name: str) -> Table:
+    variant = rows[0].variant.upper()
+    made = Table(title=f"ParNet-{variant}, fp16, batch 1, launch by launch on {device_name}", title_justify="left")
+    made.add_column("launch")
+    headings = (
+        "roofline µs (modelled)",
+        "µs (modelled)",
+        "µs (measured, warm)",
+        "µs (measured, cold)",
+        "cold / modelled",
+    )
+    for heading in headings:
+        made.add_column(heading, justify="right")
+
+    def add(label: str, roofline: float, modelled: float, warm: float, cold: float) -> None:
+        made.add_row(label, *map(number, (roofline, modelled, warm, cold, cold / modelled)))
+
+    for r in rows:
+        add(
+            r.launch if len(r.launch) <= 60 else r.launch[:57] + "…", r.roofline_us, r.modelled_us, r.warm_us, r.cold_us
+        )
+    made.add_section()
+    columns = [sum(getattr(r, name) for r in rows) for name in ("roofline_us", "modelled_us", "warm_us", "cold_us")]
+    add("sum", *columns)
+    return made
+
+
+def write(rows: list[LevelRow], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "levels.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(LevelRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    return path
