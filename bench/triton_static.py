@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "triton")]
 
-PRECISIONS = {"half": ["ieee"], "tf32": ["tf32"], "exact": ["ieee", "tf32x3"]}
+PRECISIONS = {"half": "ieee", "tf32": "tf32", "exact": "ieee", "tf32x3": "tf32x3"}
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_"
 
 
@@ -86,31 +86,28 @@ def tiles() -> Iterator[dict[str, Any]]:
 
     for arch, table in policy.TABLES.items():
         for (kind, mode), rules in table.items():
-            for precision in PRECISIONS[mode]:
-                if arch == "gfx942" and precision == "tf32x3":
-                    continue
-                for tile in dict.fromkeys(rule.tile for rule in rules):
-                    for one in test_offline.launches_with(tile, kind, mode, precision, ("repvgg_sse",)):
-                        compiled = one.compile(arch)
-                        used = resources(compiled, arch)
-                        code = compiled.asm["amdgcn" if arch == "gfx942" else "ptx"]
-                        programs = programs_a_processor(arch, used.registers, used.shared, used.threads)
-                        share = matrix_share(compiled, arch)
-                        yield {
-                            "architecture": arch,
-                            "products": mode if mode != "exact" else precision,
-                            "kernel": one.kernel.__name__ + (" (input gradient)" if one.arguments.get("FLIP") else ""),
-                            "tile": f"{tile.bm}x{tile.bn}x{tile.bk}",
-                            "warps": tile.warps,
-                            "stages": tile.stages,
-                            "registers (counted)": used.registers,
-                            "spilled bytes (counted)": used.spilled,
-                            "shared KB (counted)": round(used.shared / 1024, 1),
-                            "programs an SM (modelled)": programs,
-                            "occupancy % (modelled)": round(100 * programs * used.threads / PROCESSORS[arch].threads),
-                            "matrix instructions (counted)": ", ".join(sorted(set(re.findall(MATRIX, code)))) or "none",
-                            "% of loop (counted)": "" if share is None else round(100 * share),
-                        }
+            for tile in dict.fromkeys(rule.tile for rule in rules):
+                for one in test_offline.launches_with(tile, kind, mode, PRECISIONS[mode], ("repvgg_sse",)):
+                    compiled = one.compile(arch)
+                    used = resources(compiled, arch)
+                    code = compiled.asm["amdgcn" if arch == "gfx942" else "ptx"]
+                    programs = programs_a_processor(arch, used.registers, used.shared, used.threads)
+                    share = matrix_share(compiled, arch)
+                    yield {
+                        "architecture": arch,
+                        "products": mode,
+                        "kernel": one.kernel.__name__ + (" (input gradient)" if one.arguments.get("FLIP") else ""),
+                        "tile": f"{tile.bm}x{tile.bn}x{tile.bk}",
+                        "warps": tile.warps,
+                        "stages": tile.stages,
+                        "registers (counted)": used.registers,
+                        "spilled bytes (counted)": used.spilled,
+                        "shared KB (counted)": round(used.shared / 1024, 1),
+                        "programs an SM (modelled)": programs,
+                        "occupancy % (modelled)": round(100 * programs * used.threads / PROCESSORS[arch].threads),
+                        "matrix instructions (counted)": ", ".join(sorted(set(re.findall(MATRIX, code)))) or "none",
+                        "% of loop (counted)": "" if share is None else round(100 * share),
+                    }
 
 
 LAYERS = {

@@ -363,7 +363,7 @@ def weight_gradient(c: Convolution, d: Tensor, plan: Plan, like: Tensor) -> Tens
         "PRECISION": plan.precision,
     }
     grid = (-(-rows // tile.bm) * tiles_c, 9 * inputs * groups, plan.splits)
-    launch(weight_se_bwd_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(weight_se_bwd_kernel, grid, arguments, tile.options)
     add = {
         "part_ptr": parts,
         "out_ptr": out,

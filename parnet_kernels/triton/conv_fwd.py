@@ -302,7 +302,6 @@ def split_and_finish(
     width = whole.arguments["tiles_n"] * tile.bn
     rows = c.classes * c.images * c.grid[0] * c.grid[1]
     arguments = {**geometry(c, plan), **arguments, "rows": rows, "width": width, "splits": plan.splits}
-    main = {"num_warps": tile.warps, "num_stages": tile.stages}
     if plan.splits == 1:
         arguments["workspace_ptr"] = None
         parts = max(1, tile.bm * tile.bn // (epilogue * 32 * tile.warps))
@@ -310,13 +309,13 @@ def split_and_finish(
             kernel,
             whole.grid,
             {**arguments, **whole.arguments, **of_tiles(whole), "STAGE": "whole", "PARTS": parts},
-            **main,
+            tile.options,
         )
         return
     arguments["workspace_ptr"] = torch.empty(plan.splits, rows, width, dtype=torch.float32, device=c.weight.device)
     finish = tiling(c, columns, plan.finish_bm, min(tile.bn, 64), 1)
     arguments |= of_tiles(finish)
-    launch(kernel, whole.grid, {**arguments, **whole.arguments, "STAGE": "part", "PARTS": 1}, **main)
+    launch(kernel, whole.grid, {**arguments, **whole.arguments, "STAGE": "part", "PARTS": 1}, tile.options)
     launch(kernel, finish.grid, {**arguments, **finish.arguments, "STAGE": "finish", "PARTS": 1})
 
 

@@ -35,20 +35,23 @@ def needs_int64(tensors: Iterable[Tensor | None]) -> bool:
     return any(span >= 2**31 - 2**20 for span in spans)
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps: int, num_stages: int) -> None:
-    """Launches on the current stream of the tensors' device."""
+def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
+    """Launches on the current stream of the tensors' device, compiled with Triton's `options`."""
     tensor = next(v for v in arguments.values() if isinstance(v, Tensor))
     guard = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
     with guard:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](**arguments, **options)
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, num_warps: int = 4, num_stages: int = 2
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int] | None = None
 ) -> None:
-    """Launches `kernel` with INT64 chosen from the tensors' sizes; an empty grid launches nothing."""
+    """Launches `kernel` with INT64 chosen from the tensors' sizes; an empty grid launches nothing.
+
+    options: Triton's num_warps, num_stages and so on (`policy.Tile.options`).
+    """
     if min(grid) == 0:
         return
     if "INT64" in kernel.arg_names:
         arguments = {**arguments, "INT64": needs_int64(v for v in arguments.values() if isinstance(v, Tensor))}
-    run(kernel, grid, arguments, num_warps, num_stages)
+    run(kernel, grid, arguments, options or {"num_warps": 4, "num_stages": 2})

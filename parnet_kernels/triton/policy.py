@@ -3,8 +3,10 @@
 The tables are modelled, not measured: occupancy and shared memory from offline compilation, bytes from the simulator
 (bench/triton_static.py). `tuning.autotune` measures and writes a table to the user's cache directory, which then comes
 first. No entry spills registers; those of sm_80 fit 99 KB of shared memory, so that they also serve sm_86, 89 and 120.
+Exact float32 has tables of its own for FMA ("exact") and three tf32 products, which want other numbers of registers.
 Rejected: 128×128×32 on sm_80 (registers allow one program an SM, as with 128×128×64, whose loop is longer); a split of
-64×64 tiles at 28×28×256, batch 1 (the workspace outweighs the map).
+64×64 tiles at 28×28×256, batch 1 (the workspace outweighs the map); 128×256 on sm_100 (a fusion's backward spills
+1.3 KB, with 16 warps 0.3 KB).
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from pathlib import Path
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-#: Of a product: 16-bit operands; one tf32 product; or exact float32 (FMA, or three tf32 products).
-MODES = ("half", "tf32", "exact")
+#: Of a product: 16-bit operands; one tf32 product; exact float32 by FMA; nearly exact by three tf32 products.
+MODES = ("half", "tf32", "exact", "tf32x3")
 KINDS = ("conv", "weight")
 FINISH_BM = 16  # rows of a tile of the kernel that adds the parts of a split: bandwidth-bound, wants many programs
 _SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
@@ -30,13 +32,24 @@ _SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 @dataclass(frozen=True)
 class Tile:
-    """bm × bn results a program, bk of the reduction a step."""
+    """bm × bn results a program, bk of the reduction a step.
+
+    registers: the most a thread may have; 0 leaves it to the assembler, which spills a few of some kernels to fit one
+    program more on a multiprocessor, and does not where a limit is given (NVIDIA only).
+    """
 
     bm: int
     bn: int
     bk: int
     warps: int
     stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton's launch takes them."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @dataclass(frozen=True)
@@ -60,32 +73,38 @@ class Plan:
         return min(self.tile.bk, channels & -channels)
 
 
-def _rules(*rules: tuple[int, int, tuple[int, int, int, int, int]]) -> tuple[Rule, ...]:
+def _rules(*rules: tuple[int, int, tuple[int, ...]]) -> tuple[Rule, ...]:
     return tuple(Rule(rows, columns, Tile(*tile)) for rows, columns, tile in rules)
 
 
-# (rows, columns) at least → (bm, bn, bk, warps, stages). Rows of "conv" are result pixels, columns output channels;
-# of "weight", output and input channels.
+# (rows, columns) at least → (bm, bn, bk, warps, stages[, registers]). Rows of "conv" are result pixels, columns output
+# channels; of "weight", output and input channels. Registers are limited where the assembler spills without.
 _EXACT_CONV = _rules((8192, 64, (64, 64, 16, 4, 3)), (0, 32, (32, 32, 32, 4, 3)), (0, 0, (32, 16, 32, 4, 3)))
 _EXACT_WEIGHT = _rules((64, 64, (64, 64, 16, 4, 3)), (0, 0, (32, 32, 16, 4, 3)))
 TABLES: dict[str, dict[tuple[str, str], tuple[Rule, ...]]] = {
     "sm_80": {
         ("conv", "half"): _rules(
             (12544, 96, (128, 128, 64, 8, 3)),
-            (3136, 48, (128, 64, 64, 4, 3)),
+            (3136, 48, (128, 64, 64, 4, 3, 200)),
             (0, 48, (64, 64, 64, 4, 3)),
             (4096, 24, (128, 32, 32, 4, 4)),
             (0, 0, (64, 16, 32, 4, 4)),
         ),
         ("conv", "tf32"): _rules(
-            (12544, 96, (128, 64, 32, 4, 3)), (0, 48, (64, 64, 32, 4, 3)), (0, 0, (64, 16, 32, 4, 4))
+            (12544, 96, (128, 64, 32, 4, 3)), (0, 48, (64, 64, 32, 4, 3)), (0, 0, (64, 16, 32, 4, 4, 128))
         ),
-        ("conv", "exact"): _EXACT_CONV,
+        ("conv", "exact"): _rules(
+            (8192, 64, (64, 64, 16, 8, 3, 128)), (0, 32, (32, 32, 32, 4, 3, 168)), (0, 0, (32, 16, 32, 4, 3, 128))
+        ),
+        ("conv", "tf32x3"): _rules(
+            (8192, 64, (64, 64, 16, 4, 3, 255)), (0, 32, (32, 32, 32, 4, 3, 168)), (0, 0, (32, 16, 32, 4, 3, 128))
+        ),
         ("weight", "half"): _rules(
-            (96, 96, (128, 128, 32, 8, 4)), (48, 48, (64, 64, 32, 4, 4)), (0, 0, (32, 32, 64, 4, 3))
+            (96, 96, (128, 128, 32, 8, 4, 168)), (48, 48, (64, 64, 32, 4, 4)), (0, 0, (32, 32, 64, 4, 3))
         ),
         ("weight", "tf32"): _rules((48, 48, (64, 64, 32, 4, 3)), (0, 0, (32, 32, 32, 4, 3))),
         ("weight", "exact"): _EXACT_WEIGHT,
+        ("weight", "tf32x3"): _EXACT_WEIGHT,
     },
     "sm_90": {
         ("conv", "half"): _rules(
@@ -100,15 +119,16 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Rule, ...]]] = {
             (12544, 96, (128, 128, 32, 8, 4)), (0, 48, (64, 64, 32, 4, 4)), (0, 0, (64, 16, 32, 4, 4))
         ),
         ("conv", "exact"): _EXACT_CONV,
+        ("conv", "tf32x3"): _EXACT_CONV,
         ("weight", "half"): _rules(
             (96, 96, (128, 128, 64, 8, 4)), (48, 48, (64, 64, 64, 4, 4)), (0, 0, (64, 32, 64, 4, 4))
         ),
         ("weight", "tf32"): _rules((48, 48, (64, 64, 32, 4, 4)), (0, 0, (64, 32, 32, 4, 4))),
         ("weight", "exact"): _EXACT_WEIGHT,
+        ("weight", "tf32x3"): _EXACT_WEIGHT,
     },
     "sm_100": {
         ("conv", "half"): _rules(
-            (37888, 192, (128, 256, 64, 8, 3)),
             (12544, 96, (128, 128, 64, 4, 4)),
             (0, 48, (128, 64, 64, 4, 4)),
             (0, 0, (64, 16, 32, 4, 4)),
@@ -117,11 +137,13 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Rule, ...]]] = {
             (12544, 96, (128, 128, 32, 4, 4)), (0, 48, (128, 64, 32, 4, 4)), (0, 0, (64, 16, 32, 4, 4))
         ),
         ("conv", "exact"): _EXACT_CONV,
+        ("conv", "tf32x3"): _EXACT_CONV,
         ("weight", "half"): _rules(
             (96, 96, (128, 128, 64, 4, 4)), (48, 48, (64, 64, 64, 4, 4)), (0, 0, (64, 32, 64, 4, 4))
         ),
         ("weight", "tf32"): _rules((48, 48, (64, 64, 32, 4, 4)), (0, 0, (64, 32, 32, 4, 4))),
         ("weight", "exact"): _EXACT_WEIGHT,
+        ("weight", "tf32x3"): _EXACT_WEIGHT,
     },
     "gfx942": {
         ("conv", "half"): _rules(
@@ -131,9 +153,11 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Rule, ...]]] = {
             (24320, 48, (128, 64, 32, 4, 2)), (0, 48, (64, 64, 32, 4, 2)), (0, 0, (64, 16, 32, 4, 2))
         ),
         ("conv", "exact"): _rules((0, 48, (64, 64, 16, 4, 2)), (0, 0, (64, 16, 16, 4, 2))),
+        ("conv", "tf32x3"): (),  # not on these devices: see `precision.float32_precision`
         ("weight", "half"): _rules((96, 96, (128, 128, 32, 4, 2)), (0, 0, (64, 64, 32, 4, 2))),
         ("weight", "tf32"): _rules((0, 0, (64, 64, 32, 4, 2))),
         ("weight", "exact"): _rules((0, 0, (64, 64, 16, 4, 2))),
+        ("weight", "tf32x3"): (),
     },
 }
 
@@ -158,7 +182,7 @@ def processors(device: torch.device) -> int:
 def mode_of(dtype: torch.dtype, precision: str) -> str:
     if dtype in (torch.float16, torch.bfloat16):
         return "half"
-    return "tf32" if precision == "tf32" else "exact"
+    return precision if precision in ("tf32", "tf32x3") else "exact"
 
 
 def _first_fit(rules: tuple[Rule, ...], rows: int, columns: int) -> Tile:

@@ -33,8 +33,7 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
 
     def source(self) -> tuple[ASTSource, list[str]]:
         """The source as the JIT would specialise it, and the names of the arguments the compiled kernel takes."""
@@ -56,16 +55,15 @@ class Launch:
 
     def compile(self, target: str) -> Any:
         gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return triton.compile(self.source()[0], target=gpu, options=options)
+        return triton.compile(self.source()[0], target=gpu, options=self.options)
 
 
 def record(host: Callable[[], Any]) -> list[Launch]:
     """What `host` launches, in order; nothing runs."""
     launches: list[Launch] = []
 
-    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps: int, num_stages: int) -> None:
-        launches.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
+        launches.append(Launch(kernel, grid, arguments, options))
 
     with mock.patch.object(launch, "run", run):
         host()

@@ -32,7 +32,7 @@ def run_in_simulator(one: Launch, **options: Any) -> Result:
     return module.launch(
         kernel,
         grid=one.grid,
-        block=one.num_warps * 32,
+        block=one.options["num_warps"] * 32,
         args=[v.detach() if isinstance(v, Tensor) else v for v in values] + [None] * scratch,
         shared_bytes=compiled.metadata.shared,
         **options,
@@ -43,8 +43,8 @@ def simulate(host: Callable[[], T], **options: Any) -> tuple[T, dict[str, Result
     """(what `host` returns, the counters of each kernel's last launch by name)."""
     results: dict[str, Result] = {}
 
-    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps: int, num_stages: int) -> None:
-        result = run_in_simulator(Launch(kernel, grid, arguments, num_warps, num_stages), **options)
+    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compile_options: dict[str, int]) -> None:
+        result = run_in_simulator(Launch(kernel, grid, arguments, compile_options), **options)
         results[f"{kernel.__name__}:{arguments['STAGE']}" if "STAGE" in arguments else kernel.__name__] = result
 
     with mock.patch.object(launch, "run", run):

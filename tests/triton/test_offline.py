@@ -21,7 +21,7 @@ SERVES = {
     "sm_100": ["sm_100"],
     "gfx942": ["gfx942"],
 }
-PRECISIONS = {"half": ["ieee"], "tf32": ["tf32"], "exact": ["ieee", "tf32x3"]}
+PRECISIONS = {"half": "ieee", "tf32": "tf32", "exact": "ieee", "tf32x3": "tf32x3"}
 MATRIX = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
@@ -77,13 +77,11 @@ def check(launch: Launch, target: str) -> None:
 def tiles(kind: str, modes: tuple[str, ...]) -> list[Any]:
     return [
         pytest.param(
-            target, kind, mode, precision, tile, id=f"{target}-{kind}-{mode}-{precision}-{tile.bm}x{tile.bn}x{tile.bk}"
+            target, kind, mode, PRECISIONS[mode], tile, id=f"{target}-{kind}-{mode}-{tile.bm}x{tile.bn}x{tile.bk}"
         )
         for arch, table in policy.TABLES.items()
         for target in SERVES[arch]
         for mode in modes
-        for precision in PRECISIONS[mode]
-        if not (target == "gfx942" and precision == "tf32x3")
         for tile in dict.fromkeys(rule.tile for rule in table[kind, mode])
     ]
 
@@ -130,7 +128,7 @@ def test_small_kernels(target: str) -> None:
 def test_main_loop_is_in_matrix_instructions(target: str, kind: str, mode: str) -> None:
     """wgmma on sm_90, tcgen05 on sm_100: in every tile of the table, and no older mma beside them."""
     for tile in dict.fromkeys(rule.tile for rule in policy.TABLES[target][kind, mode]):
-        launches = launches_with(tile, kind, mode, PRECISIONS[mode][0], ("repvgg_sse",))
+        launches = launches_with(tile, kind, mode, PRECISIONS[mode], ("repvgg_sse",))
         ptx = launches[0].compile(target).asm["ptx"]
         assert MATRIX[target] in ptx, tile
         assert "mma.sync" not in ptx, tile

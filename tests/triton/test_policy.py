@@ -17,7 +17,10 @@ def test_every_table_answers_for_every_shape() -> None:
     assert set(policy.TABLES) == set(policy.ARCHITECTURES)
     for table in policy.TABLES.values():
         assert set(table) == {(kind, mode) for kind in policy.KINDS for mode in policy.MODES}
-        for rules in table.values():
+        for (_, mode), rules in table.items():
+            if mode == "tf32x3" and table is policy.TABLES["gfx942"]:
+                assert not rules, "AMD computes exactly instead"
+                continue
             assert (rules[-1].rows, rules[-1].columns) == (0, 0), "the last rule is the fallback"
             for tile in (rule.tile for rule in rules):
                 assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.bm, tile.bn, tile.bk))

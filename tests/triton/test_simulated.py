@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from simulated import simulate
 from torch import Tensor
 
 from parnet_kernels import reference
-from parnet_kernels.triton import float32_precision, launch, layers, operators
+from parnet_kernels.triton import float32_precision, launch, layers, operators, policy
 
 pytestmark = pytest.mark.ptxsim
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -98,6 +99,30 @@ def test_order_interleaving_and_offset_width_change_no_bit(op: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+def scalar_flops(result: Result) -> int:
+    """Of a launch, outside of matrix instructions; a multiply-add counts twice."""
+    mix = result.thread_mix.items()
+    return 2 * sum(n for name, n in mix if name.split(".")[0] in ("fma", "mul", "add") and ".f32" in name)
+
+
+def test_backward_is_in_matrix_instructions() -> None:
+    """≥ 95 % of the arithmetic of each convolution of a backward pass, epilogues included."""
+    positional, options = arguments("repvgg_sse", 1, 128, 128, (14, 14), dtype=torch.float16)
+    positional[:2] = [t.contiguous(memory_format=torch.channels_last) for t in positional[:2]]
+    g = torch.ones(1, 128, 14, 14, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    affine = (options["out_scale"], options["out_shift"])
+    with mock.patch.object(policy, "split", return_value=1):
+        _, results = simulate(
+            lambda: operators.triton_backward(
+                "repvgg_sse", g, positional, *affine, 1, options["activation"], [True] * (len(positional) + 2)
+            )
+        )
+    for name in ("conv_se_bwd_kernel:whole", "conv_se_fwd_kernel:whole", "weight_se_bwd_kernel"):
+        flops = results[name].mma_flops
+        assert flops >= 2 * 9 * 128 * 128 * 14 * 14, name
+        assert flops >= 0.95 * (flops + scalar_flops(results[name])), name
+
+
 def block_28x28x256() -> tuple[layers.Layer, Tensor, Tensor]:
     """A RepVGG-SSE block of ParNet-M's middle stream, its input, and its result in float64."""
     positional, options = arguments("repvgg_sse", 1, 256, 256, (28, 28), dtype=torch.float16)
@@ -126,14 +151,12 @@ def test_traffic_of_a_block_at_28x28x256() -> None:
     assert 128 * lines <= 1.1 * compulsory
     requested = sum(r.global_load["bytes"] + r.global_store["bytes"] for r in results.values())
     assert requested <= PROTOTYPE_BYTES
-    for counters in (conv.global_load, conv.global_store):
-        assert counters["efficiency"] >= 0.95, "sectors used"
+    for name, result in results.items():
+        for counters in (result.global_load, result.global_store):
+            assert counters["efficiency"] >= 0.95, f"{name}: sectors used"
     # All products of the main loop are in matrix instructions: rows of the last tile are computed in vain.
     tiles = -(-784 // 64) * 64
     assert conv.mma_flops == 2 * tiles * 256 * 9 * 256
     # of the rest of the floating-point work, the epilogue's, there are a few dozen operations a result
-    scalar = sum(
-        n for name, n in conv.thread_mix.items() if name.split(".")[0] in ("fma", "mul", "add") and ".f32" in name
-    )
-    assert conv.mma_flops >= 0.95 * (conv.mma_flops + 2 * scalar)
+    assert conv.mma_flops >= 0.95 * (conv.mma_flops + scalar_flops(conv))
     assert conv.ldmatrix["bank_conflict"] <= 1.12
