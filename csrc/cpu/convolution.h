@@ -92,17 +92,18 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
   const float* weights = section<float>(h, h.weight);
   for (int i = 0; i < table.num_uses; i++) {
     const MatrixUse& use = table.uses[i];
-    const int row_panels = (use.rows + kMaxRows - 1) / kMaxRows;
-    const int lines = (kLanes * kPanel / 16 + row_panels - 1) / row_panels;
-    const int fetching = (kLanes * kPanel / 16 + lines - 1) / lines;
+    constexpr int total = kLanes * kPanel / 16;
+    const int lines = lines_per_block(total, use.panels);
+    const int fetching = least(use.panels, (total + lines - 1) / lines);
     for (int k = first; k < last; k++) {
       const float* w = weights + k * panel + use.slot * matrix;
       const float* next = k + 1 < last             ? w + panel
                           : i + 1 < table.num_uses ? weights + first * panel + table.uses[i + 1].slot * matrix
                                                    : weights + (last < h.panels ? last : first) * panel;
-      multiply_use<false>(v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
+      multiply_use<false>(use,
+                          v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
                           a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel,
-                          use.rows, blocks, next, lines, fetching);
+                          blocks, next, lines, fetching);
     }
   }
 }
@@ -115,8 +116,7 @@ void multiply_compact(const ConvArgs& a, const TileTable& table, const float* v,
   const int blocks = h.group_blocks;
   const int64_t panel = int64_t{blocks} * kLanes * 9 * kPanel;
   const float* weights = section<float>(h, h.weight);
-  const int lines_per_block = 9 * kLanes * kPanel / 16;
-  const int lines = (lines_per_block + table.row_panels - 1) / table.row_panels;
+  const int lines = lines_per_block(9 * kLanes * kPanel / 16, table.row_panels);
   for (int k = first; k < last; k++) {
     const float* vk = v + int64_t{k % h.groups} * blocks * kRowPitch;
     float* mk = m + int64_t{k - first} * table.m_rows * kPanel;
@@ -132,15 +132,14 @@ void multiply_compact(const ConvArgs& a, const TileTable& table, const float* v,
                a.few_slots, row);
         for (int i = from; i < to; i++) {
           const MatrixUse& use = table.uses[i];
-          const int row_panels = (use.rows + kMaxRows - 1) / kMaxRows;
-          const int fetching = lines_left >= int64_t{lines} * count * row_panels ? row_panels : 0;
+          const int fetching = lines_left >= int64_t{lines} * count * use.panels ? use.panels : 0;
           const float* vb = vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch;
           const float* w = u + use.slot % kSlots * slot_stride;
           float* mb = mk + use.first_row * kPanel;
           if (b == 0) {
-            multiply_use<false>(vb, a.panel_pitch, w, mb, use.rows, count, next, lines, fetching);
+            multiply_use<false>(use, vb, a.panel_pitch, w, mb, count, next, lines, fetching);
           } else {
-            multiply_use<true>(vb, a.panel_pitch, w, mb, use.rows, count, next, lines, fetching);
+            multiply_use<true>(use, vb, a.panel_pitch, w, mb, count, next, lines, fetching);
           }
           next += int64_t{16} * lines * count * fetching;
           lines_left -= int64_t{lines} * count * fetching;
@@ -152,9 +151,9 @@ void multiply_compact(const ConvArgs& a, const TileTable& table, const float* v,
 
 // ---- The layer.
 
-// Panels whose products are in flight together: all groups of an interleaved output, else two to reuse the
-// rows in L1.
-constexpr int kPanelsAtOnce = 2;
+// Panels whose products are in flight together: all groups of an interleaved output; else two to reuse the
+// rows in L1, or one where it is as wide as two elsewhere.
+constexpr int kPanelsAtOnce = kLanes == 16 ? 1 : 2;
 
 void finish(const ConvArgs& a, const TileBlock& block, int first, int last, const float* m) {
   const PackedHeader& h = *a.packed;
@@ -180,8 +179,9 @@ void finish(const ConvArgs& a, const TileBlock& block, int first, int last, cons
 
 void convolve(const ConvArgs& a, const TileBlock& block, const float* v, int first, int last, float* m,
               float* u) {
-  for (int k = first; k < last; k += kPanelsAtOnce) {
-    const int end = least(k + kPanelsAtOnce, last);
+  const int step = kPanelsAtOnce < a.packed->groups ? a.packed->groups : kPanelsAtOnce;
+  for (int k = first; k < last; k += step) {
+    const int end = least(k + step, last);
     if (a.packed->storage == Storage::kFull) {
       multiply_full(a, *block.table, v, k, end, m);
     } else {

@@ -64,9 +64,10 @@ struct Tile {
   uint8_t row_kind, col_kind, rows, cols;
 };
 
-// The rows of all tiles that multiply the same weight matrix.
+// The rows of all tiles that multiply the same weight matrix, in `panels` row panels of equal size, or one
+// row more in the first ones.
 struct MatrixUse {
-  int32_t slot, rows, first_panel, first_row;
+  int32_t slot, rows, first_panel, first_row, panels;
 };
 
 // Where the transformed values of the tiles of a block lie; blocks with the same sequence of tile kinds share

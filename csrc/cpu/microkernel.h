@@ -24,9 +24,10 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
     const float* a = v + panel * panel_pitch;
     const float* b = w;
     for (int block = 0; block < blocks; block++, a += kRowPitch, b += kLanes * kPanel) {
-      PARNET_UNROLL for (int i = 0; i < Prefetch; i++) prefetch(next + 16 * i);
-      next += 16 * Prefetch;
       PARNET_UNROLL for (int c = 0; c < kLanes; c++) {
+        PARNET_UNROLL for (int i = c * Prefetch / kLanes; i < (c + 1) * Prefetch / kLanes; i++) {
+          prefetch(next + 16 * i);
+        }
         const Vec b0 = load(b + c * kPanel), b1 = load(b + c * kPanel + kLanes);
         PARNET_UNROLL for (int r = 0; r < Rows; r++) {
           const Vec x = splat(a[r * kLanes + c]);
@@ -34,6 +35,7 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
           accumulate(high[r], x, b1);
         }
       }
+      next += 16 * Prefetch;
     }
     PARNET_UNROLL for (int r = 0; r < Rows; r++) {
       store(m + r * kPanel, low[r]);
@@ -63,23 +65,32 @@ MultiplyRows choose(int rows, int lines) {
       return choose_rows<1, Accumulate>(rows);
     case 2:
       return choose_rows<2, Accumulate>(rows);
-    case 3:
     case 4:
       return choose_rows<4, Accumulate>(rows);
-    default:
+    case 8:
       return choose_rows<8, Accumulate>(rows);
+    default:
+      return choose_rows<kLanes, Accumulate>(rows);
   }
+}
+
+// Cache lines that each of `panels` calls fetches per block of channels, so that together they fetch `total`
+// or, of more than one line per channel, as much as they can.
+PARNET_INLINE int lines_per_block(int total, int panels) {
+  int lines = 1;
+  while (lines < kLanes && lines * panels < total) lines *= 2;
+  return lines;
 }
 
 // All rows that use one weight matrix. `lines` cache lines of `next` are fetched per block by the first
 // `fetching` row panels.
 template <bool Accumulate>
-PARNET_INLINE void multiply_use(const float* v, int64_t panel_pitch, const float* w, float* m, int rows,
-                                int blocks, const float* next, int lines, int fetching) {
-  const int panels = (rows + kMaxRows - 1) / kMaxRows, small = rows / panels, bigger = rows % panels;
-  for (int done = 0; done < panels;) {
+PARNET_INLINE void multiply_use(const MatrixUse& use, const float* v, int64_t panel_pitch, const float* w,
+                                float* m, int blocks, const float* next, int lines, int fetching) {
+  const int small = use.rows / use.panels, bigger = use.rows % use.panels;
+  for (int done = 0; done < use.panels;) {
     const int size = done < bigger ? small + 1 : small;
-    int end = done < bigger ? bigger : panels;
+    int end = done < bigger ? bigger : use.panels;
     const bool fetch = done < fetching;
     if (fetch) end = least(end, fetching);
     const int count = end - done;
