@@ -6,6 +6,7 @@ The public operators are registered from Python, so a package runs in a Python p
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,24 +22,16 @@ from parnet_kernels import ParNetConfig, ops
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
 
-no_gpu = not torch.cuda.is_available()
-where = pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(no_gpu, reason="no CUDA device")])],
-)
-Package = Callable[..., Any]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+where = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 
 
-@pytest.fixture
-def package(tmp_path: Path) -> Package:
-    def build(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> Path:
-        """Exports, compiles and writes `module`."""
-        with torch.no_grad():
-            program = torch.export.export(module, inputs, **options)
-            path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        return Path(path)
-
-    return build
+def package(folder: Path, module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> Path:
+    """Exports, compiles and writes `module`."""
+    with torch.no_grad():
+        program = torch.export.export(module, inputs, **options)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    return Path(path)
 
 
 class Layers(nn.Module):
@@ -74,12 +67,27 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
+Packaged = Callable[[str], tuple[nn.Module, Path]]
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
+    """The layers on a device, and their package for any batch and size; made once."""
+
+    @functools.cache
+    def build(device: str) -> tuple[nn.Module, Path]:
+        module, x = Layers().to(device), torch.randn(2, 6, 5, 7, device=device)
+        dim = torch.export.Dim
+        shapes = {"x": {0: dim("n", min=1, max=64), 2: dim("h", min=2, max=512), 3: dim("w", min=2, max=512)}}
+        return module, package(tmp_path_factory.mktemp("layers"), module, (x,), dynamic_shapes=shapes)
+
+    return build
+
+
 @where
-def test_every_operator_for_any_batch_and_size(device: str, package: Package) -> None:
-    module, x = Layers().to(device), torch.randn(2, 6, 5, 7, device=device)
-    dim = torch.export.Dim
-    shapes = {"x": {0: dim("n", min=1, max=64), 2: dim("h", min=2, max=512), 3: dim("w", min=2, max=512)}}
-    loaded = torch._inductor.aoti_load_package(str(package(module, (x,), dynamic_shapes=shapes)))
+def test_every_operator_for_any_batch_and_size(device: str, packaged: Packaged) -> None:
+    module, path = packaged(device)
+    loaded = torch._inductor.aoti_load_package(str(path))
     for size in ((2, 6, 5, 7), (3, 6, 8, 4)):
         x = torch.randn(size, device=device)
         close(loaded(x), module(x))
@@ -91,17 +99,16 @@ def tiny() -> DeployedParNet:
 
 
 @where
-def test_a_deployed_network(device: str, package: Package) -> None:
+def test_a_deployed_network(device: str, tmp_path: Path) -> None:
     network, x = tiny().to(device), torch.randn(2, 3, 32, 32, device=device)
-    loaded = torch._inductor.aoti_load_package(str(package(network, (x,))))
+    loaded = torch._inductor.aoti_load_package(str(package(tmp_path, network, (x,))))
     with torch.no_grad():
         close(loaded(x), network(x))
 
 
-def test_a_package_needs_the_import(package: Package, tmp_path: Path) -> None:
+def test_a_package_needs_the_import(packaged: Packaged, tmp_path: Path) -> None:
     """In a process of its own: right with parnet_kernels imported; without it an error that names the operator."""
-    module, x = Layers(), torch.randn(2, 6, 5, 7)
-    path = package(module, (x,))
+    (module, path), x = packaged("cpu"), torch.randn(2, 6, 5, 7)
     torch.save({"x": x, "y": module(x)}, tmp_path / "expected.pt")
     code = f"""
 import sys, torch
