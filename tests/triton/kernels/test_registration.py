@@ -63,6 +63,23 @@ def test_exported(op: str, where: torch.device) -> None:
     same([program.module()(*positional)], [getattr(reference, op)(*positional, **options)])
 
 
+def test_packaged_by_aot_inductor(where: torch.device, tmp_path: Any) -> None:
+    """The package calls this backend through the dispatcher."""
+    positional, options = call("fusion_se", where)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return ops.fusion_se(*tensors, **options) + 1
+
+    program = torch.export.export(Module(), tuple(positional))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)
+    with mock.patch.object(operators, "_layer", side_effect=operators._layer) as counted:
+        y = loaded(*positional)
+    assert counted.call_count == 1
+    same([y], [reference.fusion_se(*positional, **options) + 1])
+
+
 @each_operator
 def test_the_backward_operator_matches_its_fake(op: str, where: torch.device) -> None:
     positional, options = call(op, where)
