@@ -238,6 +238,19 @@ def test_a_graph_is_checked_and_timed(tmp_path: Path) -> None:
     assert "capturing" in rows[3].reason
 
 
+def test_without_a_reference_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("bench.gpu.tasks.run_layers", too_large)
+    device = FakeDevice()
+    task = task_of("streams.0.0", tmp_path)
+    rows = list(cell(task, engines_for(device), ["warm", "cold"], GpuPlan(), device, lambda _: None))
+    assert {(row.status, math.isnan(row.median_ms)) for row in rows} == {("failed", True)}
+    assert rows[0].reason == "no float64 reference: OutOfMemoryError: CUDA out of memory."
+    assert not device.log
+
+
 # ------------------------------------------------------------------ engines and formats
 
 
