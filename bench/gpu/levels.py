@@ -10,18 +10,21 @@ from __future__ import annotations
 import csv
 import math
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
 
 from bench import cuda_levels
+from bench.gpu.tasks import TOLERANCE, GpuTask, error_of
 from bench.gpu.timing import Call, Device, calls_in_a_sample, sample
 from bench.report import number
+from bench.workloads import Workload
 from parnet_kernels.config import VARIANTS
-from parnet_kernels.deployed import DeployedParNet
 
 SAMPLES = 40
 
@@ -43,31 +46,40 @@ def model_for(device_name: str) -> str | None:
     return next((key for key in cuda_levels.GPUS if key.lower() in device_name.lower()), None)
 
 
-def launches(variant: str) -> tuple[list[str], list[Call]]:
-    """The launches of a captured network: labels, and calls that play one launch each on its buffers."""
-    with torch.inference_mode(False):
-        network = DeployedParNet(VARIANTS[variant]).half().cuda()
-    captured = network.capture(torch.randn(1, 3, 224, 224, device="cuda").half())
-    buffers = [captured._memory, captured.result, captured.input, *captured._weights.tensors]
+class Launches(NamedTuple):
+    """A captured network's launches in order: labels, calls that play one each, the error of the result they leave."""
 
-    def play(record: torch.Tensor) -> Call:
-        return lambda: torch.ops.parnet._cuda_play(buffers, record)
+    labels: list[str]
+    calls: list[Call]
+    error: float
 
-    low = captured._lowered
-    calls = [play(record) for record in cuda_levels.records(low.program)]
-    for call in calls:  # in order, so that each finds what its predecessors leave
-        call()
-    return list(low.labels), calls
+
+def launches(variant: str, device: Device) -> Launches:
+    with tempfile.TemporaryDirectory(prefix="parnet-bench-") as folder:
+        task = GpuTask(Workload(variant, VARIANTS[variant], None, 1), "fp16", device.torch_device, Path(folder))
+        network = task.workload.network(task.folder).to(task.device, task.torch_dtype)
+        captured = network.capture(task.inputs[0])
+        buffers = [captured._memory, captured.result, captured.input, *captured._weights.tensors]
+
+        def play(record: torch.Tensor) -> Call:
+            return lambda: torch.ops.parnet._cuda_play(buffers, record)
+
+        low = captured._lowered
+        calls = [play(record) for record in cuda_levels.records(low.program)]
+        captured.result.fill_(math.nan)
+        for call in calls:  # in order, so that each finds what its predecessors leave
+            call()
+        return Launches(list(low.labels), calls, error_of([captured.result], task.expected))
 
 
 def measure(
-    variant: str,
-    device: Device,
-    device_name: str,
-    launches: Callable[[str], tuple[list[str], list[Call]]] = launches,
+    variant: str, device: Device, device_name: str, launches: Callable[[str, Device], Launches] = launches
 ) -> list[LevelRow]:
-    """Times every launch. Raises RuntimeError where the CUDA kernels cannot run."""
-    labels, calls = launches(variant)
+    """Times every launch. Raises RuntimeError where the CUDA kernels cannot run, or are wrong."""
+    labels, calls, error = launches(variant, device)
+    tolerance = TOLERANCE["fp16"][1]
+    if not error <= tolerance:
+        raise RuntimeError(f"wrong result, not timed: error {error:.1e} > {tolerance:.0e}")
     key = model_for(device_name)
     model = cuda_levels.levels(variant, cuda_levels.GPUS[key], False) if key else []
     rows = []

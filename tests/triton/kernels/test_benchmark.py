@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench_gpu import TINY, HostDevice
+from fake_device import TINY, HostDevice
 
 from bench.gpu.engines import ENGINES
 from bench.gpu.measure import GpuPlan, cell
