@@ -7,7 +7,10 @@ For each launch of a published network at 224² and batch 1, in fp16:
   the simulator (counted, with --count) or by the same sums, which it confirms to a few percent (modelled);
 * roofline: max(FLOPs / peak, needed bytes / memory bandwidth);
 * time (modelled): start + max(matrix instructions of the busiest multiprocessor, asked bytes / L2 bandwidth, needed
-  bytes / memory bandwidth) + dependent latencies. Constants and their sources: `Model`, `GPUS` and what follows them.
+  bytes / memory bandwidth) + dependent latencies. Constants and their sources: `Model`, `GPUS` and what follows them;
+* floor (modelled): start + roofline + dependent latencies, the least that one launch a level can take in this model,
+  however it is cut. Twice the roofline is out of reach where the floors' sum exceeds it: a dozen starts and latencies
+  are 32 µs on an A100 and 22 on an H100, where ParNet-S's roofline is 17.
 
 Where there is a GPU, also measured times, each launch alone and the whole network against PyTorch (eager, compiled) and
 TensorRT if it is installed.
@@ -46,7 +49,8 @@ class Model:
 
     tflops: dense fp16 with fp32 accumulation, data sheet. mma: the share of it that mma.sync reaches; on Hopper 0.63,
     the rest needs wgmma (arXiv 2402.13499). memory: GB/s, data sheet. l2: GB/s from L2 to the multiprocessors; A100
-    5120 bytes a clock (NVIDIA's white paper); the others are estimates from published microbenchmarks. clock: GHz,
+    5120 bytes a clock (NVIDIA's white paper); H100 5700 measured on the PCIe card's 114 multiprocessors (Chips and
+    Cheese, "Nvidia's H100: Funny L2"), so 6600 for the 132 here; the others are estimates. clock: GHz,
     boost. start: µs of a launch inside a CUDA graph; with dependent launches, an estimate of what they leave of it.
     """
 
@@ -61,14 +65,14 @@ class Model:
 
 GPUS = {
     "A100": Model(A100, 312, 1.0, 1555, 7200, 1.41, 1.3),
-    "H100": Model(H100, 989, 0.63, 3350, 5700, 1.75, 0.7),
+    "H100": Model(H100, 989, 0.63, 3350, 6600, 1.75, 0.7),
     "L4": Model(L4, 121, 1.0, 300, 2000, 2.04, 1.3),
     "RTX 4090": Model(RTX4090, 165, 1.0, 1008, 5000, 2.52, 1.3),
 }
 L2_CLOCKS, MEMORY_CLOCKS = 200, 290  # latencies of a hit and of a miss on A100 (arXiv 2208.11174)
-# Waited for in a row by a block: first weights and maps from memory; chunk table, sums, gate weights, skip from L2; and
-# if split, the partial sums' way: store, arrival, load.
-MISSES, HITS, SPLIT_HITS = 2, 4, 3
+# Waited for in a row by a block: first weights from memory; from L2 maps, which the launch before has just written,
+# chunk table, sums, gate weights and skip; and if split, the partial sums' way: store, arrival, load.
+MISSES, HITS, SPLIT_HITS = 1, 5, 3
 
 
 class Level(NamedTuple):
@@ -82,6 +86,7 @@ class Level(NamedTuple):
     asked: int  # bytes
     roofline: float  # µs
     modelled: float  # µs
+    floor: float  # µs
 
 
 def lowered(name: str, gpu: Gpu) -> tuple[Weights, Lowered]:
@@ -150,7 +155,8 @@ def analyse(launch: Any, m: Model, counted: int | None) -> Level:
     time = m.start + max(busiest, asked / (1e3 * m.l2), needed / (1e3 * m.memory)) + latency
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (m.gpu.multiprocessors * blocks_per_sm(m.gpu, launch.shared))
-    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time)
+    floor = m.start + roofline + latency
+    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time, floor)
 
 
 def small(launch: Any, m: Model, needed: int, counted: int | None, flops: float) -> Level:
@@ -161,7 +167,9 @@ def small(launch: Any, m: Model, needed: int, counted: int | None, flops: float)
     work = max(flops / (1e6 * m.tflops * m.mma), asked / (1e3 * m.l2), needed / (1e3 * m.memory))
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (2 * m.gpu.multiprocessors)
-    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, m.start + work + latency)
+    fixed = m.start + latency
+    time, floor = fixed + work, fixed + roofline
+    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time, floor)
 
 
 def levels(name: str, m: Model, counting: bool) -> list[Level]:
@@ -186,16 +194,26 @@ def show(console: Console, name: str, gpu: str, rows: list[Level], counting: boo
     title = f"ParNet-{name.upper()} on {gpu}: modelled, not measured"
     table = Table(title=title)
     asked = "MB asked (counted)" if counting else "MB asked (modelled)"
-    for column in ("launch", "blocks", "waves", "GFLOP", "MB needed", asked, "roofline µs", "modelled µs"):
+    for column in ("launch", "blocks", "waves", "GFLOP", "MB needed", asked, "roofline µs", "floor µs", "modelled µs"):
         table.add_column(column, justify="left" if column == "launch" else "right")
     for r in rows:
         label = r.label if len(r.label) <= 60 else r.label[:57] + "…"
         numbers = [f"{r.waves:.2f}", f"{r.gflop:.2f}", f"{r.needed / 1e6:.2f}", f"{r.asked / 1e6:.2f}"]
-        table.add_row(label, str(r.blocks), *numbers, f"{r.roofline:.2f}", f"{r.modelled:.2f}")
-    roofline, modelled = (sum(getattr(r, field) for r in rows) for field in ("roofline", "modelled"))
+        table.add_row(label, str(r.blocks), *numbers, f"{r.roofline:.2f}", f"{r.floor:.2f}", f"{r.modelled:.2f}")
+    roofline, floor, modelled = (sum(getattr(r, field) for r in rows) for field in ("roofline", "floor", "modelled"))
     sums = [f"{sum(getattr(r, field) for r in rows) / 1e6:.1f}" for field in ("needed", "asked")]
     ratio = f"{modelled:.1f} ({modelled / roofline:.2f}×)"
-    table.add_row("sum", "", "", f"{sum(r.gflop for r in rows):.2f}", *sums, f"{roofline:.1f}", ratio, style="bold")
+    table.add_row(
+        "sum",
+        "",
+        "",
+        f"{sum(r.gflop for r in rows):.2f}",
+        *sums,
+        f"{roofline:.1f}",
+        f"{floor:.1f}",
+        ratio,
+        style="bold",
+    )
     console.print(table)
 
 

@@ -24,7 +24,7 @@ from parnet_kernels.cuda_pack import Layout, PackedLayer, chunk_channels, pack
 from parnet_kernels.cuda_plan import Gpu, policy
 from parnet_kernels.cuda_program import math_of, play
 from parnet_kernels.cuda_record import RESULT, WORKSPACE, Recorder, Step
-from parnet_kernels.cuda_workspace import workspace
+from parnet_kernels.cuda_workspace import capturing, finish, workspace
 from parnet_kernels.triton.precision import current_precision
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -104,7 +104,7 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
     maps = [t for t in tensors[:inputs] if t is not None]
     recorded = _record(
         op,
-        tuple((tuple(m.shape), m.stride()) for m in maps),
+        tuple((tuple(m.shape), m.stride(), m.data_ptr() % 16 == 0) for m in maps),
         x.dtype,
         precision,
         Gpu.of(x.device),
@@ -160,7 +160,7 @@ class Recorded(NamedTuple):
 @functools.lru_cache(maxsize=512)
 def _record(
     op: str,
-    inputs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
+    inputs: tuple[tuple[tuple[int, ...], tuple[int, ...], bool], ...],  # shape, stride, at a multiple of 16 bytes
     dtype: torch.dtype,
     precision: str,
     gpu: Gpu,
@@ -168,7 +168,8 @@ def _record(
 ) -> Recorded:
     recorder = Recorder(math_of(dtype, precision), dtype, gpu, len(inputs))
     maps = tuple(
-        recorder.enter(shape, stride, RESULT + 1 + i, recorder.step) for i, (shape, stride) in enumerate(inputs)
+        recorder.enter(shape, stride, RESULT + 1 + i, recorder.step, aligned)
+        for i, (shape, stride, aligned) in enumerate(inputs)
     )
     empty = torch.empty(0)
     packed = PackedLayer(empty, empty, empty, empty, *geometry)
@@ -208,7 +209,9 @@ def clear_cache() -> None:
 
 
 def _cached(op: str, parameters: Parameters, options: tuple[Any, ...], build: Any, cacheable: bool) -> PackedLayer:
-    """The packed form of a layer, from the cache if it is still that of these parameters."""
+    """The packed form of a layer, from the cache if it is still that of these parameters. What is packed while a graph
+    is captured is not kept: it holds nothing before the graph is replayed.
+    """
     if not cacheable:
         return build()
     weight = parameters["weight"]
@@ -220,6 +223,9 @@ def _cached(op: str, parameters: Parameters, options: tuple[Any, ...], build: An
     if entry is not None and entry.state == state and all(map(operator.is_, (r() for r in entry.references), present)):
         return entry.packed
     packed = build()
+    if capturing(weight.device):
+        return packed
+    finish(weight.device)
     forget = weakref.ref(weight, lambda _: _entries.pop(key, None))
     references = [forget if p is weight else weakref.ref(p) for p in present]
     with _lock:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from parnet_kernels.cuda_pack import Layout, PackedLayer, PackedStem, fits_stem,
 from parnet_kernels.cuda_plan import Gpu
 from parnet_kernels.cuda_program import math_of, play
 from parnet_kernels.cuda_record import RESULT, Map, Recorder, Step
-from parnet_kernels.cuda_workspace import allocate, workspace
+from parnet_kernels.cuda_workspace import allocate, capturing, finish, workspace
 from parnet_kernels.triton.precision import current_precision
 
 if TYPE_CHECKING:
@@ -45,8 +48,8 @@ class Lowered(NamedTuple):
 
 
 def layouts(config: ParNetConfig, dtype: torch.dtype) -> dict[str, Layout]:
-    """Where each layer's channels are stored. A fusion keeps its groups apart unless a skip reads its result, or it would
-    take more memory: who reads it has the shuffle in its weights.
+    """Where each layer's channels are stored. A fusion keeps its groups apart unless a skip reads its result (or
+    the map would grow): who reads it has the shuffle in its weights.
     """
     graph = layers(config)
     found = {"image": Layout.natural(config.in_chans, dtype)}
@@ -78,7 +81,7 @@ def pack_network(config: ParNetConfig, modules: list[DeployedLayer], head: list[
             body = pack(layer.kind, layer.stride, module.activation, parameters, inputs, precision)
             packed.append(body)
             tensors += body[:4]
-    return Weights(_versions(modules, head), packed, first, [*tensors, *head])
+    return Weights(_versions(modules, head), packed, first, [*tensors, *(t.contiguous() for t in head)])
 
 
 def lower(
@@ -90,8 +93,11 @@ def lower(
     precision: str,
     gpu: Gpu,
     result: str,
+    aligned: bool = True,
 ) -> Lowered:
-    """Records the network for an image of this shape. result: "logits", "pooled" (channel means) or "features"."""
+    """Records the network for an image of this shape; `aligned`: at a multiple of 16 bytes. result: "logits", "pooled"
+    (channel means) or "features".
+    """
     recorder = Recorder(math_of(dtype, precision), dtype, gpu)
     count = len(weights.layers)
     index = {layer.name: i for i, layer in enumerate(layers(config)[:count])}
@@ -126,7 +132,7 @@ def lower(
                 name = level[0].name
                 made[name] = recorder.stem(packed, recorder.first_packed, shape, stride, IMAGE, last_use[name])
                 continue
-            made["image"] = recorder.enter(shape, stride, IMAGE, recorder.step)
+            made["image"] = recorder.enter(shape, stride, IMAGE, recorder.step, aligned)
         for layer, m in zip(level, recorder.level([step_of(layer) for layer in level]), strict=True):
             made[layer.name] = m
     m = made[final]
@@ -183,7 +189,9 @@ class CudaNetwork:
         return None
 
     def weights(self, network: DeployedParNet, precision: str) -> Weights:
-        """The packed weights; packs them if they are not, or have changed since."""
+        """The packed weights; packs them if they are not, or have changed since. Those packed while a graph is captured
+        are not kept: they hold nothing before it is replayed.
+        """
         modules = network.operators()
         head = [network.head_weight, network.head_bias]
         versions = _versions(modules, head)
@@ -193,15 +201,19 @@ class CudaNetwork:
                 weights = self._weights.get(precision)
                 if weights is None or weights.versions != versions:
                     weights = pack_network(network.config, modules, head, precision)
-                    self._weights[precision] = weights
+                    if not capturing(head[0].device):
+                        finish(head[0].device)
+                        self._weights[precision] = weights
         return weights
 
     def lowered(self, network: DeployedParNet, weights: Weights, x: Tensor, precision: str, result: str) -> Lowered:
-        key = (tuple(x.shape), x.stride(), x.dtype, x.device, precision, result)
+        aligned = x.data_ptr() % 16 == 0
+        key = (tuple(x.shape), x.stride(), aligned, x.dtype, x.device, precision, result)
         found = self._lowered.get(key)
         if found is None:
             gpu = Gpu.of(x.device)
-            found = lower(network.config, weights, tuple(x.shape), x.stride(), x.dtype, precision, gpu, result)
+            shape = tuple(x.shape)
+            found = lower(network.config, weights, shape, x.stride(), x.dtype, precision, gpu, result, aligned)
             with self._lock:
                 self._lowered[key] = found
         return found
@@ -210,12 +222,9 @@ class CudaNetwork:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
         precision = "tf32" if current_precision() == "tf32" else "ieee"
         if network.config.pointwise_head:
-            y = network.layers["combine_3"](self._play(network, x, precision, "features"))
-            if result == "features":
-                return y
-            pooled = y.mean((2, 3))
-            linear = torch.nn.functional.linear
-            return pooled if result == "pooled" else linear(pooled, network.head_weight, network.head_bias)
+            features = self._play(network, x, precision, "features")
+            head = (network.head_weight, network.head_bias)
+            return pointwise_end(network.layers["combine_3"], features, head, result)
         return self._play(network, x, precision, result)
 
     def _play(self, network: DeployedParNet, x: Tensor, precision: str, result: str) -> Tensor:
@@ -234,22 +243,32 @@ class CapturedNetwork:
     """A network's logits ([N, P] without a classifier) as one CUDA graph, for images of one shape, dtype and layout.
 
     Call it with an image: copies it to the graph's input and replays. The result is overwritten by the next call. The
-    weights are those of the time of capture. Calls from several threads wait for each other.
+    weights are those of the time of capture. Calls from several threads and streams wait for each other; who reads the
+    result on another stream than that of the call has to wait for it.
     """
 
     def __init__(self, network: DeployedParNet, x: Tensor) -> None:
         if reason := network._cuda_network.why_not(network, x):
             raise RuntimeError(f"parnet_kernels: the network cannot be captured: {reason}")
-        if network.config.pointwise_head:
-            raise RuntimeError("parnet_kernels: the network cannot be captured: its last layer is a 1×1 convolution")
         precision = "tf32" if current_precision() == "tf32" else "ieee"
         result = "logits" if network.num_classes else "pooled"
-        self._weights = network._cuda_network.weights(network, precision)
-        self._lowered = network._cuda_network.lowered(network, self._weights, x, precision, result)
+        weights = network._cuda_network.weights(network, precision)
+        head = [t.clone() for t in weights.tensors[-2:]]
+        self._weights = weights._replace(tensors=[*weights.tensors[:-2], *head])
         self._lock = threading.Lock()
         with torch.cuda.device(x.device):
             self.input = x.detach().clone(memory_format=torch.preserve_format)
-            self.result = torch.empty(self._lowered.shape, dtype=x.dtype, device=x.device)
+            self._end: Callable[[Tensor], Tensor] | None = None  # what follows the kernels
+            played = result
+            if network.config.pointwise_head:
+                layer, played = copy.deepcopy(network.layers["combine_3"]), "features"
+                self._end = functools.partial(pointwise_end, layer, head=(head[0], head[1]), result=result)
+            self._lowered = network._cuda_network.lowered(network, self._weights, self.input, precision, played)
+            self._played = torch.empty(self._lowered.shape, dtype=x.dtype, device=x.device)
+            classes = network.num_classes or network.num_features
+            self.result = (
+                torch.empty(x.shape[0], classes, dtype=x.dtype, device=x.device) if self._end else self._played
+            )
             self._memory = allocate(x.device, self._lowered.workspace_bytes)
             self._graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream()
@@ -259,10 +278,13 @@ class CapturedNetwork:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(self._graph):
                 self._launch()
+            self._replayed = torch.cuda.Event()
 
     def _launch(self) -> None:
-        buffers = [self._memory, self.result, self.input, *self._weights.tensors]
+        buffers = [self._memory, self._played, self.input, *self._weights.tensors]
         play(buffers, self._lowered.program)
+        if self._end is not None:
+            self.result.copy_(self._end(self._played.permute(0, 3, 1, 2)))
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self.input.shape or x.dtype != self.input.dtype or x.device != self.input.device:
@@ -270,10 +292,22 @@ class CapturedNetwork:
                 f"parnet_kernels: `x` must be {self.input.dtype} {list(self.input.shape)} on {self.input.device} as "
                 f"captured, got {x.dtype} {list(x.shape)} on {x.device}"
             )
-        with self._lock:
+        with self._lock, torch.cuda.device(self.input.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._replayed)  # the memory is shared with the replay before, on whatever stream
             self.input.copy_(x)
             self._graph.replay()
+            self._replayed.record(stream)
         return self.result
+
+
+def pointwise_end(layer: torch.nn.Module, features: Tensor, head: tuple[Tensor, Tensor], result: str) -> Tensor:
+    """What follows the kernels in a network whose last layer is a 1×1 convolution (CIFAR form), by PyTorch."""
+    y = layer(features)
+    if result == "features":
+        return y
+    pooled = y.mean((2, 3))
+    return pooled if result == "pooled" else torch.nn.functional.linear(pooled, *head)
 
 
 def _versions(modules: list[DeployedLayer], head: list[Tensor]) -> _Versions:

@@ -8,7 +8,6 @@ weights. So channel counts, groups, interleaving and shuffles cost the kernels n
 from __future__ import annotations
 
 import itertools
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

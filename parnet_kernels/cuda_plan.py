@@ -24,7 +24,7 @@ ALONE = 0.6
 STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 300, 125
 CANDIDATES = 12  # combinations whose schedule is simulated
 #: Bytes that L2 gives a multiprocessor while it does a unit alone: their rates are in bench/cuda_levels.py.
-L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 110, 100: 110, 120: 300}
+L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 127, 100: 127, 120: 300}
 
 
 class TileShape(NamedTuple):

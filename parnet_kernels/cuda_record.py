@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from parnet_kernels.cuda_pack import COLUMNS, Layout, PackedLayer, PackedStem
-from parnet_kernels.cuda_plan import Gpu, Shape, Tiling, block_cost, plan_level, policy
+from parnet_kernels.cuda_plan import Gpu, Shape, Tiling, block_cost, blocks_per_sm, plan_level, policy
 from parnet_kernels.cuda_program import (
     COOPERATIVE,
     DEPENDENT,
@@ -101,13 +101,15 @@ class Recorder:
 
     # ---- launches
 
-    def enter(self, shape: Sequence[int], stride: Sequence[int], buffer: int, last: int) -> Map:
-        """A user's map as the kernels read it; one with whole chunks of adjacent channels stays where it lies."""
+    def enter(self, shape: Sequence[int], stride: Sequence[int], buffer: int, last: int, aligned: bool = True) -> Map:
+        """A user's map as the kernels read it. One with whole chunks of adjacent channels, at a multiple of 16 bytes
+        (`aligned`), stays where it lies.
+        """
         n, c, h, w = shape
         layout = Layout.natural(c, self.dtype)
         tiles = -(-h * w // self.policy.enter_pixels)
         rounds = self.program.math == "tf32"
-        in_place = not rounds and layout.pitch == c and list(stride) == [h * w * c, 1, w * c, c]
+        in_place = aligned and not rounds and layout.pitch == c and list(stride) == [h * w * c, 1, w * c, c]
         sums = self._workspace(4 * n * tiles * layout.pitch, last)
         x = address(buffer) if in_place else self._workspace(n * h * w * layout.pitch * self.dtype.itemsize, last)
         call = EnterCall(
@@ -127,7 +129,11 @@ class Recorder:
         down, across = -(-out_h // p.stem_rows), -(-out_w // p.stem_cols)
         layout = Layout.natural(packed.out_channels, self.dtype)
         result = self._map(n, out_h, out_w, layout, down * across, last)
-        blocks = min(n * down * across * packed.column_tiles, 2 * self.gpu.multiprocessors)
+        size = self.dtype.itemsize
+        patch = c * ((p.stem_rows - 1) * packed.stride + 3) * ((p.stem_cols - 1) * packed.stride + 3) * size
+        shared = -(-patch // 128) * 128 + packed.chunks * (COLUMNS * 64 + p.threads * p.slot_bytes)
+        resident = blocks_per_sm(self.gpu, shared) * self.gpu.multiprocessors  # they wait for each other
+        blocks = min(n * down * across * packed.column_tiles, resident)
         out = Output(result.x, result.sums, address(buffer + 2), layout.pitch, layout.pitch, 0, 1, out_h, out_w)
         out.tiles_down, out.tiles_across = down, across
         out.flags = VECTOR_STORE | ROUND | (RELU if packed.activation == "relu" else 0)
@@ -136,9 +142,6 @@ class Recorder:
         call.image_sums = self._workspace(4 * n * blocks * c, self.step)
         call.barrier = self._counters(2)
         call.stride, call.column_tiles, call.chunks = packed.stride, packed.column_tiles, packed.chunks
-        size = self.dtype.itemsize
-        patch = c * ((p.stem_rows - 1) * packed.stride + 3) * ((p.stem_cols - 1) * packed.stride + 3) * size
-        shared = -(-patch // 128) * 128 + packed.chunks * (COLUMNS * 64 + p.threads * p.slot_bytes)
         self.program.launch(Kind.STEM, blocks, shared, call, f"stem {list(shape)}", self._flags() | COOPERATIVE)
         self.step += 1
         return result

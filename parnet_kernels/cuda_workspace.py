@@ -29,18 +29,30 @@ def allocate(device: torch.device, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device` is being captured into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def finish(device: torch.device) -> None:
+    """Waits for what was just packed on the current stream: other streams may use it from now on."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 @contextmanager
 def workspace(device: torch.device, size: int) -> Iterator[Tensor]:
     """At least `size` bytes for launches on the current stream of `device`, until the block ends.
 
     While a CUDA graph is captured: a block of the graph's own, since its replays may run beside this stream's launches.
     """
-    stream = torch.cuda.current_stream(device)
-    with torch.cuda.device(device):
-        capturing = torch.cuda.is_current_stream_capturing()
-    if capturing:
+    if capturing(device):
         yield allocate(device, size)
         return
+    stream = torch.cuda.current_stream(device)
     key = (stream.device_index, stream.cuda_stream)
     block = _blocks.get(key)
     if block is None:

@@ -88,10 +88,10 @@ cudaError_t start(const Launch& l, cudaStream_t stream) {
 }  // namespace
 
 const char* launch(const Launch& l, void* stream) {
-  cudaError_t error = start(l, static_cast<cudaStream_t>(stream));
-  if (const cudaError_t last = cudaGetLastError(); error == cudaSuccess)
-    error = last;  // reading it clears it
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const cudaError_t error = start(l, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // clears it; not after a success, where it would be the error of someone else's call
+  return cudaGetErrorString(error);
 }
 
 }  // namespace parnet::cuda

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "kernels.h"
+
 namespace parnet::cuda {
 
 constexpr int kMaxArguments = 4096;  // bytes a kernel may take
@@ -40,6 +42,10 @@ struct Launch {
   int argument_bytes;
   std::string label;
 };
+
+inline const char* name_of(int kernel) {
+  return kernel >= 0 && kernel < kKernels ? kKernelNames[kernel] : "no kernel";
+}
 
 // Calls launcher(launch) for each record; it returns null or the text of an error. Returns "" or what went
 // wrong.
@@ -79,7 +85,9 @@ std::string play(const uint8_t* program, int64_t size, const Buffer* buffers, in
       char* address = buffers[r.buffer].data + r.offset;
       std::memcpy(patched + r.at, &address, 8);
     }
-    if (const char* error = launcher(launch)) return launch.label + " failed: " + error;
+    if (const char* error = launcher(launch))
+      return launch.label + ": " + name_of(launch.kernel) + ", " + std::to_string(launch.grid) + " blocks, " +
+             std::to_string(launch.shared) + " bytes of shared memory, failed: " + error;
     at += bytes;
   }
   return "";

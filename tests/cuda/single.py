@@ -63,7 +63,7 @@ def run(
 
     before, cuda_record.plan_level = cuda_record.plan_level, plan
     try:
-        shapes = tuple((tuple(m.shape), m.stride()) for m in maps)
+        shapes = tuple((tuple(m.shape), m.stride(), m.data_ptr() % 16 == 0) for m in maps)
         recorded = cuda._record.__wrapped__(op, shapes, dtype, precision, gpu, cuda._Geometry(*packed[4:]))
     finally:
         cuda_record.plan_level = before

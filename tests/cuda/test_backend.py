@@ -1,6 +1,7 @@
 """The Python side of the backend, with the player in the simulator's place of the GPU; and on a GPU, the real thing."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import networks
 import player
@@ -11,9 +12,17 @@ from oracle import error
 from single import MATHS
 
 from parnet_kernels import cuda, cuda_network, ops, reference, selftest
+from parnet_kernels.config import ParNetConfig
 from parnet_kernels.cuda_plan import A100
+from parnet_kernels.cuda_program import EnterCall
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Played(list):
+    """(buffers, program) of each call, and the device that ran it."""
+
+    device = None
 
 
 @pytest.fixture
@@ -21,7 +30,8 @@ def played(device, monkeypatch):
     """Programs of the backend's Python code run in the simulator, on CPU tensors."""
     if not device.simulated:
         pytest.skip("the real thing is tested below")
-    calls = []
+    calls = Played()
+    calls.device = device
 
     def play(buffers, program):
         player.play(device, program, buffers)
@@ -81,6 +91,79 @@ def test_parameters_that_require_gradients_are_packed_anew(played):
         args[1].data.mul_(2)  # behind the version counter's back
         assert not torch.equal(cuda.run("downsample_se", args, options), first)
     assert not cuda._entries
+
+
+def test_what_is_packed_during_a_capture_is_not_kept(played, monkeypatch):
+    """Its kernels have not run yet, and may never."""
+    args, options = to(torch.float16, *arguments("downsample_se", dtype=torch.float64, c=16, k=8))
+    network, x = networks.tiny().half(), torch.randn(1, 3, 16, 16).half()
+    for module in (cuda, cuda_network):
+        monkeypatch.setattr(module, "capturing", lambda _: True)
+    first = cuda.run("downsample_se", args, options)
+    assert not cuda._entries
+    network._cuda_network.run(network, x, "logits")
+    assert not network._cuda_network._weights
+    for module in (cuda, cuda_network):
+        monkeypatch.setattr(module, "capturing", lambda _: False)
+    assert torch.equal(cuda.run("downsample_se", args, options), first)
+    assert cuda._entries
+
+
+def test_maps_that_are_not_aligned(played):
+    """Copied, like every map that cannot be read where it lies; others of the same shape and strides are not."""
+    args, options = to(torch.float16, *arguments("repvgg_sse", dtype=torch.float64, n=1, c=32, size=(6, 7)))
+    args[0] = args[0].contiguous(memory_format=torch.channels_last)
+    memory = torch.empty(args[0].numel() + 8, dtype=torch.float16)
+    first = (-memory.data_ptr() // 2) % 8  # of 16 bytes
+    results = []
+    for shift in (0, 1):
+        x = memory[first + shift :].as_strided(args[0].shape, args[0].stride())
+        x.copy_(args[0])
+        assert x.data_ptr() % 16 == 2 * shift
+        results.append(cuda.run("repvgg_sse", [x, *args[1:]], options))
+    assert torch.equal(*results)
+    in_place, copied = (player.decode(program, [(1 << 40, 1 << 40)] * len(b))[0] for b, program in played)
+    assert EnterCall.from_buffer_copy(in_place.arguments).out == 0
+    assert EnterCall.from_buffer_copy(copied.arguments).out != 0
+
+
+CIFAR = ParNetConfig((8, 12, 16, 24), (3, 3, 3), num_classes=5, pointwise_head=True)
+
+
+@pytest.mark.parametrize("config", [networks.TINY, CIFAR, replace(CIFAR, num_classes=0)], ids=["", "cifar", "pooled"])
+def test_capture(played, monkeypatch, config):
+    """With a graph that plays its launches when it is replayed."""
+    network, images = networks.tiny(config), torch.randn(2, 1, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = [network(x) for x in images]
+
+    class Graph:
+        def replay(self):
+            captured._launch()
+
+    class Stream:
+        def wait_stream(self, other): ...
+        def wait_event(self, event): ...
+
+    class Event:
+        def record(self, stream): ...
+
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+    for name, value in {"CUDAGraph": Graph, "Stream": Stream, "Event": Event, "current_stream": Stream}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cuda_network, "tensor_missing", lambda _: None)
+    monkeypatch.setattr(cuda_network, "allocate", lambda _, size: player.workspace(played.device, size))
+    with torch.no_grad():
+        network, images = network.float(), images.float()
+        captured = network.capture(images[0])
+        network.head_weight.zero_()  # the weights are those of the time of capture
+        if config.pointwise_head:
+            network.layers["combine_3"].weight.zero_()
+        for x, y in zip(images, expected, strict=True):
+            assert error(captured(x), y) <= 5e-3  # tf32
+    with pytest.raises(ValueError, match="`x` must be"):
+        captured(images[0][..., :16])
 
 
 @pytest.mark.parametrize("result", ["logits", "pooled", "features"])

@@ -116,13 +116,15 @@ def test_three_streams_of_parnet_m(device, gpu):
     assert run.shared_load["bank_conflict"] <= 1.02
     sectors = run.global_load["sectors"] + run.global_store["sectors"]
     assert requested / (32 * sectors) >= 0.95
-    assert requested <= (45e6 if gpu is A100 else 55e6)  # more multiprocessors: more splits, more partial sums
     call = level_calls(lowered, tensors)[5]
     partial = sum(
         4 * 64 * c.splits * c.column_tiles * c.out.tiles_down * c.out.tiles_across * (112, 64, 64)[c.tile]
         for c in call.layer[: call.layers]
         if c.splits > 1
     )
+    # Without the split layers' partial sums, which even out the waves: stored once, loaded by one of the blocks.
+    assert requested - 2 * partial <= 42e6
+    assert requested <= 45e6
     # Every line that is read or written is needed: weights, gates, maps in and out, and the split layers' partial sums.
     weights = sum(t.nbytes for t in packed_of(tensors, call))
     maps = sum(2 * c.h * c.w * c.inputs[0].pitch * 2 for c in call.layer[: call.layers])

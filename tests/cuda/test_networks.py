@@ -7,6 +7,7 @@ from oracle import error
 from player import decode
 from single import MATHS
 
+from parnet_kernels import cuda_network
 from parnet_kernels.config import VARIANTS, ParNetConfig
 from parnet_kernels.cuda_plan import A100, H100, L4, RTX4090, policy
 from parnet_kernels.cuda_program import Arena, LevelCall
@@ -93,6 +94,21 @@ def test_published_networks(name, gpu):
         assert max(costs) > 0
         if gpu is A100 and name in "sml":
             assert launch.grid >= gpu.multiprocessors
+
+
+@pytest.mark.parametrize("channels", [3, 7])
+@pytest.mark.parametrize("gpu", [A100, H100, L4, RTX4090], ids=["A100", "H100", "L4", "RTX 4090"])
+def test_the_blocks_of_a_stem_fit_on_the_gpu_together(gpu, channels):
+    """They wait for each other. In fp32 with 7 channels there is shared memory for one a multiprocessor on an L4."""
+    network = networks.tiny(ParNetConfig((9, 10, 14), (2, 2), in_chans=channels, num_classes=3)).float()
+    head = [network.head_weight, network.head_bias]
+    weights = cuda_network.pack_network(network.config, network.operators(), head, "ieee")
+    shape, stride = (8, channels, 224, 224), (channels * 224 * 224, 224 * 224, 224, 1)
+    lowered = cuda_network.lower(network.config, weights, shape, stride, torch.float32, "ieee", gpu, "logits")
+    stem = decode(lowered.program, [(1 << 40, 1 << 40)] * (3 + len(weights.tensors)))[0]
+    assert stem.kernel == "parnet_stem_f32"
+    taken = stem.shared + policy(gpu.architecture).static_shared + 1024
+    assert stem.grid <= gpu.multiprocessors * (gpu.shared_per_sm // taken)
 
 
 def test_arena_keeps_the_living_apart():
