@@ -24,8 +24,8 @@ struct LayerParameters {
 using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
 // Which storage "auto" means. Fully transformed weights are four times larger, but the whole ParNet-S ran 5
-// to 17 % faster with them (batch 1, one thread, AVX2 and AVX-512). Beyond this size of a layer, not measured,
-// memory is spared.
+// to 17 % faster with them (batch 1, one thread, AVX2 and AVX-512). Beyond this size of a layer, not
+// measured, memory is spared.
 inline bool prefers_full(int64_t out_channels, int64_t weight_channels) {
   return out_channels * weight_channels * kWeightMatrices * 4 <= int64_t{192} << 20;
 }
