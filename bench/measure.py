@@ -55,6 +55,14 @@ class Row:
     of_direct_limit: float = float("nan")
     of_winograd_limit: float = float("nan")
 
+    def set_times(self, seconds: list[float]) -> float:
+        """Median, 10th and 90th percentile of samples in seconds; returns the median, in seconds."""
+        median = statistics.median(seconds)
+        tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
+        self.median_ms, self.p10_ms, self.p90_ms = 1e3 * median, 1e3 * tenths[0], 1e3 * tenths[8]
+        self.runs = len(seconds)
+        return median
+
 
 COLUMNS = [f.name for f in fields(Row)]
 
@@ -190,10 +198,7 @@ class Bench:
         )
 
     def _fill(self, row: Row, workload: Workload, threads: int, seconds: list[float]) -> None:
-        median = statistics.median(seconds)
-        tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
-        row.median_ms, row.p10_ms, row.p90_ms = 1e3 * median, 1e3 * tenths[0], 1e3 * tenths[8]
-        row.runs = len(seconds)
+        median = row.set_times(seconds)
         row.gflops = gflop(workload) / median
         ceilings = self.machine.ceilings.get(threads)
         if ceilings is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -176,9 +175,6 @@ def _rounds(
 
 
 def _fill(row: GpuRow, task: GpuTask, seconds: list[float]) -> None:
-    median = statistics.median(seconds)
-    tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
-    row.median_ms, row.p10_ms, row.p90_ms = 1e3 * median, 1e3 * tenths[0], 1e3 * tenths[8]
-    row.runs = len(seconds)
+    median = row.set_times(seconds)
     # A backward pass is two convolutions of the forward's size, and what an engine recomputes is not counted.
     row.gflops = (3 if task.training else 1) * gflop(task.workload) / median
