@@ -143,7 +143,8 @@ struct Result {
 };
 
 Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
-           std::vector<parnet::cpu::Step> steps, bool pooled, bool channels_last) {
+           std::vector<parnet::cpu::Step> steps, bool pooled, bool channels_last,
+           std::vector<parnet::cpu::StageTime>* profile = nullptr) {
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   parnet::cpu::Request request{.layers = {},
                                .steps = std::move(steps),
@@ -176,7 +177,7 @@ Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
   const int64_t c = shape[1], h = shape[2], w = shape[3];
   Strided out{result.mutable_data_ptr(), views[0].dtype, {shape[0], c, h, w}, {c * h * w, h * w, w, 1}};
   if (last) out.stride[1] = 1, out.stride[2] = w * c, out.stride[3] = c;
-  const bool finite = parnet::cpu::plan_for(request, k)->run(headers, views, out, run_parallel);
+  const bool finite = parnet::cpu::plan_for(request, k)->run(headers, views, out, run_parallel, profile);
   return {result, finite};
 }
 
@@ -188,14 +189,31 @@ Tensor layer(const Tensor& x, const std::optional<Tensor>& y, const Tensor& pack
   return result.finite ? result.value : torch::stable::new_empty(x, {0});
 }
 
-Tensor network(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
-               bool pooled, bool channels_last) {
+std::vector<parnet::cpu::Step> steps_of(const std::vector<int64_t>& program) {
   STD_TORCH_CHECK(program.size() % 4 == 0, "`program` must be four numbers a layer, got ", program.size());
   std::vector<parnet::cpu::Step> steps;
   for (size_t i = 0; i < program.size(); i += 4) {
     steps.push_back({program[i], program[i + 1], program[i + 2], program[i + 3]});
   }
-  return run({x}, packed, std::move(steps), pooled, channels_last).value;
+  return steps;
+}
+
+Tensor network(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
+               bool pooled, bool channels_last) {
+  return run({x}, packed, steps_of(program), pooled, channels_last).value;
+}
+
+// One row for each stage: Work, packed index, seconds.
+Tensor profile(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
+               bool pooled, bool channels_last) {
+  std::vector<parnet::cpu::StageTime> times;
+  run({x}, packed, steps_of(program), pooled, channels_last, &times);
+  Tensor result = torch::stable::new_empty(x, {static_cast<int64_t>(times.size()), 3}, ScalarType::Double);
+  auto* row = static_cast<double*>(result.mutable_data_ptr());
+  for (const parnet::cpu::StageTime& t : times) {
+    *row++ = static_cast<double>(t.work), *row++ = t.packed, *row++ = t.seconds;
+  }
+  return result;
 }
 
 // ---- _cpu_fingerprint: a hash of all values of vectors and of 64 values spread over larger tensors.
@@ -232,6 +250,7 @@ STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_pack", TORCH_BOX(&pack));
   m.impl("_cpu_layer", TORCH_BOX(&layer));
   m.impl("_cpu_network", TORCH_BOX(&network));
+  m.impl("_cpu_profile", TORCH_BOX(&profile));
   m.impl("_cpu_fingerprint", TORCH_BOX(&fingerprint));
 }
 

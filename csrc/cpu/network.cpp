@@ -64,6 +64,18 @@ std::array<int64_t, 4> result_shape(const Request& r) {
   return last;
 }
 
+int64_t NetworkPlan::packed_of(const Stage& stage) const {
+  switch (stage.work) {
+    case Work::kGate:
+    case Work::kTransform:
+    case Work::kConvolve:
+    case Work::kStem:
+      return layers_[stage.index].step.packed;
+    default:
+      return -1;
+  }
+}
+
 int64_t NetworkPlan::reserve(int64_t floats) {
   const int64_t at = floats_;
   floats_ += div_up(floats, 16) * 16;

@@ -37,6 +37,15 @@ struct Request {
 // Shape of the result. Throws std::runtime_error if the program is malformed.
 std::array<int64_t, 4> result_shape(const Request&);
 
+enum class Work : int32_t { kEnter, kEnterPlanes, kGate, kTransform, kConvolve, kStem, kLeave, kMeans, kWait };
+
+// Seconds of all threads together. A thread that waits for others counts as kWait of the layer it waits with.
+struct StageTime {
+  Work work;
+  int64_t packed;  // layer, by packed index, or -1: conversion of the input or the output
+  double seconds;
+};
+
 class NetworkPlan {
  public:
   NetworkPlan(const Request&, const Kernels&);
@@ -47,16 +56,15 @@ class NetworkPlan {
   using RunParallel = void (*)(int threads, Body, void* context);
   // False if the inputs hold NaN or infinity, or channels whose sums are beyond float: the tiles of
   // Winograd's algorithm spread them, and can turn infinity into NaN or its opposite.
+  // `profile`, if there is one, gets each stage's time.
   bool run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
-           const Strided& output, RunParallel) const;
+           const Strided& output, RunParallel, std::vector<StageTime>* profile = nullptr) const;
 
   const Request& request() const { return request_; }
   int64_t workspace_bytes() const { return floats_ * 4; }
 
  private:
   friend class NetworkRun;
-  enum class Work { kEnter, kEnterPlanes, kGate, kTransform, kConvolve, kStem, kLeave, kMeans };
-
   // A blocked activation (or planes for a stem) in the workspace, with the sums its producer leaves.
   struct Value {
     std::array<int64_t, 4> shape;
@@ -108,6 +116,7 @@ class NetworkPlan {
   int64_t reserve(int64_t floats);
   void reserve_activation(Value&, std::vector<int>& after);
   int index_of(const Layer& l) const { return &l - layers_.data(); }
+  int64_t packed_of(const Stage&) const;
   std::vector<int> input_stages(const Layer& l) const {
     return l.other < 0 ? std::vector<int>{values_[l.input].stage}
                        : std::vector<int>{values_[l.input].stage, values_[l.other].stage};

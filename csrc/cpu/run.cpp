@@ -2,6 +2,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -28,9 +29,10 @@ void pause() {
 class NetworkRun {
  public:
   NetworkRun(const NetworkPlan& plan, const std::vector<const PackedHeader*>& packed,
-             const std::vector<Strided>& inputs, const Strided& output, Workspace& workspace)
+             const std::vector<Strided>& inputs, const Strided& output, Workspace& workspace, bool profiled)
       : plan_(plan), packed_(packed), inputs_(inputs), output_(output), workspace_(workspace) {
     workspace_.reset_counters();
+    if (profiled) seconds_.resize(plan.request_.threads * plan.stages_.size() * 2);
     if (poisoned()) poison();
   }
 
@@ -40,18 +42,39 @@ class NetworkRun {
     const int worker = workspace_.counter(0).value++;
     float* scratch = workspace_.at(plan_.scratch_ + worker * plan_.scratch_floats_);
     const auto& stages = plan_.stages_;
+    double* seconds = seconds_.empty() ? nullptr : seconds_.data() + worker * stages.size() * 2;
+    Clock::time_point last = Clock::now();
+    const auto lap = [&](size_t i) {
+      if (!seconds) return;
+      const Clock::time_point now = Clock::now();
+      seconds[i] += std::chrono::duration<double>(now - last).count();
+      last = now;
+    };
     for (size_t s = 0;;) {
       const int64_t ticket = workspace_.counter(1).value++;
       if (ticket >= plan_.tickets_) return;
       while (ticket >= stages[s].first_ticket + stages[s].items) s++;
       for (const int before : stages[s].after) wait(before);
+      lap(2 * s);
       execute(stages[s], ticket - stages[s].first_ticket, scratch);
+      lap(2 * s + 1);
       workspace_.counter(2 + s).value.fetch_add(1, std::memory_order_release);
     }
   }
 
+  std::vector<StageTime> times() const {
+    const auto& stages = plan_.stages_;
+    std::vector<StageTime> result;
+    for (const NetworkPlan::Stage& stage : stages) {
+      result.push_back({Work::kWait, plan_.packed_of(stage), 0});
+      result.push_back({stage.work, plan_.packed_of(stage), 0});
+    }
+    for (size_t i = 0; i < seconds_.size(); i++) result[i % result.size()].seconds += seconds_[i];
+    return result;
+  }
+
  private:
-  using Work = NetworkPlan::Work;
+  using Clock = std::chrono::steady_clock;
   using Value = NetworkPlan::Value;
   using Layer = NetworkPlan::Layer;
 
@@ -249,14 +272,16 @@ class NetworkRun {
   const Strided& output_;
   Workspace& workspace_;
   std::atomic<bool> finite_{true};
+  std::vector<double> seconds_;  // of a profiled run: [worker][stage][waiting, working]
 };
 
 bool NetworkPlan::run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
-                      const Strided& output, RunParallel parallel) const {
+                      const Strided& output, RunParallel parallel, std::vector<StageTime>* profile) const {
   std::unique_ptr<Workspace> workspace = pool_->take();
-  NetworkRun run(*this, packed, inputs, output, *workspace);
+  NetworkRun run(*this, packed, inputs, output, *workspace, profile != nullptr);
   parallel(request_.threads, [](void* context) { static_cast<NetworkRun*>(context)->work(); }, &run);
   pool_->put(std::move(workspace));
+  if (profile) *profile = run.times();
   return run.finite();
 }
 
