@@ -15,7 +15,7 @@ from parnet_kernels.config import layers
 if TYPE_CHECKING:
     from parnet_kernels.deployed import DeployedLayer, DeployedParNet
 
-STORAGES = ("auto", "f32", "compact")
+STORAGES = ("auto", "full", "rows", "compact")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Versions = tuple[tuple[int, int], ...]
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_nativ
 
 STRIDES = [("repvgg_sse", 1), ("downsample_se", 1), ("downsample_se", 2), ("fusion_se", 1), ("fusion_se", 2)]
 each_stride = pytest.mark.parametrize(("op", "stride"), STRIDES, ids=lambda v: str(v))
-each_storage = pytest.mark.parametrize("storage", ["f32", "compact"])
+each_storage = pytest.mark.parametrize("storage", ["full", "rows", "compact"])
 INFO = json.loads(torch.ops.parnet._cpu_info()) if _native.cpu_error is None else {"supported": []}
 
 
@@ -144,7 +144,7 @@ def test_threads_and_storage_do_not_change_a_bit(op: str, stride: int, dtype: to
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results += [cpu_sweep.run(op, args, options, storage) for storage in ("f32", "compact") for _ in range(2)]
+        results += [cpu_sweep.run(op, args, options, storage) for storage in ("full", "rows", "compact") for _ in range(2)]
     assert all(torch.equal(results[0], other) for other in results)
 
 
@@ -308,6 +308,6 @@ def test_compact_storage_is_smaller() -> None:
     args, _ = arguments("repvgg_sse", c=128)
     names = ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias")
     parameters = dict(zip(names, args[1:], strict=True))
-    full, compact = (cpu.pack("repvgg_sse", 1, "silu", parameters, storage).numel() for storage in ("f32", "compact"))
+    full, compact = (cpu.pack("repvgg_sse", 1, "silu", parameters, storage).numel() for storage in ("full", "compact"))
     assert full > 3.5 * compact
     assert compact < 1.1 * 4 * sum(p.numel() for p in args[1:] if p is not None)

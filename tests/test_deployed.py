@@ -186,7 +186,7 @@ def test_changes_of_weights_are_seen() -> None:
 def test_storage_trades_memory_for_time() -> None:
     _, deployed = pair(TINY["3 streams"])
     x = image((64, 64))
-    expected = deployed.prepare(storage="f32")(x)
+    expected = deployed.prepare(storage="full")(x)
     large = sum(w.numel() for w in deployed._native.prepare(deployed).weights)
     assert torch.equal(deployed.prepare(storage="compact")(x), expected)
     assert sum(w.numel() for w in deployed._native.prepare(deployed).weights) < large / 2

@@ -102,11 +102,17 @@ Tensor pack(const std::string& kind, int64_t stride, const Tensor& weight_in, co
                   "`skip_scale` and `skip_shift` go with repvgg_sse only");
   p.out_channels = outputs;
   p.weight_channels = channels;
-  STD_TORCH_CHECK(storage == "auto" || storage == "f32" || storage == "compact",
-                  "`storage` must be auto, f32 or compact, got ", storage);
-  p.storage = storage == "f32" || (storage == "auto" && parnet::cpu::prefers_full(outputs, channels))
-                  ? Storage::kFull
-                  : Storage::kCompact;
+  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
+  if (storage == "auto") {
+    p.storage = parnet::cpu::best_storage(outputs, channels, k.lanes);
+  } else if (storage == "full") {
+    p.storage = Storage::kFull;
+  } else if (storage == "rows") {
+    p.storage = Storage::kRows;
+  } else {
+    STD_TORCH_CHECK(storage == "compact", "`storage` must be auto, full, rows or compact, got ", storage);
+    p.storage = Storage::kCompact;
+  }
   const Tensor weight = as_float(weight_in), gate_weight = as_float(gate_weight_in);
   const std::optional<Tensor> bias = as_float(std::optional<Tensor>(bias_in)),
                               gate_bias = as_float(gate_bias_in), skip_scale = as_float(skip_scale_in),
@@ -121,7 +127,6 @@ Tensor pack(const std::string& kind, int64_t stride, const Tensor& weight_in, co
   p.out_scale = data(out_scale, "out_scale", outputs);
   p.out_shift = data(out_shift, "out_shift", outputs);
 
-  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   const parnet::cpu::PackedHeader header = parnet::cpu::plan_pack(p, k);
   Tensor packed = torch::stable::new_empty(weight, {header.total_bytes}, ScalarType::Byte);
   char* to = static_cast<char*>(packed.mutable_data_ptr());

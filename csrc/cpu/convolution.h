@@ -12,10 +12,15 @@ namespace {
 template <class Row, class Col>
 __attribute__((noinline)) void forward_tile(const float* from, int64_t row_pitch, float* v,
                                             const int32_t* offset) {
+  constexpr int kStep = Col::kStride * Col::kOut;
   Vec half[Row::kFreq][Col::kIn];
   PARNET_UNROLL for (int j = 0; j < Col::kIn; j++) {
     Vec d[Row::kIn], o[Row::kFreq];
-    PARNET_UNROLL for (int i = 0; i < Row::kIn; i++) d[i] = load(from + i * row_pitch + j * kLanes);
+    PARNET_UNROLL for (int i = 0; i < Row::kIn; i++) {
+      d[i] = load(from + i * row_pitch + j * kLanes);
+      // The next tile is most likely the one to the right.
+      if (j + kStep >= Col::kIn) prefetch(from + i * row_pitch + (j + kStep) * kLanes);
+    }
     Row::forward(d, o);
     PARNET_UNROLL for (int i = 0; i < Row::kFreq; i++) half[i][j] = o[i];
   }
@@ -83,8 +88,7 @@ void transform(const ConvArgs& a, const TileBlock& block, int first, int last, f
 
 // ---- Products of the panels [first, last): m is [panel][m_rows][kPanel].
 
-// Transformed weights are read from memory. Matrix by matrix over the panels, so that the rows of a matrix
-// stay in L1.
+// Transformed weights are read. Matrix by matrix over the panels, so that the rows of a matrix stay in L1.
 void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, int first, int last, float* m) {
   const PackedHeader& h = *a.packed;
   const int blocks = h.group_blocks;
@@ -92,57 +96,66 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
   const float* weights = section<float>(h, h.weight);
   for (int i = 0; i < table.num_uses; i++) {
     const MatrixUse& use = table.uses[i];
-    constexpr int total = kLanes * kPanel / 16;
-    const int lines = lines_per_block(total, use.panels);
-    const int fetching = least(use.panels, (total + lines - 1) / lines);
     for (int k = first; k < last; k++) {
       const float* w = weights + k * panel + use.slot * matrix;
       const float* next = k + 1 < last             ? w + panel
                           : i + 1 < table.num_uses ? weights + first * panel + table.uses[i + 1].slot * matrix
                                                    : weights + (last < h.panels ? last : first) * panel;
-      multiply_use<false>(use,
-                          v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
-                          a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel,
-                          blocks, next, lines, fetching);
+      multiply_use(use, choose_rows<false, Form::kTap, false>,
+                   v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
+                   a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel, blocks,
+                   next, fetch_step(kPanel, use.panels));
     }
   }
 }
 
-// Nine weights per channel are read from memory and expanded to `u`: for one row of slots and a.chunk_blocks
-// blocks of channels at a time, which stay in L1 until they are used.
-void multiply_compact(const ConvArgs& a, const TileTable& table, const float* v, int first, int last,
-                      float* m, float* u) {
+// Taps are read, three a channel for each row of slots, and weights made of them on the fly; with compact
+// storage, the three are first made of nine. A row of slots and a.chunk_blocks blocks of channels at a time:
+// their taps stay in L1 for all slots of the row.
+void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, int first, int last, float* m,
+                   float* u) {
   const PackedHeader& h = *a.packed;
-  const int blocks = h.group_blocks;
-  const int64_t panel = int64_t{blocks} * kLanes * 9 * kPanel;
+  const bool compact = h.storage == Storage::kCompact;
+  const int blocks = h.group_blocks, chunks = div_up(blocks, a.chunk_blocks);
+  const int64_t block = int64_t{compact ? 9 : 3} * kLanes * kPanel, row = blocks * block;
+  const int64_t panel = compact ? row : kSlots * row;
   const float* weights = section<float>(h, h.weight);
-  const int lines = lines_per_block(9 * kLanes * kPanel / 16, table.row_panels);
   for (int k = first; k < last; k++) {
     const float* vk = v + int64_t{k % h.groups} * blocks * kRowPitch;
     float* mk = m + int64_t{k - first} * table.m_rows * kPanel;
-    const float* next = weights + (k + 1 < h.panels ? k + 1 : k) * panel;
-    int64_t lines_left = panel / 16;
+    const float* wk = weights + k * panel;
+    const float* after = k + 1 < h.panels ? wk + panel : wk;
     for (int from = 0, to; from < table.num_uses; from = to) {
-      const int row = table.uses[from].slot / kSlots;
-      for (to = from; to < table.num_uses && table.uses[to].slot / kSlots == row;) to++;
-      for (int b = 0; b < blocks; b += a.chunk_blocks) {
-        const int count = least(a.chunk_blocks, blocks - b), channels = count * kLanes;
-        const int64_t slot_stride = int64_t{channels} * kPanel;
-        expand(weights + k * panel + int64_t{b} * kLanes * 9 * kPanel, channels, u, slot_stride, h.stride,
-               a.few_slots, row);
+      const int slot_row = table.uses[from].slot / kSlots;
+      int passes = 0;
+      for (to = from; to < table.num_uses && table.uses[to].slot / kSlots == slot_row; to++) {
+        passes += table.uses[to].panels;
+      }
+      for (int chunk = 0; chunk < chunks; chunk++) {
+        const int b = chunk * a.chunk_blocks, count = least(a.chunk_blocks, blocks - b);
+        const float* taps = wk + (compact ? 0 : slot_row * row) + b * block;
+        const float* next;  // what memory is asked for meanwhile: of compact taps, a share of the next panel
+        int64_t floats = count * block;
+        if (compact) {
+          next = after + (slot_row * row + b * block) / kSlots;
+          floats /= kSlots;
+          expand_rows(taps, count * kLanes, u, h.stride, slot_row);
+          taps = u;
+        } else {
+          next = b + count < blocks    ? taps + count * block
+                 : to < table.num_uses ? wk + table.uses[to].slot / kSlots * row
+                                       : after;
+        }
+        const int64_t step = fetch_step(floats, int64_t{passes} * count * kLanes);
         for (int i = from; i < to; i++) {
           const MatrixUse& use = table.uses[i];
-          const int fetching = lines_left >= int64_t{lines} * count * use.panels ? use.panels : 0;
-          const float* vb = vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch;
-          const float* w = u + use.slot % kSlots * slot_stride;
-          float* mb = mk + use.first_row * kPanel;
-          if (b == 0) {
-            multiply_use<false>(use, vb, a.panel_pitch, w, mb, count, next, lines, fetching);
-          } else {
-            multiply_use<true>(use, vb, a.panel_pitch, w, mb, count, next, lines, fetching);
-          }
-          next += int64_t{16} * lines * count * fetching;
-          lines_left -= int64_t{lines} * count * fetching;
+          const SlotForm form = kSlotForms[h.stride - 1][use.slot % kSlots];
+          const auto choose = [&](int rows) {
+            return chunk > 0 ? choose_taps<true>(form.form, rows) : choose_taps<false>(form.form, rows);
+          };
+          next = multiply_use(use, choose,
+                              vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch, a.panel_pitch,
+                              taps + form.tap * kPanel, mk + use.first_row * kPanel, count, next, step);
         }
       }
     }
@@ -185,7 +198,7 @@ void convolve(const ConvArgs& a, const TileBlock& block, const float* v, int fir
     if (a.packed->storage == Storage::kFull) {
       multiply_full(a, *block.table, v, k, end, m);
     } else {
-      multiply_compact(a, *block.table, v, k, end, m, u);
+      multiply_taps(a, *block.table, v, k, end, m, u);
     }
     finish(a, block, k, end, m);
   }

@@ -46,6 +46,7 @@ PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block
       if (Affine) v = fma(v, scale, shift);
       sum = sum + v;
       store_unaligned(y + j * pixel, v);
+      prefetch_to_write(y + (j + kTile) * pixel);  // of the next tile, most likely
     };
     if constexpr (Cols) {
       PARNET_UNROLL
@@ -77,6 +78,7 @@ void epilogue_dense(const ConvArgs& a, const Tile& tile, int panel, int half, in
       in.base + tile.image * in.image + out_block * in.block + tile.row * row + tile.col * kLanes;
   emit<Affine>(a, tile, out_block, [&](int i, int j) PARNET_INLINE_LAMBDA {
     const Vec conv = load(z[0] + (i * kTile + j) * kLanes);
+    if (Skip) prefetch(x + i * row + (j + kTile) * kLanes);
     return activate<SiLU>(Skip ? conv + fma(scale, load(x + i * row + j * kLanes), offset)
                                : fma(scale, conv, offset));
   });

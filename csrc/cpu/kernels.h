@@ -9,7 +9,7 @@ namespace parnet::cpu {
 namespace {
 
 constexpr Kernels table_of(const char* name) {
-  return {name, kLanes, kMaxRows, expand,       transform, convolve,
+  return {name, kLanes, kMaxRows, expand_rows, expand_columns, transform, convolve,
           gate, stem,   enter,    enter_planes, leave,     leave_means};
 }
 

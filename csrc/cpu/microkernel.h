@@ -2,19 +2,34 @@
 // output channels, 2*kMaxRows accumulators in registers over all input channels of the call.
 #pragma once
 #include "layer.h"
-#include "simd.h"
+#include "winograd.h"
 
 namespace parnet::cpu {
 namespace {
 
-// v: `panels` row panels [block][kMaxRows][kLanes], `panel_pitch` apart; w: [channel][kPanel]; m:
-// [row][kPanel]. `next` is what the caller reads next, `Prefetch` cache lines of it are fetched per block of
-// channels: the weights are used once per call and come from the outer caches, too late for the hardware
-// prefetcher at each change of matrix.
-template <int Rows, int Prefetch, bool Accumulate>
+PARNET_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Floats to fetch at each of `times` steps to have fetched `floats` in the end, at most a cache line a step.
+PARNET_INLINE int64_t fetch_step(int64_t floats, int64_t times) {
+  return least(int64_t{16}, div_up(floats, times));
+}
+
+// What is read for a channel: its weight, or the taps of a row of slots, to make the weight of one slot.
+template <bool Taps, Form F>
+PARNET_INLINE Vec read_weight(const float* w) {
+  if constexpr (!Taps || F == Form::kTap) return load(w);
+  return combine<F>(load(w), load(w + kPanel), load(w + 2 * kPanel));
+}
+
+// v: `panels` row panels [block][kMaxRows][kLanes], `panel_pitch` apart; w: [channel][kPanel] or, if
+// Taps, [channel][3][kPanel]; m: [row][kPanel]. Fetches what the caller reads next, `step` floats per channel and
+// row panel: weights come from the outer caches or from memory, and hardware does not foresee the changes of
+// matrix. A step is less than a cache line, so that the memory is asked at an even rate.
+template <bool Taps, Form F, bool Accumulate, int Rows>
 __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t panel_pitch,
                                              const float* __restrict w, float* __restrict m, int blocks,
-                                             int panels, const float* next) {
+                                             int panels, const float* next, int64_t step) {
+  constexpr int kUnroll = 4;
   for (int panel = 0; panel < panels; panel++, m += Rows * kPanel) {
     Vec low[Rows], high[Rows];
     PARNET_UNROLL for (int r = 0; r < Rows; r++) {
@@ -23,19 +38,20 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
     }
     const float* a = v + panel * panel_pitch;
     const float* b = w;
-    for (int block = 0; block < blocks; block++, a += kRowPitch, b += kLanes * kPanel) {
-      PARNET_UNROLL for (int c = 0; c < kLanes; c++) {
-        PARNET_UNROLL for (int i = c * Prefetch / kLanes; i < (c + 1) * Prefetch / kLanes; i++) {
-          prefetch(next + 16 * i);
-        }
-        const Vec b0 = load(b + c * kPanel), b1 = load(b + c * kPanel + kLanes);
-        PARNET_UNROLL for (int r = 0; r < Rows; r++) {
-          const Vec x = splat(a[r * kLanes + c]);
-          accumulate(low[r], x, b0);
-          accumulate(high[r], x, b1);
+    for (int block = 0; block < blocks; block++, a += kRowPitch - kLanes) {
+      for (int c = 0; c < kLanes; c += kUnroll, a += kUnroll) {
+        PARNET_UNROLL for (int i = 0; i < kUnroll; i++) {
+          prefetch(next);
+          next += step;
+          const Vec b0 = read_weight<Taps, F>(b), b1 = read_weight<Taps, F>(b + kLanes);
+          b += Taps ? 3 * kPanel : kPanel;
+          PARNET_UNROLL for (int r = 0; r < Rows; r++) {
+            const Vec x = splat(a[r * kLanes + i]);
+            accumulate(low[r], x, b0);
+            accumulate(high[r], x, b1);
+          }
         }
       }
-      next += 16 * Prefetch;
     }
     PARNET_UNROLL for (int r = 0; r < Rows; r++) {
       store(m + r * kPanel, low[r]);
@@ -44,62 +60,57 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
   }
 }
 
-typedef void (*MultiplyRows)(const float*, int64_t, const float*, float*, int, int, const float*);
+typedef void (*MultiplyRows)(const float*, int64_t, const float*, float*, int, int, const float*, int64_t);
 
-template <int Prefetch, bool Accumulate, int Rows = 1>
+template <bool Taps, Form F, bool Accumulate, int Rows = 1>
 MultiplyRows choose_rows(int rows) {
   if constexpr (Rows == kMaxRows) {
-    return multiply_rows<Rows, Prefetch, Accumulate>;
+    return multiply_rows<Taps, F, Accumulate, Rows>;
   } else {
-    return rows == Rows ? multiply_rows<Rows, Prefetch, Accumulate>
-                        : choose_rows<Prefetch, Accumulate, Rows + 1>(rows);
+    return rows == Rows ? multiply_rows<Taps, F, Accumulate, Rows>
+                        : choose_rows<Taps, F, Accumulate, Rows + 1>(rows);
   }
 }
 
 template <bool Accumulate>
-MultiplyRows choose(int rows, int lines) {
-  switch (lines) {
-    case 0:
-      return choose_rows<0, Accumulate>(rows);
-    case 1:
-      return choose_rows<1, Accumulate>(rows);
-    case 2:
-      return choose_rows<2, Accumulate>(rows);
-    case 4:
-      return choose_rows<4, Accumulate>(rows);
-    case 8:
-      return choose_rows<8, Accumulate>(rows);
-    default:
-      return choose_rows<kLanes, Accumulate>(rows);
+MultiplyRows choose_taps(Form form, int rows) {
+  switch (form) {
+    case Form::kTap:
+      return choose_rows<true, Form::kTap, Accumulate>(rows);
+    case Form::kPlus:
+      return choose_rows<true, Form::kPlus, Accumulate>(rows);
+    case Form::kMinus:
+      return choose_rows<true, Form::kMinus, Accumulate>(rows);
+    case Form::kPlusTwice:
+      return choose_rows<true, Form::kPlusTwice, Accumulate>(rows);
+    case Form::kMinusTwice:
+      return choose_rows<true, Form::kMinusTwice, Accumulate>(rows);
+    case Form::kSum:
+      return choose_rows<true, Form::kSum, Accumulate>(rows);
+    case Form::kDifference:
+      return choose_rows<true, Form::kDifference, Accumulate>(rows);
+    case Form::kSumTwice:
+      return choose_rows<true, Form::kSumTwice, Accumulate>(rows);
   }
+  return nullptr;
 }
 
-// Cache lines that each of `panels` calls fetches per block of channels, so that together they fetch `total`
-// or, of more than one line per channel, as much as they can.
-PARNET_INLINE int lines_per_block(int total, int panels) {
-  int lines = 1;
-  while (lines < kLanes && lines * panels < total) lines *= 2;
-  return lines;
-}
-
-// All rows that use one weight matrix. `lines` cache lines of `next` are fetched per block by the first
-// `fetching` row panels.
-template <bool Accumulate>
-PARNET_INLINE void multiply_use(const MatrixUse& use, const float* v, int64_t panel_pitch, const float* w,
-                                float* m, int blocks, const float* next, int lines, int fetching) {
+// All rows that use one weight matrix; choose(rows) gives the kernel. Returns how far `next` has come.
+template <class Choose>
+PARNET_INLINE const float* multiply_use(const MatrixUse& use, Choose choose, const float* v,
+                                        int64_t panel_pitch, const float* w, float* m, int blocks,
+                                        const float* next, int64_t step) {
   const int small = use.rows / use.panels, bigger = use.rows % use.panels;
-  for (int done = 0; done < use.panels;) {
-    const int size = done < bigger ? small + 1 : small;
-    int end = done < bigger ? bigger : use.panels;
-    const bool fetch = done < fetching;
-    if (fetch) end = least(end, fetching);
-    const int count = end - done;
-    choose<Accumulate>(size, fetch ? lines : 0)(v, panel_pitch, w, m, blocks, count, next);
-    v += count * panel_pitch;
-    m += count * size * kPanel;
-    next += fetch ? int64_t{16} * lines * blocks * count : 0;
-    done = end;
-  }
+  const auto run = [&](int rows, int panels) {
+    if (!panels) return;
+    choose(rows)(v, panel_pitch, w, m, blocks, panels, next, step);
+    v += panels * panel_pitch;
+    m += panels * rows * kPanel;
+    next += step * blocks * kLanes * panels;
+  };
+  run(small + 1, bigger);
+  run(small, use.panels - bigger);
+  return next;
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 namespace parnet::cpu {
 
 constexpr uint64_t kPackMagic = 0x31304b4341505450;  // "PTPACK01"
-constexpr int kPackVersion = 1;
+constexpr int kPackVersion = 2;
 
 // Contiguous float parameters in the layout of the public operators; null where absent.
 struct LayerParameters {
@@ -23,11 +23,18 @@ struct LayerParameters {
 // parallel(count, body) calls body(i) for i in [0, count), possibly on several threads.
 using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
-// Which storage "auto" means. Fully transformed weights are four times larger, but the whole ParNet-S ran 5
-// to 17 % faster with them (batch 1, one thread, AVX2 and AVX-512). Beyond this size of a layer, not
-// measured, memory is spared.
-inline bool prefers_full(int64_t out_channels, int64_t weight_channels) {
-  return out_channels * weight_channels * kWeightMatrices * 4 <= int64_t{192} << 20;
+// Values stored for the 9 of a kernel.
+inline int weights_per_channel(Storage s) {
+  return s == Storage::kFull ? kWeightMatrices : s == Storage::kRows ? kSlots * 3 : 9;
+}
+
+// Which storage "auto" means. Large layers are bound by reading their weights, where the processor has
+// AVX-512: at 14x14, half the bytes took 10 to 20 % less time on one thread and 30 % less on two (batch 1).
+// Elsewhere, and for maps of many tiles, making weights from taps costs more than it saves.
+inline Storage best_storage(int64_t out_channels, int64_t weight_channels, int lanes) {
+  const int64_t full_bytes = out_channels * weight_channels * kWeightMatrices * 4;
+  if (full_bytes > int64_t{192} << 20) return Storage::kCompact;  // memory is spared
+  return lanes == 16 && full_bytes > int64_t{8} << 20 ? Storage::kRows : Storage::kFull;
 }
 
 // The header alone: sizes and offsets.

@@ -10,8 +10,8 @@ namespace {
 // A block of about this many tiles: enough rows to use a weight matrix many times, while the products of a
 // panel (tiles * 36 * 64 bytes) and the rows of one matrix stay in L2.
 constexpr int kBlockTiles = 49;
-// Bytes of expanded weights, which should stay in L1.
-constexpr int64_t kExpandedBytes = 24 << 10;
+// Bytes of the taps of one row of slots, which should stay in L1 with as many of the next.
+constexpr int64_t kTapBytes = 24 << 10;
 // Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
 // more rows.
 constexpr int64_t kFewOutputs = 128;
@@ -86,7 +86,7 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   for (int slot = 0; slot < kWeightMatrices; slot++) {
     if (!rows[slot]) continue;
     use_of[slot] = table->uses.size();
-    const int count = row_panels(rows[slot], k);
+    const int count = g.storage == Storage::kFull ? row_panels(rows[slot], k) : div_up(rows[slot], k.max_rows);
     table->uses.push_back({slot, rows[slot], panels, m_rows, count});
     panels += count;
     m_rows += rows[slot];
@@ -111,7 +111,6 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
 
 TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_rows, int out_cols) {
   const int largest = images * out_rows * out_cols <= kFewOutputs ? 2 : 4;
-  few_slots = g.stride == 2 && largest == 2;
   const auto rows = segments(out_rows, g.stride, largest), cols = segments(out_cols, g.stride, largest);
   tiles_per_image = rows.size() * cols.size();
   for (int64_t image = 0; image < images; image++) {
@@ -155,11 +154,9 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
     }
   }
   m_floats *= 2;  // panels in flight
-  const int64_t block_bytes = int64_t{few_slots ? 4 : kSlots} * k.lanes * 2 * k.lanes * 4;
-  const int chunks =
-      std::max<int64_t>(1, (g.group_blocks * block_bytes + kExpandedBytes / 2) / kExpandedBytes);
-  chunk_blocks = div_up(g.group_blocks, chunks);
-  u_floats = g.storage == Storage::kCompact ? int64_t{kSlots} * chunk_blocks * k.lanes * 2 * k.lanes : 0;
+  const int64_t block_bytes = int64_t{3} * k.lanes * 2 * k.lanes * 4;
+  chunk_blocks = div_up(g.group_blocks, div_up(g.group_blocks * block_bytes, kTapBytes));
+  u_floats = g.storage == Storage::kCompact ? chunk_blocks * block_bytes / 4 : 0;
 }
 
 }  // namespace parnet::cpu

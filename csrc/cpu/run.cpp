@@ -207,7 +207,6 @@ class NetworkRun {
     a.offset = offsets(l);
     a.panel_pitch = l.tiles->panel_pitch;
     a.chunk_blocks = l.tiles->chunk_blocks;
-    a.few_slots = l.tiles->few_slots;
     return a;
   }
 

@@ -3,6 +3,7 @@
 // Each scheme turns kIn inputs into kFreq values; value i multiplies the weights of evaluation point
 // kSlot[i]; `inverse` turns the kFreq products into kOut outputs.
 #pragma once
+#include "layer.h"
 #include "simd.h"
 
 namespace parnet::cpu {
@@ -26,12 +27,14 @@ struct Winograd4 {
     o[4] = fma(-kQ, z, w);
     o[5] = d[1] + fma(-(kP2 + kQ2), d[3], d[5]);
   }
+  // With the normalisation of the points, 1 / (2 p^2 (p^2 - q^2)) and 1 / (2 q^2 (q^2 - p^2)).
   static PARNET_INLINE void inverse(const Vec* m, Vec* y) {
+    constexpr float np = 1 / (2 * kP2 * (kP2 - kQ2)), nq = 1 / (2 * kQ2 * (kQ2 - kP2));
     const Vec s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
-    y[0] = m[0] + s1 + s2;
-    y[1] = fma(kQ, d2, kP * d1);
-    y[2] = fma(kQ2, s2, kP2 * s1);
-    y[3] = fma(kQ3, d2, fma(kP3, d1, m[5]));
+    y[0] = fma(nq, s2, fma(np, s1, m[0]));
+    y[1] = fma(nq * kQ, d2, (np * kP) * d1);
+    y[2] = fma(nq * kQ2, s2, (np * kP2) * s1);
+    y[3] = fma(nq * kQ3, d2, fma(np * kP3, d1, (1 / kP2) * m[5]));
   }
 };
 
@@ -40,19 +43,15 @@ struct Winograd4 {
 struct Winograd2 {
   static constexpr int kStride = 1, kOut = 2, kIn = 4, kFreq = 4;
 
-  // Winograd4's weights carry the normalisation of five points; these rows carry the quotient to that of
-  // three.
   static PARNET_INLINE void forward(const Vec* d, Vec* o) {
-    constexpr float scale = kP2 - kQ2;
-    const Vec even = scale * d[2];
     o[0] = fma(-kQ2, d[2], d[0]);
-    o[1] = fma(scale * kP, d[1], even);
-    o[2] = fma(-scale * kP, d[1], even);
+    o[1] = fma(kP, d[1], d[2]);
+    o[2] = fma(-kP, d[1], d[2]);
     o[3] = fma(-kP2, d[1], d[3]);
   }
   static PARNET_INLINE void inverse(const Vec* m, Vec* y) {
     y[0] = m[0] + m[1] + m[2];
-    y[1] = fma(kP, m[1] - m[2], m[3]);
+    y[1] = fma(kP, m[1] - m[2], (1 / kP2) * m[3]);
   }
 };
 
@@ -106,71 +105,96 @@ struct Polyphase {
   }
 };
 
-// Three taps -> six slots.
-struct WinogradWeights {
-  static constexpr int kCount = 6, kSlot[] = {0, 1, 2, 3, 4, 5};
-  static PARNET_INLINE void apply(const Vec* g, Vec* o) {
-    constexpr float np = 1 / (2 * kP2 * (kP2 - kQ2)), nq = 1 / (2 * kQ2 * (kQ2 - kP2));
-    const Vec a = fma(np * kP2, g[2], np * g[0]), b = fma(nq * kQ2, g[2], nq * g[0]);
-    o[0] = g[0];
-    o[1] = fma(np * kP, g[1], a);
-    o[2] = fma(-np * kP, g[1], a);
-    o[3] = fma(nq * kQ, g[1], b);
-    o[4] = fma(-nq * kQ, g[1], b);
-    o[5] = g[2];
-  }
-};
-struct PolyphaseWeights {
-  static constexpr int kCount = 6, kSlot[] = {0, 1, 2, 3, 4, 5};
-  static PARNET_INLINE void apply(const Vec* g, Vec* o) {
-    o[0] = g[0], o[1] = g[0] + g[2], o[2] = g[0] - g[2], o[3] = fma(2.f, g[2], g[0]), o[4] = g[2],
-    o[5] = g[1];
-  }
-};
-// The slots 0, 1, 4, 5 that Polyphase<1> and Polyphase<2> use.
-struct PolyphaseFewWeights {
-  static constexpr int kCount = 4, kSlot[] = {0, 1, 4, 5};
-  static PARNET_INLINE void apply(const Vec* g, Vec* o) {
-    o[0] = g[0], o[1] = g[0] + g[2], o[2] = g[2], o[3] = g[1];
-  }
-};
+// Weights. Along one axis, the three taps scaled by kTapScale make the value at a slot by additions alone:
+// processors with adders beside their multipliers do that between the products at no cost.
+enum class Form { kTap, kPlus, kMinus, kPlusTwice, kMinusTwice, kSum, kDifference, kSumTwice };
 
-// 3x3 weights of one panel, [channel][9][kPanel], to the slots of one row: [column slot][channel][kPanel].
-template <class Scheme, int Row>
-void expand_row(const float* compact, int channels, float* full, int64_t slot_stride) {
-  constexpr int count = Scheme::kCount;
-  for (int c = 0; c < channels; c++, compact += 9 * kPanel, full += kPanel) {
-    PARNET_UNROLL
-    for (int half = 0; half < kPanel; half += kLanes) {
-      Vec row[3], o[count];
-      PARNET_UNROLL
-      for (int col = 0; col < 3; col++) {
-        Vec g[3];
-        PARNET_UNROLL
-        for (int tap = 0; tap < 3; tap++) g[tap] = load(compact + (3 * tap + col) * kPanel + half);
-        Scheme::apply(g, o);
-        row[col] = o[Row];
+template <Form F>
+PARNET_INLINE Vec combine(Vec t0, Vec t1, Vec t2) {
+  switch (F) {
+    case Form::kTap:
+      return t0;
+    case Form::kPlus:
+      return (t0 + t2) + t1;
+    case Form::kMinus:
+      return (t0 + t2) - t1;
+    case Form::kPlusTwice: {
+      const Vec half = (t2 + t2) + t1;
+      return t0 + (half + half);
+    }
+    case Form::kMinusTwice: {
+      const Vec half = (t2 + t2) - t1;
+      return t0 + (half + half);
+    }
+    case Form::kSum:
+      return t0 + t2;
+    case Form::kDifference:
+      return t0 - t2;
+    case Form::kSumTwice:
+      return t0 + (t2 + t2);
+  }
+}
+
+// [stride - 1][slot]; `tap` is the one that kTap copies.
+struct SlotForm {
+  Form form;
+  int tap;
+};
+constexpr SlotForm kSlotForms[2][kSlots] = {{{Form::kTap, 0},
+                                             {Form::kPlus, 0},
+                                             {Form::kMinus, 0},
+                                             {Form::kPlusTwice, 0},
+                                             {Form::kMinusTwice, 0},
+                                             {Form::kTap, 2}},
+                                            {{Form::kTap, 0},
+                                             {Form::kSum, 0},
+                                             {Form::kDifference, 0},
+                                             {Form::kSumTwice, 0},
+                                             {Form::kTap, 2},
+                                             {Form::kTap, 1}}};
+
+// `taps` holds three vectors, `pitch` floats apart.
+template <int Stride, int Slot>
+PARNET_INLINE Vec value_at(const float* taps, int pitch) {
+  constexpr SlotForm slot = kSlotForms[Stride - 1][Slot];
+  const float* t = taps + slot.tap * pitch;
+  if constexpr (slot.form == Form::kTap) return load(t);
+  return combine<slot.form>(load(t), load(t + pitch), load(t + 2 * pitch));
+}
+
+// Scaled taps of one panel, [channel][tap row][tap column][kPanel], to one row of slots: [channel][tap
+// column][kPanel].
+template <int Stride, int Row = 0>
+void expand_rows(const float* taps, int channels, float* rows, int row) {
+  if constexpr (Row < kSlots) {
+    if (row != Row) return expand_rows<Stride, Row + 1>(taps, channels, rows, row);
+    for (int c = 0; c < channels; c++, taps += 9 * kPanel, rows += 3 * kPanel) {
+      PARNET_UNROLL for (int i = 0; i < 3 * kPanel; i += kLanes) {
+        store(rows + i, value_at<Stride, Row>(taps + i, 3 * kPanel));
       }
-      Scheme::apply(row, o);
-      PARNET_UNROLL
-      for (int j = 0; j < count; j++) store(full + Scheme::kSlot[j] * slot_stride + half, o[j]);
     }
   }
 }
 
-template <class Scheme, int Index = 0>
-void expand_slot(const float* compact, int channels, float* full, int64_t slot_stride, int row) {
-  if constexpr (Index < Scheme::kCount) {
-    if (row == Scheme::kSlot[Index]) return expand_row<Scheme, Index>(compact, channels, full, slot_stride);
-    expand_slot<Scheme, Index + 1>(compact, channels, full, slot_stride, row);
+// One row of slots to all slots of the row, [slot][channel][kPanel].
+template <int Stride, int Slot = 0>
+void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride) {
+  if constexpr (Slot < kSlots) {
+    for (int c = 0; c < channels; c++) {
+      PARNET_UNROLL for (int i = 0; i < kPanel; i += kLanes) {
+        store(full + c * kPanel + i, value_at<Stride, Slot>(rows + c * 3 * kPanel + i, kPanel));
+      }
+    }
+    expand_columns<Stride, Slot + 1>(rows, channels, full + slot_stride, slot_stride);
   }
 }
 
-void expand(const float* compact, int channels, float* full, int64_t slot_stride, int stride, int few_slots,
-            int row) {
-  if (stride == 1) return expand_slot<WinogradWeights>(compact, channels, full, slot_stride, row);
-  if (few_slots) return expand_slot<PolyphaseFewWeights>(compact, channels, full, slot_stride, row);
-  expand_slot<PolyphaseWeights>(compact, channels, full, slot_stride, row);
+void expand_rows(const float* taps, int channels, float* rows, int stride, int row) {
+  stride == 1 ? expand_rows<1>(taps, channels, rows, row) : expand_rows<2>(taps, channels, rows, row);
+}
+void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride, int stride) {
+  stride == 1 ? expand_columns<1>(rows, channels, full, slot_stride)
+              : expand_columns<2>(rows, channels, full, slot_stride);
 }
 
 }  // namespace
