@@ -66,7 +66,7 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
 
 
 def pack(op: str, stride: int, activation: str, parameters: Parameters, storage: str = "auto") -> Tensor:
-    """The packed form of one layer; `storage` "f32" is faster from cache, "compact" a quarter of the size."""
+    """The packed form of one layer; `storage` see `DeployedParNet.prepare`."""
     arguments = {**_OPTIONAL, **parameters}
     return torch.ops.parnet._cpu_pack(op, stride, **arguments, activation=activation, storage=storage)
 

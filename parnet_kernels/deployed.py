@@ -189,8 +189,10 @@ class DeployedParNet(nn.Module):
     def prepare(self, storage: str | None = None) -> DeployedParNet:
         """Packs the weights for the native CPU kernels now, not at the first call; returns itself.
 
-        storage: "f32" keeps 36 transformed values for the 9 of a kernel, "compact" the 9, transformed at each call: a
-        quarter of the memory, slower, the same bits. "auto", the start: "f32" up to 192 MB a layer. None: as before.
+        storage: of the 9 values of a kernel, "full" keeps the 36 transformed ones, "rows" 18, "compact" 9; the rest is
+        made at each call. The result has the same bits; less memory takes more time, but for large layers bound by
+        reading it. "auto", the start: "full"; with AVX-512, "rows" from 240 × 240 channels on; "compact" from
+        1200 × 1200 on. None: as before.
 
         Raises:
             ValueError: for another storage.

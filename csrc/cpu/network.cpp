@@ -97,7 +97,7 @@ void NetworkPlan::reserve_activation(Value& v, std::vector<int>& after) {
   const int64_t rows = v.shape[2] + 2 + v.shape[2] % 2, cols = v.shape[3] + 2 + v.shape[3] % 2;
   const int lanes = kernels_.lanes;
   v.view = {nullptr, v.blocks * rows * cols * lanes, rows * cols * lanes, cols * lanes, lanes};
-  for (size_t i = 0; i < idle_values_.size(); i++) {
+  for (size_t i = idle_values_.size(); i-- > 0;) {  // the last one is most likely still in cache
     Value& dead = values_[idle_values_[i]];
     if (dead.shape == v.shape) {
       v.start = dead.start;
@@ -194,20 +194,25 @@ void NetworkPlan::plan_tiles() {
         l.tiles = layers_[j].tiles;
       }
     }
-    if (!l.tiles) l.tiles = std::make_shared<TilePlan>(g, kernels_, shape[0], shape[2], shape[3]);
+    if (!l.tiles) {
+      l.tiles = std::make_shared<TilePlan>(g, kernels_, shape[0], shape[2], shape[3], request_.threads);
+    }
     const int64_t blocks = l.tiles->blocks.size(), refs = int64_t{g.groups} * g.group_blocks;
     const int64_t shared = blocks * l.tiles->v_floats;
-    l.panels_per_item = g.panels;
-    // With a block or more for each thread, an item is a block and transforms its own inputs, into memory
-    // that stays in the thread's cache. Else the items split the panels and share the transformed inputs.
-    if (request_.threads == 1 || blocks >= 2 * request_.threads || shared * 4 > kSharedBytes) {
+    const int threads = request_.threads;
+    // With enough blocks for all threads, an item is a block. Else it is some panels of a block.
+    const bool whole = blocks % threads == 0 || blocks >= 2 * threads;
+    const bool fine = g.groups == 1 && blocks * g.panels < 32 * threads;
+    l.panels_per_item = whole ? g.panels : fine ? 1 : std::min(2, g.panels);
+    // A thread transforms the inputs of a block itself, into memory that stays in its cache. If several
+    // threads use them, they share the work, but for two threads and a small part of the work (stride 1): to
+    // repeat it costs less than to read half of the values from the other's cache.
+    if (whole || (threads == 2 && g.stride == 1) || shared * 4 > kSharedBytes) {
       v_scratch_ = std::max(v_scratch_, l.tiles->v_floats);
     } else {
       l.v_region = i % kRegions;
       region = std::max(region, shared);
-      l.transform_items = std::clamp<int64_t>(div_up(8 * request_.threads, blocks), 1, refs);
-      const bool fine = g.groups == 1 && blocks * g.panels < 32 * request_.threads;
-      l.panels_per_item = fine ? 1 : std::min(2, g.panels);
+      l.transform_items = std::clamp<int64_t>(div_up(8 * threads, blocks), 1, refs);
     }
     m_scratch_ = std::max(m_scratch_, l.tiles->m_floats);
     u_scratch_ = std::max(u_scratch_, l.tiles->u_floats);

@@ -10,6 +10,9 @@ namespace {
 // A block of about this many tiles: enough rows to use a weight matrix many times, while the products of a
 // panel (tiles * 36 * 64 bytes) and the rows of one matrix stay in L2.
 constexpr int kBlockTiles = 49;
+// With this many tiles or more for each thread, threads share the tiles of a layer rather than its panels:
+// they read weights twice, but no transformed inputs out of another processor's cache.
+constexpr int kFewTiles = 20;
 // Bytes of the taps of one row of slots, which should stay in L1 with as many of the next.
 constexpr int64_t kTapBytes = 24 << 10;
 // Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
@@ -109,7 +112,8 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   return &tables_.back()->view;
 }
 
-TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_rows, int out_cols) {
+TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_rows, int out_cols,
+                   int threads) {
   const int largest = images * out_rows * out_cols <= kFewOutputs ? 2 : 4;
   const auto rows = segments(out_rows, g.stride, largest), cols = segments(out_cols, g.stride, largest);
   tiles_per_image = rows.size() * cols.size();
@@ -127,12 +131,13 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
   panel_pitch = int64_t{g.groups} * g.group_blocks * k.max_rows * k.lanes + 16;
   // Blocks do not straddle images unless several images fit into one.
   const int whole = std::max(1, kBlockTiles / tiles_per_image);
-  const int unit = whole * tiles_per_image;
+  const int unit = whole * tiles_per_image, units = div_up(tiles.size(), unit);
   v_floats = m_floats = 0;
   const TileBlock* previous = nullptr;
   blocks.reserve(tiles.size());
   for (int64_t start = 0; start < static_cast<int64_t>(tiles.size()); start += unit) {
-    const int count = std::min<int64_t>(unit, tiles.size() - start), parts = div_up(count, kBlockTiles);
+    const int count = std::min<int64_t>(unit, tiles.size() - start);
+    const int parts = std::max(div_up(count, kBlockTiles), std::min(div_up(threads, units), count / kFewTiles));
     for (int part = 0, at = 0; part < parts; part++) {
       const int size = count / parts + (part < count % parts);
       const Tile* first = &tiles[start + at];

@@ -27,7 +27,7 @@ struct TilePlan {
   int32_t chunk_blocks;
   int32_t tiles_per_image;
 
-  TilePlan(const Geometry&, const Kernels&, int64_t images, int out_rows, int out_cols);
+  TilePlan(const Geometry&, const Kernels&, int64_t images, int out_rows, int out_cols, int threads);
   TilePlan(const TilePlan&) = delete;
 
  private:

@@ -40,7 +40,7 @@ class NetworkRun {
 
   void work() {
     const int worker = workspace_.counter(0).value++;
-    float* scratch = workspace_.at(plan_.scratch_ + worker * plan_.scratch_floats_);
+    Scratch scratch{workspace_.at(plan_.scratch_ + worker * plan_.scratch_floats_)};
     const auto& stages = plan_.stages_;
     double* seconds = seconds_.empty() ? nullptr : seconds_.data() + worker * stages.size() * 2;
     Clock::time_point last = Clock::now();
@@ -77,6 +77,12 @@ class NetworkRun {
   using Clock = std::chrono::steady_clock;
   using Value = NetworkPlan::Value;
   using Layer = NetworkPlan::Layer;
+  // Of one thread: transformed inputs, products, weights, means.
+  struct Scratch {
+    float* v;
+    const Layer* layer = nullptr;  // whose transformed inputs it holds, of which block
+    int64_t block = -1;
+  };
 
   void wait(int stage) {
     const auto& done = workspace_.counter(2 + stage).value;
@@ -102,8 +108,8 @@ class NetworkRun {
     return scales(l) + plan_.values_[l.input].shape[0] * packed_of(l).panels * 2 * plan_.kernels_.lanes;
   }
 
-  void execute(const NetworkPlan::Stage& stage, int64_t item, float* scratch) {
-    float* m = scratch + plan_.v_scratch_;
+  void execute(const NetworkPlan::Stage& stage, int64_t item, Scratch& scratch) {
+    float* m = scratch.v + plan_.v_scratch_;
     float* u = m + plan_.m_scratch_;
     float* means = u + plan_.u_scratch_;
     switch (stage.work) {
@@ -221,16 +227,16 @@ class NetworkRun {
                              shared_v(l, blocks.image));
   }
 
-  void convolve(const Layer& l, int64_t item, float* v, float* m, float* u) {
+  void convolve(const Layer& l, int64_t item, Scratch& scratch, float* m, float* u) {
     const ConvArgs a = conv_args(l);
     const int64_t items = (a.packed->panels + l.panels_per_item - 1) / l.panels_per_item;
     const int64_t block = item / items, first = item % items * l.panels_per_item;
     const int last = std::min<int64_t>(first + l.panels_per_item, a.packed->panels);
     const TileBlock& tiles = l.tiles->blocks[block];
-    if (l.v_region >= 0) {
-      v = shared_v(l, block);
-    } else {
-      plan_.kernels_.transform(a, tiles, 0, a.packed->groups * a.packed->group_blocks, v);
+    const float* v = l.v_region >= 0 ? shared_v(l, block) : scratch.v;
+    if (l.v_region < 0 && (scratch.layer != &l || scratch.block != block)) {
+      scratch.layer = &l, scratch.block = block;
+      plan_.kernels_.transform(a, tiles, 0, a.packed->groups * a.packed->group_blocks, scratch.v);
     }
     plan_.kernels_.convolve(a, tiles, v, first, last, m, u);
   }
