@@ -88,10 +88,15 @@ void transform(const ConvArgs& a, const TileBlock& block, int first, int last, f
 
 // ---- Products of the panels [first, last): m is [panel][m_rows][kPanel].
 
+// Of one group: the padding of the last block of channels is not multiplied.
+PARNET_INLINE int group_channels(const PackedHeader& h) {
+  return h.groups == 1 ? div_up(h.in_channels, kUnroll) * kUnroll : h.group_blocks * kLanes;
+}
+
 // Transformed weights are read. Matrix by matrix over the panels, so that the rows of a matrix stay in L1.
 void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, int first, int last, float* m) {
   const PackedHeader& h = *a.packed;
-  const int blocks = h.group_blocks;
+  const int blocks = h.group_blocks, channels = group_channels(h);
   const int64_t matrix = int64_t{blocks} * kLanes * kPanel, panel = matrix * kWeightMatrices;
   const float* weights = section<float>(h, h.weight);
   for (int i = 0; i < table.num_uses; i++) {
@@ -103,7 +108,7 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
                                                    : weights + (last < h.panels ? last : first) * panel;
       multiply_use(use, choose_rows<false, Form::kTap, false>,
                    v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
-                   a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel, blocks,
+                   a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel, channels,
                    next, fetch_step(kPanel, use.panels));
     }
   }
@@ -133,20 +138,21 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
       }
       for (int chunk = 0; chunk < chunks; chunk++) {
         const int b = chunk * a.chunk_blocks, count = least(a.chunk_blocks, blocks - b);
+        const int channels = least(count * kLanes, group_channels(h) - b * kLanes);
         const float* taps = wk + (compact ? 0 : slot_row * row) + b * block;
         const float* next;  // what memory is asked for meanwhile: of compact taps, a share of the next panel
         int64_t floats = count * block;
         if (compact) {
           next = after + (slot_row * row + b * block) / kSlots;
           floats /= kSlots;
-          expand_rows(taps, count * kLanes, u, h.stride, slot_row);
+          expand_rows(taps, channels, u, h.stride, slot_row);
           taps = u;
         } else {
           next = b + count < blocks    ? taps + count * block
                  : to < table.num_uses ? wk + table.uses[to].slot / kSlots * row
                                        : after;
         }
-        const int64_t step = fetch_step(floats, int64_t{passes} * count * kLanes);
+        const int64_t step = fetch_step(floats, int64_t{passes} * channels);
         for (int i = from; i < to; i++) {
           const MatrixUse& use = table.uses[i];
           const SlotForm form = kSlotForms[h.stride - 1][use.slot % kSlots];
@@ -155,7 +161,7 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
           };
           next = multiply_use(use, choose,
                               vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch, a.panel_pitch,
-                              taps + form.tap * kPanel, mk + use.first_row * kPanel, count, next, step);
+                              taps + form.tap * kPanel, mk + use.first_row * kPanel, channels, next, step);
         }
       }
     }

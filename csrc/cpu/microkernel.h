@@ -22,14 +22,14 @@ PARNET_INLINE Vec read_weight(const float* w) {
 }
 
 // v: `panels` row panels [block][kMaxRows][kLanes], `panel_pitch` apart; w: [channel][kPanel] or, if
-// Taps, [channel][3][kPanel]; m: [row][kPanel]. Fetches what the caller reads next, `step` floats per channel and
+// Taps, [channel][3][kPanel]; m: [row][kPanel]. `channels` is a multiple of kUnroll. Fetches what the caller reads next, `step` floats per channel and
 // row panel: weights come from the outer caches or from memory, and hardware does not foresee the changes of
 // matrix. A step is less than a cache line, so that the memory is asked at an even rate.
+constexpr int kUnroll = 4;  // channels; kLanes is a multiple
 template <bool Taps, Form F, bool Accumulate, int Rows>
 __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t panel_pitch,
-                                             const float* __restrict w, float* __restrict m, int blocks,
+                                             const float* __restrict w, float* __restrict m, int channels,
                                              int panels, const float* next, int64_t step) {
-  constexpr int kUnroll = 4;
   for (int panel = 0; panel < panels; panel++, m += Rows * kPanel) {
     Vec low[Rows], high[Rows];
     PARNET_UNROLL for (int r = 0; r < Rows; r++) {
@@ -38,15 +38,16 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
     }
     const float* a = v + panel * panel_pitch;
     const float* b = w;
-    for (int block = 0; block < blocks; block++, a += kRowPitch - kLanes) {
-      for (int c = 0; c < kLanes; c += kUnroll, a += kUnroll) {
+    for (int left = channels; left > 0; left -= kLanes, a += kRowPitch) {
+      const int lanes = least(left, kLanes);
+      for (int c = 0; c < lanes; c += kUnroll) {
         PARNET_UNROLL for (int i = 0; i < kUnroll; i++) {
           prefetch(next);
           next += step;
           const Vec b0 = read_weight<Taps, F>(b), b1 = read_weight<Taps, F>(b + kLanes);
           b += Taps ? 3 * kPanel : kPanel;
           PARNET_UNROLL for (int r = 0; r < Rows; r++) {
-            const Vec x = splat(a[r * kLanes + i]);
+            const Vec x = splat(a[r * kLanes + c + i]);
             accumulate(low[r], x, b0);
             accumulate(high[r], x, b1);
           }
@@ -98,15 +99,15 @@ MultiplyRows choose_taps(Form form, int rows) {
 // All rows that use one weight matrix; choose(rows) gives the kernel. Returns how far `next` has come.
 template <class Choose>
 PARNET_INLINE const float* multiply_use(const MatrixUse& use, Choose choose, const float* v,
-                                        int64_t panel_pitch, const float* w, float* m, int blocks,
+                                        int64_t panel_pitch, const float* w, float* m, int channels,
                                         const float* next, int64_t step) {
   const int small = use.rows / use.panels, bigger = use.rows % use.panels;
   const auto run = [&](int rows, int panels) {
     if (!panels) return;
-    choose(rows)(v, panel_pitch, w, m, blocks, panels, next, step);
+    choose(rows)(v, panel_pitch, w, m, channels, panels, next, step);
     v += panels * panel_pitch;
     m += panels * rows * kPanel;
-    next += step * blocks * kLanes * panels;
+    next += step * channels * panels;
   };
   run(small + 1, bigger);
   run(small, use.panels - bigger);
