@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from parnet_kernels import _native, ops
 from parnet_kernels.checks import is_channels_last
@@ -23,6 +25,7 @@ _Versions = tuple[tuple[int, int], ...]
 class _Packed(NamedTuple):
     versions: _Versions
     weights: list[Tensor]
+    classifier: Tensor | None
     program: list[int]  # four numbers a layer: index in `weights`, input slots (second: −1 if none), output slot
 
 
@@ -77,7 +80,7 @@ class CpuNetwork:
     def prepare(self, network: DeployedParNet) -> _Packed:
         """Packs the weights if they are not, or have changed since."""
         modules = network.operators()
-        versions = _versions(modules)
+        versions = _versions([*modules, network])
         packed = self._packed
         if packed is None or packed.versions != versions:
             with self._lock:
@@ -103,17 +106,25 @@ class CpuNetwork:
             slots[layer.name] = index + 1
             inputs = [slots[name] for name in layer.inputs]
             program += [index, inputs[0], inputs[1] if len(inputs) == 2 else -1, index + 1]
-        return _Packed(versions, weights, program)
+        classifier = None
+        if network.num_classes and not network.config.pointwise_head:
+            classifier = torch.ops.parnet._cpu_pack_classifier(network.head_weight, network.head_bias)
+        return _Packed(versions, weights, classifier, program)
 
-    def run(self, network: DeployedParNet, x: Tensor, pooled: bool) -> Tensor:
-        """The last map, or its channel means [N, P] if `pooled`."""
+    def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor:
+        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
         packed = self.prepare(network)
+        arguments = x, packed.weights, packed.program
+        last = is_channels_last(x)
         if not network.config.pointwise_head:
-            return torch.ops.parnet._cpu_network(x, packed.weights, packed.program, pooled, is_channels_last(x))
-        features = torch.ops.parnet._cpu_network(x, packed.weights, packed.program, False, is_channels_last(x))
-        features = network.layers["combine_3"](features)
-        return features.mean((2, 3)) if pooled else features
+            classifier = packed.classifier if result == "logits" else None
+            return torch.ops.parnet._cpu_network(*arguments, result != "features", last, classifier)
+        features = network.layers["combine_3"](torch.ops.parnet._cpu_network(*arguments, False, last))
+        if result == "features":
+            return features
+        pooled = features.mean((2, 3))
+        return pooled if result == "pooled" else F.linear(pooled, network.head_weight, network.head_bias)
 
 
-def _versions(modules: list[DeployedLayer]) -> _Versions:
+def _versions(modules: Iterable[nn.Module]) -> _Versions:
     return tuple((id(b), b._version) for m in modules for b in m._buffers.values() if b is not None)

@@ -148,11 +148,11 @@ class DeployedParNet(nn.Module):
         """The layers by depth; those of one level are independent of each other."""
         return levels(self.config)
 
-    def _features(self, x: Tensor, pooled: bool) -> Tensor:
-        if self._native.why_not(self, x) is None:
-            return self._native.run(self, x, pooled)
-        if self._cuda_network.why_not(self, x) is None:
-            return self._cuda_network.run(self, x, "pooled" if pooled else "features")
+    def _run(self, x: Tensor, result: str) -> Tensor:
+        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
+        for whole in (self._native, self._cuda_network):
+            if whole.why_not(self, x) is None:
+                return whole.run(self, x, result)
         made = {"image": x}
         graph = layers(self.config)
         for index, layer in enumerate(graph):
@@ -166,17 +166,17 @@ class DeployedParNet(nn.Module):
             needed = {name for later in graph[index + 1 :] for name in later.inputs} | {layer.name}
             made = {name: value for name, value in made.items() if name in needed}
         features = made[graph[-1].name]
-        return features.mean((2, 3)) if pooled else features
+        if result == "features":
+            return features
+        pooled = features.mean((2, 3))
+        return pooled if result == "pooled" else F.linear(pooled, self.head_weight, self.head_bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, [N, P, ⌈H/32⌉, ⌈W/32⌉] in the ImageNet variants."""
-        return self._features(x, pooled=False)
+        return self._run(x, "features")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.num_classes and self._cuda_network.why_not(self, x) is None:
-            return self._cuda_network.run(self, x, "logits")
-        pooled = self._features(x, pooled=True)
-        return F.linear(pooled, self.head_weight, self.head_bias) if self.num_classes else pooled
+        return self._run(x, "logits" if self.num_classes else "pooled")
 
     def capture(self, x: Tensor) -> CapturedNetwork:
         """The whole network as one CUDA graph for images like `x`: see `CapturedNetwork`.

@@ -10,6 +10,7 @@ from pathlib import Path
 import cpu_sweep
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import OPERATORS, arguments, to
 from oracle import error
 
@@ -139,12 +140,17 @@ def test_activation_of_large_values(activation: str) -> None:
 
 @each_stride
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_threads_and_storage_do_not_change_a_bit(op: str, stride: int, dtype: torch.dtype) -> None:
-    args, options = arguments(op, n=2, c=40, k=72, size=(30, 29), stride=stride, dtype=dtype)
+@pytest.mark.parametrize(("n", "size"), [(2, (30, 29)), (1, (28, 28)), (1, (14, 14))], ids=str)
+def test_threads_and_storage_do_not_change_a_bit(
+    op: str, stride: int, dtype: torch.dtype, n: int, size: tuple[int, int]
+) -> None:
+    size = (stride * size[0], stride * size[1])
+    args, options = arguments(op, n, c=40, k=72, size=size, stride=stride, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results += [cpu_sweep.run(op, args, options, storage) for storage in ("full", "rows", "compact") for _ in range(2)]
+        for storage in ("full", "rows", "compact"):
+            results += [cpu_sweep.run(op, args, options, storage) for _ in range(2)]
     assert all(torch.equal(results[0], other) for other in results)
 
 
@@ -230,6 +236,34 @@ def test_network(size: tuple[int, int], n: int, stem: int) -> None:
     assert torch.equal(last, network(x))
 
 
+@pytest.mark.parametrize("classes", [1, 10, 67])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_network_with_classifier(classes: int, dtype: torch.dtype, bias: bool) -> None:
+    network, x = Chain((12, 19, 36)), torch.randn(3, 3, 32, 40).to(dtype)
+    weight = torch.randn(classes, 19).to(dtype)
+    offset = torch.randn(classes).to(dtype) if bias else None
+    packed = torch.ops.parnet._cpu_pack_classifier(weight, offset)
+    found = torch.ops.parnet._cpu_network(x, network.packed, network.program, True, False, packed)
+    wide = offset.double() if bias else None
+    expected = F.linear(network.expected(x.float()).mean((2, 3)), weight.double(), wide)
+    assert found.dtype == dtype
+    assert error(found, expected) <= (5e-6 if dtype == torch.float32 else 4e-3)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        again = torch.ops.parnet._cpu_network(x, network.packed, network.program, True, False, packed)
+        assert torch.equal(again, found)
+
+
+def test_profile_of_a_network() -> None:
+    network, x = Chain(), torch.randn(2, 3, 64, 64)
+    rows = torch.ops.parnet._cpu_profile(x, network.packed, network.program, True, False)
+    assert rows.dtype == torch.float64
+    assert rows[:, 1].unique().tolist() == [-1, *range(len(network.packed))]
+    assert (rows[:, 2] >= 0).all()
+    assert rows[:, 2].sum() > 0
+
+
 def test_network_whole_blocks_are_stored_directly() -> None:
     network = Chain((16, 16, 32))
     x = torch.randn(2, 3, 40, 24)
@@ -287,6 +321,13 @@ def test_bad_programs() -> None:
     for text, program in bad.items():
         with pytest.raises(RuntimeError, match=text):
             torch.ops.parnet._cpu_network(x, network.packed, program, False, False)
+    classifier = torch.ops.parnet._cpu_pack_classifier(torch.randn(10, 21), None)
+    with pytest.raises(RuntimeError, match="takes 21 channel means, got 20"):
+        torch.ops.parnet._cpu_network(x, network.packed, network.program, True, False, classifier)
+    with pytest.raises(RuntimeError, match="classifier"):
+        torch.ops.parnet._cpu_network(x, network.packed, network.program, True, False, network.packed[0])
+    with pytest.raises(RuntimeError, match="classifier"):
+        torch.ops.parnet._cpu_network(x, [classifier], [0, 0, -1, 1], False, False)
 
 
 def test_packed_weights_are_checked() -> None:

@@ -66,6 +66,17 @@ const float* data(const std::optional<Tensor>& x, const char* name, int64_t coun
   return static_cast<const float*>(x->const_data_ptr());
 }
 
+Tensor zeroed_bytes(const Tensor& like, int64_t bytes) {
+  Tensor result = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  char* to = static_cast<char*>(result.mutable_data_ptr());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % 64 == 0, "the allocator must align to 64 bytes");
+  parnet::cpu::advise_huge_pages(to, bytes);
+  constexpr int64_t kChunk = 1 << 20;
+  parallel_items((bytes + kChunk - 1) / kChunk,
+                 [&](int64_t i) { std::fill_n(to + i * kChunk, std::min(kChunk, bytes - i * kChunk), 0); });
+  return result;
+}
+
 Tensor pack(const std::string& kind, int64_t stride, const Tensor& weight_in, const Tensor& bias_in,
             const Tensor& gate_weight_in, const std::optional<Tensor>& gate_bias_in,
             const std::optional<Tensor>& skip_scale_in, const std::optional<Tensor>& skip_shift_in,
@@ -128,15 +139,22 @@ Tensor pack(const std::string& kind, int64_t stride, const Tensor& weight_in, co
   p.out_shift = data(out_shift, "out_shift", outputs);
 
   const parnet::cpu::PackedHeader header = parnet::cpu::plan_pack(p, k);
-  Tensor packed = torch::stable::new_empty(weight, {header.total_bytes}, ScalarType::Byte);
-  char* to = static_cast<char*>(packed.mutable_data_ptr());
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % 64 == 0, "the allocator must align to 64 bytes");
-  parnet::cpu::advise_huge_pages(to, header.total_bytes);
-  constexpr int64_t kChunk = 1 << 20;
-  parallel_items((header.total_bytes + kChunk - 1) / kChunk, [&](int64_t i) {
-    std::fill_n(to + i * kChunk, std::min(kChunk, header.total_bytes - i * kChunk), 0);
-  });
-  parnet::cpu::pack(p, k, header, to, parallel_items);
+  Tensor packed = zeroed_bytes(weight, header.total_bytes);
+  parnet::cpu::pack(p, k, header, packed.mutable_data_ptr(), parallel_items);
+  return packed;
+}
+
+Tensor pack_classifier(const Tensor& weight_in, const std::optional<Tensor>& bias_in) {
+  STD_TORCH_CHECK(weight_in.is_cpu() && weight_in.dim() == 2 && weight_in.numel() > 0,
+                  "`weight` must be a CPU tensor [classes, channels]");
+  const Tensor weight = as_float(weight_in);
+  const std::optional<Tensor> bias = as_float(bias_in);
+  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
+  const auto header = parnet::cpu::plan_classifier(weight.size(0), weight.size(1), k);
+  Tensor packed = zeroed_bytes(weight, header.total_bytes);
+  parnet::cpu::pack_classifier(static_cast<const float*>(weight.const_data_ptr()),
+                               data(bias, "bias", weight.size(0)), k, header, packed.mutable_data_ptr(),
+                               parallel_items);
   return packed;
 }
 
@@ -147,11 +165,22 @@ struct Result {
   bool finite;  // whether the inputs were
 };
 
+const parnet::cpu::PackedHeader& header_of(const Tensor& packed, bool classifier) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+                  "`packed` must be a contiguous uint8 CPU tensor");
+  const parnet::cpu::PackedHeader& h =
+      parnet::cpu::check_packed(packed.const_data_ptr(), packed.numel(), parnet::cpu::kernels());
+  STD_TORCH_CHECK((h.kind == Kind::kClassifier) == classifier,
+                  "`packed` holds layers, `classifier` a classifier");
+  return h;
+}
+
 Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
-           std::vector<parnet::cpu::Step> steps, bool pooled, bool channels_last,
-           std::vector<parnet::cpu::StageTime>* profile = nullptr) {
+           const std::optional<Tensor>& classifier, std::vector<parnet::cpu::Step> steps, bool pooled,
+           bool channels_last, std::vector<parnet::cpu::StageTime>* profile = nullptr) {
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   parnet::cpu::Request request{.layers = {},
+                               .classifier = {},
                                .steps = std::move(steps),
                                .inputs = {},
                                .threads = static_cast<int>(torch::stable::get_num_threads()),
@@ -159,11 +188,11 @@ Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
                                .direct = false};
   std::vector<const parnet::cpu::PackedHeader*> headers;
   for (const Tensor& p : packed) {
-    STD_TORCH_CHECK(p.is_cpu() && p.scalar_type() == ScalarType::Byte && p.is_contiguous(),
-                    "`packed` must be a contiguous uint8 CPU tensor");
-    headers.push_back(&parnet::cpu::check_packed(p.const_data_ptr(), p.numel(), k));
+    headers.push_back(&header_of(p, false));
     request.layers.push_back(parnet::cpu::geometry_of(*headers.back()));
   }
+  const parnet::cpu::PackedHeader* head = classifier ? &header_of(*classifier, true) : nullptr;
+  if (head) request.classifier = parnet::cpu::geometry_of(*head);
   std::vector<Strided> views;
   for (const Tensor& x : inputs) {
     views.push_back(strided(x));
@@ -182,7 +211,8 @@ Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
   const int64_t c = shape[1], h = shape[2], w = shape[3];
   Strided out{result.mutable_data_ptr(), views[0].dtype, {shape[0], c, h, w}, {c * h * w, h * w, w, 1}};
   if (last) out.stride[1] = 1, out.stride[2] = w * c, out.stride[3] = c;
-  const bool finite = parnet::cpu::plan_for(request, k)->run(headers, views, out, run_parallel, profile);
+  const bool finite =
+      parnet::cpu::plan_for(request, k)->run(headers, head, views, out, run_parallel, profile);
   return {result, finite};
 }
 
@@ -190,7 +220,8 @@ Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
 Tensor layer(const Tensor& x, const std::optional<Tensor>& y, const Tensor& packed, bool channels_last) {
   std::vector<Tensor> inputs = {x};
   if (y) inputs.push_back(*y);
-  const Result result = run(inputs, {packed}, {{0, 0, y ? 1 : -1, y ? 2 : 1}}, false, channels_last);
+  const Result result =
+      run(inputs, {packed}, std::nullopt, {{0, 0, y ? 1 : -1, y ? 2 : 1}}, false, channels_last);
   return result.finite ? result.value : torch::stable::new_empty(x, {0});
 }
 
@@ -204,15 +235,15 @@ std::vector<parnet::cpu::Step> steps_of(const std::vector<int64_t>& program) {
 }
 
 Tensor network(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
-               bool pooled, bool channels_last) {
-  return run({x}, packed, steps_of(program), pooled, channels_last).value;
+               bool pooled, bool channels_last, const std::optional<Tensor>& classifier) {
+  return run({x}, packed, classifier, steps_of(program), pooled, channels_last).value;
 }
 
 // One row for each stage: Work, packed index, seconds.
 Tensor profile(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
-               bool pooled, bool channels_last) {
+               bool pooled, bool channels_last, const std::optional<Tensor>& classifier) {
   std::vector<parnet::cpu::StageTime> times;
-  run({x}, packed, steps_of(program), pooled, channels_last, &times);
+  run({x}, packed, classifier, steps_of(program), pooled, channels_last, &times);
   Tensor result = torch::stable::new_empty(x, {static_cast<int64_t>(times.size()), 3}, ScalarType::Double);
   auto* row = static_cast<double*>(result.mutable_data_ptr());
   for (const parnet::cpu::StageTime& t : times) {
@@ -253,6 +284,7 @@ std::string info() { return parnet::cpu::describe_isa(); }
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_pack", TORCH_BOX(&pack));
+  m.impl("_cpu_pack_classifier", TORCH_BOX(&pack_classifier));
   m.impl("_cpu_layer", TORCH_BOX(&layer));
   m.impl("_cpu_network", TORCH_BOX(&network));
   m.impl("_cpu_profile", TORCH_BOX(&profile));

@@ -108,8 +108,8 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
                                                    : weights + (last < h.panels ? last : first) * panel;
       multiply_use(use, choose_rows<false, Form::kTap, false>,
                    v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
-                   a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel, channels,
-                   next, fetch_step(kPanel, use.panels));
+                   a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel,
+                   channels, next, fetch_step(kPanel, use.panels));
     }
   }
 }
@@ -159,9 +159,9 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
           const auto choose = [&](int rows) {
             return chunk > 0 ? choose_taps<true>(form.form, rows) : choose_taps<false>(form.form, rows);
           };
-          next = multiply_use(use, choose,
-                              vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch, a.panel_pitch,
-                              taps + form.tap * kPanel, mk + use.first_row * kPanel, channels, next, step);
+          next = multiply_use(use, choose, vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch,
+                              a.panel_pitch, taps + form.tap * kPanel, mk + use.first_row * kPanel, channels,
+                              next, step);
         }
       }
     }

@@ -121,47 +121,5 @@ Epilogue choose_epilogue(const PackedHeader& h) {
   return affine ? choose_epilogue<false, true>(h) : choose_epilogue<false, false>(h);
 }
 
-// Gates of one image from the channel sums of the inputs, for panels [first, last).
-void gate(const GateArgs& a, int image, int first, int last) {
-  const PackedHeader& h = *a.packed;
-  const int channels = h.group_blocks * kLanes;
-  const BlockRef* refs = section<BlockRef>(h, h.block_list);
-  for (int b = 0; b < h.groups * h.group_blocks; b++) {
-    const int input = refs[b].input, rows = a.sum_rows[input], pitch = h.in_blocks * kLanes;
-    const float* from = a.sums[input] + int64_t{image} * rows * pitch + refs[b].block * kLanes;
-    Vec sum = zero();
-    for (int r = 0; r < rows; r++) sum = sum + load(from + int64_t{r} * pitch);
-    store(a.means + b * kLanes, a.inverse_area * sum);
-  }
-  for (int k = first; k < last; k++) {
-    const float* mean = a.means + (k % h.groups) * channels;
-    const float* w = section<float>(h, h.gate_weight) + int64_t{k} * channels * kPanel;
-    Vec sum[4][2];
-    for (int i = 0; i < 4; i++) sum[i][0] = sum[i][1] = zero();
-    for (int c = 0; c < channels; c += 4, w += 4 * kPanel) {
-      PARNET_UNROLL for (int i = 0; i < 4; i++) {
-        prefetch(w + 1024 + i * kPanel);
-        const Vec x = splat(mean[c + i]);
-        sum[i][0] = fma(x, load(w + i * kPanel), sum[i][0]);
-        sum[i][1] = fma(x, load(w + i * kPanel + kLanes), sum[i][1]);
-      }
-    }
-    for (int half = 0; half < 2; half++) {
-      const int at = k * kPanel + half * kLanes;
-      const int64_t to = int64_t{image} * h.panels * kPanel + at;
-      const Vec total = (sum[0][half] + sum[1][half]) + (sum[2][half] + sum[3][half]);
-      const Vec bias = load(section<float>(h, h.bias) + at);
-      const Vec g = sigmoid(total + load(section<float>(h, h.gate_bias) + at));
-      if (h.kind == Kind::kRepVGG) {
-        store(a.scale + to, g * load(section<float>(h, h.skip_scale) + at));
-        store(a.offset + to, fma(g, load(section<float>(h, h.skip_shift) + at), bias));
-      } else {
-        store(a.scale + to, 2.f * g);
-        store(a.offset + to, 2.f * g * bias);
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace parnet::cpu

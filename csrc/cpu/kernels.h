@@ -3,14 +3,15 @@
 #pragma once
 #include "convert.h"
 #include "convolution.h"
+#include "gate.h"
 #include "stem.h"
 
 namespace parnet::cpu {
 namespace {
 
 constexpr Kernels table_of(const char* name) {
-  return {name, kLanes, kMaxRows, expand_rows, expand_columns, transform, convolve,
-          gate, stem,   enter,    enter_planes, leave,     leave_means};
+  return {name, kLanes, kMaxRows, expand_rows,  expand_columns, transform,   convolve,
+          gate, stem,   enter,    enter_planes, leave,          leave_means, classify};
 }
 
 }  // namespace

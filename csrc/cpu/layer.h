@@ -6,7 +6,7 @@
 
 namespace parnet::cpu {
 
-enum class Kind : int32_t { kRepVGG, kDownsample, kFusion };
+enum class Kind : int32_t { kRepVGG, kDownsample, kFusion, kClassifier };
 enum class Activation : int32_t { kSiLU, kReLU };
 enum class Storage : int32_t { kFull, kRows, kCompact };
 enum class Dtype : int32_t { kFloat, kHalf, kBFloat16 };
@@ -39,8 +39,9 @@ struct PackedHeader {
   int32_t group_blocks;  // input blocks that one group multiplies, both inputs together
   int32_t panels;        // all groups
   int64_t total_bytes;
-  int64_t weight;  // full: [panel][36][group channel][2*lanes]; of scaled taps, rows: [panel][6][group
-                   // channel][3][2*lanes], compact: [panel][group channel][9][2*lanes]
+  int64_t weight;       // full: [panel][36][group channel][2*lanes]; of scaled taps, rows: [panel][6][group
+                        // channel][3][2*lanes], compact: [panel][group channel][9][2*lanes]; of a classifier:
+                        // [panel][channel][2*lanes]
   int64_t stem_weight;  // [panel][channel*9][2*lanes], at most kStemChannels channels
   int64_t gate_weight;  // [panel][group channel][2*lanes]
   int64_t gate_bias, bias, skip_scale, skip_shift;  // [panel][2*lanes]
@@ -150,6 +151,8 @@ struct Kernels {
   void (*leave)(const View&, const Strided&, int image, int first, int last);
   void (*leave_means)(const float* sums, int sum_rows, int blocks, float inverse_area, const Strided&,
                       int image);
+  // One panel of logits of all images; means: [image][in block][lane].
+  void (*classify)(const PackedHeader&, const float* means, int panel, const Strided&);
 };
 
 }  // namespace parnet::cpu

@@ -61,6 +61,13 @@ std::array<int64_t, 4> result_shape(const Request& r) {
     slots[s.output] = last;
   }
   if (r.pooled) last[2] = last[3] = 1;
+  if (r.classifier) {
+    if (r.classifier->in_channels != last[1] || !r.pooled) {
+      bad_program("the classifier takes " + std::to_string(r.classifier->in_channels) +
+                  " channel means, got " + std::to_string(last[1]) + (r.pooled ? "" : " maps"));
+    }
+    last[1] = r.classifier->out_channels;
+  }
   return last;
 }
 
@@ -297,7 +304,11 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
   }
   const Value& out = values_[result_];
   if (request_.pooled) {
-    add_stage(Work::kMeans, result_, out.shape[0], {out.stage});
+    const int means = add_stage(Work::kMeans, result_, out.shape[0], {out.stage});
+    if (request_.classifier) {
+      means_ = reserve(out.shape[0] * out.blocks * kernels_.lanes);
+      add_stage(Work::kClassify, result_, request_.classifier->panels, {means});
+    }
   } else if (!request_.direct) {
     add_stage(Work::kLeave, result_, out.shape[0] * sum_chunks(out.shape[2]), {out.stage});
   }

@@ -9,6 +9,7 @@
 #pragma once
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,10 +26,11 @@ struct Step {
 
 struct Request {
   std::vector<Geometry> layers;  // by packed index
-  std::vector<Step> steps;       // in an order that respects dependencies; the last one gives the result
+  std::optional<Geometry> classifier;
+  std::vector<Step> steps;  // in an order that respects dependencies; the last one gives the result
   std::vector<std::array<int64_t, 4>> inputs;  // N, C, H, W
   int threads;
-  bool pooled;  // the result is [N, K, 1, 1] channel means
+  bool pooled;  // the result is [N, K, 1, 1]: channel means, or the classifier's logits
   bool direct;  // the result is stored by the last layer itself: float, channels_last, whole blocks of
                 // channels
   bool operator==(const Request&) const = default;
@@ -37,7 +39,18 @@ struct Request {
 // Shape of the result. Throws std::runtime_error if the program is malformed.
 std::array<int64_t, 4> result_shape(const Request&);
 
-enum class Work : int32_t { kEnter, kEnterPlanes, kGate, kTransform, kConvolve, kStem, kLeave, kMeans, kWait };
+enum class Work : int32_t {
+  kEnter,
+  kEnterPlanes,
+  kGate,
+  kTransform,
+  kConvolve,
+  kStem,
+  kLeave,
+  kMeans,
+  kClassify,
+  kWait
+};
 
 // Seconds of all threads together. A thread that waits for others counts as kWait of the layer it waits with.
 struct StageTime {
@@ -56,9 +69,10 @@ class NetworkPlan {
   using RunParallel = void (*)(int threads, Body, void* context);
   // False if the inputs hold NaN or infinity, or channels whose sums are beyond float: the tiles of
   // Winograd's algorithm spread them, and can turn infinity into NaN or its opposite.
-  // `profile`, if there is one, gets each stage's time.
-  bool run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
-           const Strided& output, RunParallel, std::vector<StageTime>* profile = nullptr) const;
+  // `classifier` is null if the request has none. `profile`, if there is one, gets each stage's time.
+  bool run(const std::vector<const PackedHeader*>& packed, const PackedHeader* classifier,
+           const std::vector<Strided>& inputs, const Strided& output, RunParallel,
+           std::vector<StageTime>* profile = nullptr) const;
 
   const Request& request() const { return request_; }
   int64_t workspace_bytes() const { return floats_ * 4; }
@@ -132,7 +146,8 @@ class NetworkPlan {
   std::vector<Region> v_regions_;
   int64_t scratch_, scratch_floats_;  // of all workers, of one: transformed inputs, products, weights, means
   int64_t v_scratch_ = 0, m_scratch_ = 0, u_scratch_ = 0, means_scratch_ = 0;
-  int result_;  // value
+  int result_;          // value
+  int64_t means_ = -1;  // [image][block][lane], for the classifier
   std::unique_ptr<WorkspacePool> pool_;
 };
 

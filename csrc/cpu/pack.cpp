@@ -171,6 +171,38 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
   });
 }
 
+PackedHeader plan_classifier(int64_t classes, int64_t channels, const Kernels& k) {
+  PackedHeader h{};
+  h.magic = kPackMagic;
+  h.version = kPackVersion;
+  h.lanes = k.lanes;
+  h.kind = Kind::kClassifier;
+  h.groups = h.stride = 1;
+  h.in_channels = channels;
+  h.out_channels = classes;
+  h.in_blocks = h.group_blocks = div_up(channels, k.lanes);
+  h.out_blocks = div_up(classes, k.lanes);
+  h.panels = div_up(classes, 2 * k.lanes);
+  h.bias = div_up(sizeof(PackedHeader), 64) * 64;
+  h.weight = h.bias + div_up(int64_t{h.panels} * 2 * k.lanes * 4, 64) * 64;
+  h.total_bytes = h.weight + int64_t{h.panels} * 2 * k.lanes * h.in_blocks * k.lanes * 4;
+  return h;
+}
+
+void pack_classifier(const float* weight, const float* bias, const Kernels& k, const PackedHeader& h,
+                     void* to, const Parallel& parallel) {
+  std::memcpy(to, &h, sizeof(h));
+  const int64_t panel = 2 * k.lanes;
+  parallel(h.panels, [&](int64_t index) {
+    float* w = floats(to, h.weight) + index * panel * h.in_blocks * k.lanes;
+    for (int64_t i = 0; i < panel && index * panel + i < h.out_channels; i++) {
+      const int64_t row = index * panel + i;
+      floats(to, h.bias)[row] = bias ? bias[row] : 0.f;
+      for (int64_t c = 0; c < h.in_channels; c++) w[c * panel + i] = weight[row * h.in_channels + c];
+    }
+  });
+}
+
 const PackedHeader& check_packed(const void* data, int64_t bytes, const Kernels& k) {
   const auto& h = *static_cast<const PackedHeader*>(data);
   if (reinterpret_cast<uintptr_t>(data) % 64 != 0) {

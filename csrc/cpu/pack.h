@@ -42,6 +42,11 @@ PackedHeader plan_pack(const LayerParameters&, const Kernels&);
 // `to`: total_bytes of zeroed memory.
 void pack(const LayerParameters&, const Kernels&, const PackedHeader&, void* to, const Parallel&);
 
+// A classifier: logits = weight [classes, channels] * means + bias, or no bias.
+PackedHeader plan_classifier(int64_t classes, int64_t channels, const Kernels&);
+void pack_classifier(const float* weight, const float* bias, const Kernels&, const PackedHeader&, void* to,
+                     const Parallel&);
+
 // Throws std::runtime_error unless `data` is what pack() wrote for `kernels`.
 const PackedHeader& check_packed(const void* data, int64_t bytes, const Kernels&);
 

@@ -89,7 +89,8 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   for (int slot = 0; slot < kWeightMatrices; slot++) {
     if (!rows[slot]) continue;
     use_of[slot] = table->uses.size();
-    const int count = g.storage == Storage::kFull ? row_panels(rows[slot], k) : div_up(rows[slot], k.max_rows);
+    const int count =
+        g.storage == Storage::kFull ? row_panels(rows[slot], k) : div_up(rows[slot], k.max_rows);
     table->uses.push_back({slot, rows[slot], panels, m_rows, count});
     panels += count;
     m_rows += rows[slot];
@@ -137,7 +138,8 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
   blocks.reserve(tiles.size());
   for (int64_t start = 0; start < static_cast<int64_t>(tiles.size()); start += unit) {
     const int count = std::min<int64_t>(unit, tiles.size() - start);
-    const int parts = std::max(div_up(count, kBlockTiles), std::min(div_up(threads, units), count / kFewTiles));
+    const int parts =
+        std::max(div_up(count, kBlockTiles), std::min(div_up(threads, units), count / kFewTiles));
     for (int part = 0, at = 0; part < parts; part++) {
       const int size = count / parts + (part < count % parts);
       const Tile* first = &tiles[start + at];

@@ -29,8 +29,14 @@ void pause() {
 class NetworkRun {
  public:
   NetworkRun(const NetworkPlan& plan, const std::vector<const PackedHeader*>& packed,
-             const std::vector<Strided>& inputs, const Strided& output, Workspace& workspace, bool profiled)
-      : plan_(plan), packed_(packed), inputs_(inputs), output_(output), workspace_(workspace) {
+             const PackedHeader* classifier, const std::vector<Strided>& inputs, const Strided& output,
+             Workspace& workspace, bool profiled)
+      : plan_(plan),
+        packed_(packed),
+        classifier_(classifier),
+        inputs_(inputs),
+        output_(output),
+        workspace_(workspace) {
     workspace_.reset_counters();
     if (profiled) seconds_.resize(plan.request_.threads * plan.stages_.size() * 2);
     if (poisoned()) poison();
@@ -131,9 +137,18 @@ class NetworkRun {
       }
       case Work::kMeans: {
         const Value& v = plan_.values_[stage.index];
+        Strided to = output_;
+        if (classifier_) {
+          const int64_t pitch = int64_t{v.blocks} * plan_.kernels_.lanes;
+          to = {workspace_.at(plan_.means_), Dtype::kFloat, {v.shape[0], v.shape[1], 1, 1}, {pitch, 1, 1, 1}};
+        }
         return plan_.kernels_.leave_means(workspace_.at(v.sums), v.sum_rows, v.blocks,
-                                          1.f / (v.shape[2] * v.shape[3]), output_, item);
+                                          1.f / (v.shape[2] * v.shape[3]), to, item);
       }
+      case Work::kClassify:
+        return plan_.kernels_.classify(*classifier_, workspace_.at(plan_.means_), item, output_);
+      case Work::kWait:
+        break;
     }
   }
 
@@ -273,6 +288,7 @@ class NetworkRun {
 
   const NetworkPlan& plan_;
   const std::vector<const PackedHeader*>& packed_;
+  const PackedHeader* classifier_;
   const std::vector<Strided>& inputs_;
   const Strided& output_;
   Workspace& workspace_;
@@ -280,10 +296,11 @@ class NetworkRun {
   std::vector<double> seconds_;  // of a profiled run: [worker][stage][waiting, working]
 };
 
-bool NetworkPlan::run(const std::vector<const PackedHeader*>& packed, const std::vector<Strided>& inputs,
-                      const Strided& output, RunParallel parallel, std::vector<StageTime>* profile) const {
+bool NetworkPlan::run(const std::vector<const PackedHeader*>& packed, const PackedHeader* classifier,
+                      const std::vector<Strided>& inputs, const Strided& output, RunParallel parallel,
+                      std::vector<StageTime>* profile) const {
   std::unique_ptr<Workspace> workspace = pool_->take();
-  NetworkRun run(*this, packed, inputs, output, *workspace, profile != nullptr);
+  NetworkRun run(*this, packed, classifier, inputs, output, *workspace, profile != nullptr);
   parallel(request_.threads, [](void* context) { static_cast<NetworkRun*>(context)->work(); }, &run);
   pool_->put(std::move(workspace));
   if (profile) *profile = run.times();
