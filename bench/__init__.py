@@ -3,7 +3,7 @@
     make bench                              everything, about an hour and a half, bounded by --minutes
     make bench BENCH_ARGS=--quick           about a minute
     python -m bench --suite net --variants s,m --batch 1 --threads 1 --engines ours,onnxruntime,ncnn
-    python -m bench --profile --variants s  our layers one by one
+    python -m bench --profile --variants s  our layers within a run
     python -m bench --device cuda           on a GPU: see bench/gpu/__init__.py
     pip install -e '.[peers]'               the other engines; a missing one is reported
 

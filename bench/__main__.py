@@ -105,7 +105,7 @@ def main(
         typer.Option("--quick", help="ParNet-S and its blocks, batch 1, all cores, no torch.compile: about a minute"),
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="instead, time the layers of our networks one by one")
+        bool, typer.Option("--profile", help="instead, time the layers of our networks within a run")
     ] = False,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="rounds over all engines; default 7, with --quick 3")

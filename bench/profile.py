@@ -1,84 +1,99 @@
-"""Where our network's time goes: its layers one by one, in the network's order, on the activations they get there.
+"""Where our network's time goes: its layers within one run of the whole, timed by the scheduler of the native kernels.
 
-A whole pass lies between two runs of a layer, so its weights are as cold as in the network. Each is a call of the
-public operator; the sum exceeds the network's time, which keeps its own layout between layers and makes one call.
+Seconds of all threads together, divided by their number. "gates" are the SE vectors of a layer, "transform" is the part
+of its input transform that threads share; the rest of it, the products and the epilogue are one stage.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from bench.limits import Cost, costs
 from bench.machine import Ceilings
 from bench.workloads import Workload
-from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.config import layers
+
+GATE, TRANSFORM, WAIT = 2, 3, 9  # enum class Work in csrc/cpu/network.h
 
 
 class LayerTime(NamedTuple):
     name: str
-    seconds: float  # median
-    cost: Cost
+    seconds: float  # median, everything but waiting
+    gates: float
+    transform: float
+    waiting: float
+    cost: Cost | None  # None: conversion of the input, channel means and classifier
 
 
 def profile(workload: Workload, threads: int, folder: Path, rounds: int) -> tuple[list[LayerTime], float]:
-    """Each layer's median time, and the whole network's."""
+    """Each layer's median time, and the whole network's, in alternating runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         network = workload.network(folder).prepare()
         (image,) = workload.inputs()
-        samples: dict[str, list[float]] = {layer.name: [] for layer in workload.graph_layers}
+        samples: dict[int, list[list[float]]] = defaultdict(list)
         whole = []
-        for round_ in range(rounds + 1):  # the first packs weights
-            with torch.inference_mode():
-                seconds = _layers(workload, network, image)
+        with torch.inference_mode():
+            for round_ in range(rounds + 1):  # the first one plans
                 start = time.perf_counter()
                 network(image)
                 end = time.perf_counter()
-            if round_:
-                whole.append(end - start)
-                for name, value in seconds.items():
-                    samples[name].append(value)
+                stages = network._native.profile(network, image)
+                if round_:
+                    whole.append(end - start)
+                    for layer, sums in _by_layer(stages, threads).items():
+                        samples[layer].append(sums)
     finally:
         torch.set_num_threads(before)
-    times = [
-        LayerTime(name, statistics.median(values), cost)
-        for (name, values), cost in zip(samples.items(), costs(workload), strict=False)
-    ]
+    names = [layer.name for layer in layers(workload.config)]
+    by_name = dict(zip([layer.name for layer in workload.graph_layers], costs(workload), strict=False))
+    times = []
+    for layer, rows in sorted(samples.items()):
+        name = names[layer] if layer >= 0 else "input and head"
+        work, gates, transform, waiting = (statistics.median(column) for column in zip(*rows, strict=True))
+        times.append(LayerTime(name, work, gates, transform, waiting, by_name.get(name)))
     return times, statistics.median(whole)
 
 
-def _layers(workload: Workload, network: DeployedParNet, image: Tensor) -> dict[str, float]:
-    made, seconds = {"image": image}, {}
-    for layer in workload.graph_layers:
-        module = network.layers[layer.name.replace(".", "_")]
-        inputs = [made[name] for name in layer.inputs]
-        start = time.perf_counter()
-        made[layer.name] = module(*inputs)
-        seconds[layer.name] = time.perf_counter() - start
-    return seconds
+def _by_layer(stages: list[tuple[int, int, float]], threads: int) -> dict[int, list[float]]:
+    """Of each layer: seconds of work, of which gates and transform, and of waiting."""
+    sums: dict[int, list[float]] = defaultdict(lambda: [0.0] * 4)
+    for work, layer, seconds in stages:
+        row = sums[layer]
+        if work == WAIT:
+            row[3] += seconds / threads
+            continue
+        row[0] += seconds / threads
+        if work in (GATE, TRANSFORM):
+            row[1 if work == GATE else 2] += seconds / threads
+    return sums
 
 
 def table(workload: Workload, threads: int, times: list[LayerTime], whole: float, ceilings: Ceilings | None) -> Table:
     """A line for each layer, and one for their sum."""
-    total = sum(t.seconds for t in times)
+    total = sum(t.seconds + t.waiting for t in times)
     what = f"{workload.title}, batch {workload.batch}, {threads} thr."
-    made = Table(title=f"{what}: layers one by one; network {1e3 * whole:.1f} ms", title_justify="left")
+    made = Table(title=f"{what}: layers within a run; network {1e3 * whole:.2f} ms", title_justify="left")
     made.add_column("layer")
-    for heading in ("ms", "share", "GFLOP/s", "of Winograd limit"):
+    for heading in ("ms", "gates", "transform", "waiting", "share", "GFLOP/s", "of Winograd limit"):
         made.add_column(heading, justify="right")
     for t in times:
-        share = f"{100 * t.seconds / total:.1f} %"
-        limit = f"{100 * t.cost.seconds(ceilings, winograd=True) / t.seconds:.0f} %" if ceilings else "–"
-        made.add_row(t.name, f"{1e3 * t.seconds:.2f}", share, f"{2e-9 * t.cost.macs / t.seconds:.0f}", limit)
-    macs = sum(t.cost.macs for t in times)
+        parts = [f"{1e3 * s:.2f}" if s >= 5e-6 else "–" for s in (t.seconds, t.gates, t.transform, t.waiting)]
+        rate = limit = "–"
+        if t.cost:
+            rate = f"{2e-9 * t.cost.macs / t.seconds:.0f}"
+            if ceilings:
+                limit = f"{100 * t.cost.seconds(ceilings, winograd=True) / t.seconds:.0f} %"
+        made.add_row(t.name, *parts, f"{100 * (t.seconds + t.waiting) / total:.1f} %", rate, limit)
+    macs = sum(t.cost.macs for t in times if t.cost)
     made.add_section()
-    made.add_row("sum", f"{1e3 * total:.2f}", "", f"{2e-9 * macs / total:.0f}", "")
+    made.add_row("sum", f"{1e3 * total:.2f}", "", "", "", "", f"{2e-9 * macs / total:.0f}", "")
     return made

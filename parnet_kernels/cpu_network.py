@@ -125,6 +125,16 @@ class CpuNetwork:
         pooled = features.mean((2, 3))
         return pooled if result == "pooled" else F.linear(pooled, network.head_weight, network.head_bias)
 
+    def profile(self, network: DeployedParNet, x: Tensor) -> list[tuple[int, int, float]]:
+        """Where the time of one run to the logits goes: for each stage the kind of work (`Work` in csrc/cpu/network.h),
+        the layer (−1: none) and seconds of all threads.
+        """
+        packed = self.prepare(network)
+        stages = torch.ops.parnet._cpu_profile(
+            x, packed.weights, packed.program, True, is_channels_last(x), packed.classifier
+        )
+        return [(int(work), int(layer), seconds) for work, layer, seconds in stages.tolist()]
+
 
 def _versions(modules: Iterable[nn.Module]) -> _Versions:
     return tuple((id(b), b._version) for m in modules for b in m._buffers.values() if b is not None)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bench import report
@@ -21,8 +22,10 @@ from bench.lowering import lower
 from bench.machine import Ceilings, describe, measure_ceilings
 from bench.measure import COLUMNS, Bench, Plan, Row
 from bench.process import Handle, WorkerError
+from bench.profile import profile, table
 from bench.worker import Worker, norm_error
 from bench.workloads import Workload, graph_of, random_network, reference_result, select
+from parnet_kernels import _native
 from parnet_kernels.config import VARIANTS, ParNetConfig, cifar_config
 
 TINY = ParNetConfig((8, 12, 16, 24), (3, 3, 3), num_classes=10)
@@ -75,6 +78,18 @@ def test_selection_has_every_stream_and_each_shape_once() -> None:
     assert sum(w.kind == "repvgg_sse" for w in chosen) == 2 * 4 * 3
     assert {w.title for w in chosen if w.layer == "streams.2.0"} >= {"S block 384@14", "XL block 800@14"}
     assert sum(w.kind == "stem" for w in chosen) == 2
+
+
+@pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
+def test_profile_names_every_layer(tmp_path: Path) -> None:
+    workload = tiny()
+    times, whole = profile(workload, threads=1, folder=tmp_path, rounds=2)
+    assert [t.name for t in times] == ["input and head", *(layer.name for layer in workload.graph_layers)]
+    assert all(t.seconds > 0 for t in times)
+    assert sum(t.seconds + t.waiting for t in times) < 2 * whole
+    text = Console(width=200, record=True)
+    text.print(table(workload, 1, times, whole, Ceilings(100.0, 10.0)))
+    assert "streams.0.0" in text.export_text()
 
 
 def test_limits_count_the_network() -> None:

@@ -287,6 +287,15 @@ def test_network_does_not_depend_on_threads() -> None:
     assert all(torch.equal(results[0], other) for other in results)
 
 
+def test_batch_goes_image_by_image() -> None:
+    network, x = Chain((33, 20, 36)), torch.randn(3, 3, 224, 192)
+    expected = torch.cat([network(image[None]) for image in x])
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(network(x), expected)
+        assert torch.equal(network(x, pooled=True), torch.cat([network(image[None], pooled=True) for image in x]))
+
+
 def test_network_from_several_threads() -> None:
     network = Chain()
     inputs = [torch.randn(1, 3, 32, 32) for _ in range(4)]

@@ -89,18 +89,39 @@ int64_t NetworkPlan::reserve(int64_t floats) {
   return at;
 }
 
-int NetworkPlan::add_stage(Work work, int index, int64_t items, std::vector<int> after) {
+int NetworkPlan::add_stage(Work work, int index, int64_t images, int64_t items_per_image, int image,
+                           std::vector<int> after) {
   std::sort(after.begin(), after.end());
   after.erase(std::unique(after.begin(), after.end()), after.end());
-  stages_.push_back({work, index, items, tickets_, std::move(after)});
+  const int64_t items = items_per_image * (image < 0 ? images : 1);
+  stages_.push_back({work, index, items, std::max(image, 0) * items_per_image, tickets_, std::move(after)});
   tickets_ += items;
   return stages_.size() - 1;
 }
 
+std::vector<int> NetworkPlan::input_stages(const Layer& l, int image) const {
+  std::vector<int> result;
+  for (const int value : {l.input, l.other}) {
+    if (value < 0) continue;
+    const std::vector<int>& stages = values_[value].stages;
+    if (image >= 0 && stages.size() > 1) {
+      result.push_back(stages[image]);
+    } else {
+      result.insert(result.end(), stages.begin(), stages.end());
+    }
+  }
+  return result;
+}
+
+void NetworkPlan::read_inputs(const Layer& l, int stage, int image) {
+  values_[l.input].readers.push_back({stage, image});
+  if (l.other >= 0) values_[l.other].readers.push_back({stage, image});
+}
+
 // A buffer with a halo of zeros: one row and column before the map, one after it, two where tiles overhang
-// odd sizes. Takes the buffer of a dead value of the same shape; `after` then gains the stages that still
-// read it.
-void NetworkPlan::reserve_activation(Value& v, std::vector<int>& after) {
+// odd sizes. Takes the buffer of a dead value of the same shape and returns that value, or -1.
+int NetworkPlan::reserve_activation(Value& v) {
+  int reused = -1;
   const int64_t rows = v.shape[2] + 2 + v.shape[2] % 2, cols = v.shape[3] + 2 + v.shape[3] % 2;
   const int lanes = kernels_.lanes;
   v.view = {nullptr, v.blocks * rows * cols * lanes, rows * cols * lanes, cols * lanes, lanes};
@@ -108,7 +129,7 @@ void NetworkPlan::reserve_activation(Value& v, std::vector<int>& after) {
     Value& dead = values_[idle_values_[i]];
     if (dead.shape == v.shape) {
       v.start = dead.start;
-      after.insert(after.end(), dead.readers.begin(), dead.readers.end());
+      reused = idle_values_[i];
       idle_values_.erase(idle_values_.begin() + i);
       break;
     }
@@ -117,6 +138,7 @@ void NetworkPlan::reserve_activation(Value& v, std::vector<int>& after) {
   // Conversions read whole vectors of pixels, up to `lanes` pixels beyond the last row.
   if (v.start < 0) v.start = reserve(v.floats + lanes * lanes);
   v.offset = v.start + v.view.row + lanes;
+  return reused;
 }
 
 // Values in SSA form: the inputs, then one per layer, in execution order: by dependency level.
@@ -158,10 +180,6 @@ void NetworkPlan::plan_values() {
   }
   std::stable_sort(layers_.begin(), layers_.end(),
                    [](const Layer& a, const Layer& b) { return a.level < b.level; });
-  for (size_t i = 0; i < layers_.size(); i++) {
-    values_[layers_[i].input].last_use = i;
-    if (layers_[i].other >= 0) values_[layers_[i].other].last_use = i;
-  }
   for (Value& v : values_) v.blocks = div_up(v.shape[1], kernels_.lanes);
 }
 
@@ -179,10 +197,16 @@ void NetworkPlan::plan_inputs() {
       v.floats = v.shape[0] * v.view.image;
       v.start = v.offset = reserve(v.floats);
     } else {
-      std::vector<int> none;
-      reserve_activation(v, none);
+      reserve_activation(v);
     }
-    v.stage = add_stage(planes ? Work::kEnterPlanes : Work::kEnter, i, v.shape[0] * v.sum_rows, {});
+  }
+}
+
+void NetworkPlan::enter_inputs(int image) {
+  for (size_t i = 0; i < request_.inputs.size(); i++) {
+    Value& v = values_[i];
+    const Work work = v.view.pixel == 1 ? Work::kEnterPlanes : Work::kEnter;
+    v.stages.push_back(add_stage(work, i, v.shape[0], v.sum_rows, image, {}));
   }
 }
 
@@ -191,9 +215,13 @@ void NetworkPlan::plan_tiles() {
   int64_t region = 0;
   for (size_t i = 0; i < layers_.size(); i++) {
     Layer& l = layers_[i];
-    l.v_region = -1;
-    if (l.stem) continue;
     const Geometry& g = request_.layers[l.step.packed];
+    means_scratch_ = std::max(means_scratch_, int64_t{g.groups} * g.group_blocks * kernels_.lanes);
+    l.v_region = -1;
+    if (l.stem) {
+      l.row_items = sum_chunks(values_[l.output].shape[2]);
+      continue;
+    }
     const auto& shape = values_[l.output].shape;
     for (size_t j = 0; j < i && !l.tiles; j++) {
       if (layers_[j].tiles && request_.layers[layers_[j].step.packed] == g &&
@@ -212,8 +240,8 @@ void NetworkPlan::plan_tiles() {
     const bool fine = g.groups == 1 && blocks * g.panels < 32 * threads;
     l.panels_per_item = whole ? g.panels : fine ? 1 : std::min(2, g.panels);
     // A thread transforms the inputs of a block itself, into memory that stays in its cache. If several
-    // threads use them, they share the work, but for two threads and a small part of the work (stride 1): to
-    // repeat it costs less than to read half of the values from the other's cache.
+    // threads use them, they share the work, but for two threads and a small part of the work (stride 1):
+    // to repeat it costs less than to read half of the values from the other's cache.
     if (whole || (threads == 2 && g.stride == 1) || shared * 4 > kSharedBytes) {
       v_scratch_ = std::max(v_scratch_, l.tiles->v_floats);
     } else {
@@ -227,49 +255,82 @@ void NetworkPlan::plan_tiles() {
   for (int i = 0; region && i < kRegions; i++) v_regions_.push_back({reserve(region), -1});
 }
 
-int NetworkPlan::plan_gate(Layer& l) {
-  const Geometry& g = request_.layers[l.step.packed];
+// Large maps of a batch go image by image through the first layers, as far as their blocks of tiles occupy
+// all threads: what a layer leaves is still in cache when the next one reads it.
+void NetworkPlan::order_layers() {
+  const int inputs = request_.inputs.size();
+  std::vector<bool> by_image(values_.size());
+  for (int i = 0; i < inputs; i++) {
+    by_image[i] = values_[i].shape[0] > 1;
+  }
+  for (Layer& l : layers_) {
+    const int64_t images = values_[l.output].shape[0];
+    const int64_t blocks = l.stem || l.tiles->blocks.size() % images ? 0 : l.tiles->blocks.size() / images;
+    const int64_t threads = request_.threads;
+    l.by_image = by_image[l.input] && (l.other < 0 || by_image[l.other]) &&
+                 (l.stem || blocks >= 2 * threads || (blocks >= 2 && blocks % threads == 0));
+    by_image[l.output] = l.by_image;
+    const int64_t panels = request_.layers[l.step.packed].panels;
+    l.gate_items = std::clamp<int64_t>(l.by_image ? threads : div_up(threads, images), 1, panels);
+  }
+  std::stable_partition(layers_.begin(), layers_.end(), [](const Layer& l) { return l.by_image; });
+  for (size_t i = 0; i < layers_.size(); i++) {
+    values_[layers_[i].input].last_use = i;
+    if (layers_[i].other >= 0) values_[layers_[i].other].last_use = i;
+  }
+}
+
+void NetworkPlan::plan_gate(Layer& l, int image) {
   const int64_t images = values_[l.input].shape[0];
-  l.gates = reserve(2 * images * g.panels * 2 * kernels_.lanes);
-  l.gate_items = std::clamp<int64_t>(div_up(request_.threads, images), 1, g.panels);
-  means_scratch_ = std::max(means_scratch_, int64_t{g.groups} * g.group_blocks * kernels_.lanes);
-  return add_stage(Work::kGate, index_of(l), images * l.gate_items, input_stages(l));
+  l.gate_stage = add_stage(Work::kGate, index_of(l), images, l.gate_items, image, input_stages(l, image));
 }
 
 void NetworkPlan::plan_transform(Layer& l) {
   if (l.v_region < 0) return;
-  auto after = input_stages(l);
+  auto after = input_stages(l, -1);
   if (v_regions_[l.v_region].last_reader >= 0) after.push_back(v_regions_[l.v_region].last_reader);
   const int64_t items = l.tiles->blocks.size() * l.transform_items;
-  l.transform_stage = add_stage(Work::kTransform, index_of(l), items, after);
-  values_[l.input].readers.push_back(l.transform_stage);
-  if (l.other >= 0) values_[l.other].readers.push_back(l.transform_stage);
+  l.transform_stage = add_stage(Work::kTransform, index_of(l), 1, items, -1, after);
+  read_inputs(l, l.transform_stage, -1);
 }
 
-void NetworkPlan::plan_main(Layer& l) {
-  const Geometry& g = request_.layers[l.step.packed];
+void NetworkPlan::plan_main(Layer& l, int image) {
   Value& out = values_[l.output];
-  std::vector<int> after = input_stages(l);
+  std::vector<int> after = input_stages(l, image);
   after.push_back(l.gate_stage);
   if (l.transform_stage >= 0) after.push_back(l.transform_stage);
+  if (l.reused >= 0) {
+    for (const Use& use : values_[l.reused].readers) {
+      if (image < 0 || use.image == image) after.push_back(use.stage);
+    }
+  }
+  int stage;
+  if (l.stem) {
+    stage = add_stage(Work::kStem, index_of(l), out.shape[0], l.row_items, image, after);
+  } else {
+    const int panels = request_.layers[l.step.packed].panels;
+    const int64_t items = l.tiles->blocks.size() * div_up(panels, l.panels_per_item);
+    stage = add_stage(Work::kConvolve, index_of(l), image < 0 ? 1 : out.shape[0],
+                      image < 0 ? items : items / out.shape[0], image, after);
+    if (l.v_region >= 0) v_regions_[l.v_region].last_reader = stage;
+  }
+  out.stages.push_back(stage);
+  read_inputs(l, stage, image);
+}
+
+void NetworkPlan::reserve_output(Layer& l) {
+  const Geometry& g = request_.layers[l.step.packed];
+  Value& out = values_[l.output];
+  l.gates = reserve(2 * out.shape[0] * g.panels * 2 * kernels_.lanes);
   out.sum_rows = l.stem ? out.shape[2] : l.tiles->tiles_per_image;
   out.sums = reserve(out.shape[0] * out.sum_rows * out.blocks * kernels_.lanes);
-  const bool last = l.output == result_;
-  if (last && request_.direct) {
+  if (l.output == result_ && request_.direct) {
     const int64_t channels = out.shape[1], row = out.shape[3] * channels;
     out.view = {nullptr, out.shape[2] * row, kernels_.lanes, row, channels};
   } else {
-    reserve_activation(out, after);
+    l.reused = reserve_activation(out);
   }
-  if (l.stem) {
-    out.stage = add_stage(Work::kStem, index_of(l), out.shape[0] * sum_chunks(out.shape[2]), after);
-  } else {
-    const int64_t items = l.tiles->blocks.size() * div_up(g.panels, l.panels_per_item);
-    out.stage = add_stage(Work::kConvolve, index_of(l), items, after);
-    if (l.v_region >= 0) v_regions_[l.v_region].last_reader = out.stage;
-  }
-  values_[l.input].readers.push_back(out.stage);
-  if (l.other >= 0) values_[l.other].readers.push_back(out.stage);
+  release_inputs(l);
 }
 
 // After the last layer that reads a value, its buffer serves later values of the same shape.
@@ -289,28 +350,40 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
   plan_values();
   plan_inputs();
   plan_tiles();
+  order_layers();
+  for (Layer& l : layers_) reserve_output(l);
+  const size_t by_image =
+      std::count_if(layers_.begin(), layers_.end(), [](const Layer& l) { return l.by_image; });
+  const int images = by_image ? values_[layers_[0].output].shape[0] : 0;
+  for (int image = 0; image < images; image++) {
+    enter_inputs(image);
+    for (size_t i = 0; i < by_image; i++) {
+      plan_gate(layers_[i], image);
+      plan_main(layers_[i], image);
+    }
+  }
+  if (!images) enter_inputs(-1);
   // The gates and transforms of a layer stand before the products of the layer before it, if they do not
   // depend on it: threads that run out of products find these instead of waiting.
-  size_t prepared = 0;
-  for (size_t i = 0; i < layers_.size(); i++) {
+  size_t prepared = by_image;
+  for (size_t i = by_image; i < layers_.size(); i++) {
     for (; prepared < layers_.size() && prepared <= i + 1; prepared++) {
       Layer& next = layers_[prepared];
       if (prepared > i && (next.input == layers_[i].output || next.other == layers_[i].output)) break;
-      next.gate_stage = plan_gate(next);
+      plan_gate(next, -1);
       plan_transform(next);
     }
-    plan_main(layers_[i]);
-    release_inputs(layers_[i]);
+    plan_main(layers_[i], -1);
   }
   const Value& out = values_[result_];
   if (request_.pooled) {
-    const int means = add_stage(Work::kMeans, result_, out.shape[0], {out.stage});
+    const int means = add_stage(Work::kMeans, result_, out.shape[0], 1, -1, out.stages);
     if (request_.classifier) {
       means_ = reserve(out.shape[0] * out.blocks * kernels_.lanes);
-      add_stage(Work::kClassify, result_, request_.classifier->panels, {means});
+      add_stage(Work::kClassify, result_, 1, request_.classifier->panels, -1, {means});
     }
   } else if (!request_.direct) {
-    add_stage(Work::kLeave, result_, out.shape[0] * sum_chunks(out.shape[2]), {out.stage});
+    add_stage(Work::kLeave, result_, out.shape[0], sum_chunks(out.shape[2]), -1, out.stages);
   }
   // Scratch of each worker; lines for conversions share the space of the expanded weights.
   for (const auto& shape : request_.inputs) {

@@ -79,6 +79,9 @@ class NetworkPlan {
 
  private:
   friend class NetworkRun;
+  struct Use {
+    int stage, image;  // image: -1 means all
+  };
   // A blocked activation (or planes for a stem) in the workspace, with the sums its producer leaves.
   struct Value {
     std::array<int64_t, 4> shape;
@@ -88,21 +91,24 @@ class NetworkPlan {
     int64_t floats;       // whole buffer, from `start`
     int64_t start = -1;
     int64_t sums = -1;
-    int sum_rows = 0;          // per image
-    int stage = -1;            // that completes it
-    std::vector<int> readers;  // stages
-    size_t last_use = 0;       // position in execution order
+    int sum_rows = 0;         // per image
+    std::vector<int> stages;  // that complete it: one, or one for each image
+    std::vector<Use> readers;
+    size_t last_use = 0;  // position in execution order
   };
   struct Layer {
     Step step;
     int input, other, output;  // values
     int level;
     bool stem;
+    bool by_image;  // it has a stage for each image
     std::shared_ptr<const TilePlan> tiles;
+    int reused = -1;      // the dead value whose buffer the output takes
     int64_t gates;        // scale, then offset
     int v_region;         // of transformed inputs that the items share, or -1: each item transforms its own
     int gate_items;       // per image
     int transform_items;  // per block of tiles
+    int row_items;        // of a stem, per image
     int gate_stage;
     int transform_stage = -1;
     int panels_per_item;
@@ -110,7 +116,7 @@ class NetworkPlan {
   struct Stage {
     Work work;
     int index;  // of the layer, or of the value
-    int64_t items, first_ticket;
+    int64_t items, first_item, first_ticket;
     std::vector<int> after;
   };
 
@@ -121,20 +127,22 @@ class NetworkPlan {
 
   void plan_values();
   void plan_inputs();
+  void enter_inputs(int image);
   void plan_tiles();
-  int plan_gate(Layer&);
+  void order_layers();
+  // Of all images (-1) or one.
+  void plan_gate(Layer&, int image);
   void plan_transform(Layer&);
-  void plan_main(Layer&);
+  void plan_main(Layer&, int image);
+  void reserve_output(Layer&);
   void release_inputs(const Layer&);
-  int add_stage(Work, int index, int64_t items, std::vector<int> after);
+  int add_stage(Work, int index, int64_t images, int64_t items_per_image, int image, std::vector<int> after);
   int64_t reserve(int64_t floats);
-  void reserve_activation(Value&, std::vector<int>& after);
+  int reserve_activation(Value&);
   int index_of(const Layer& l) const { return &l - layers_.data(); }
   int64_t packed_of(const Stage&) const;
-  std::vector<int> input_stages(const Layer& l) const {
-    return l.other < 0 ? std::vector<int>{values_[l.input].stage}
-                       : std::vector<int>{values_[l.input].stage, values_[l.other].stage};
-  }
+  std::vector<int> input_stages(const Layer&, int image) const;
+  void read_inputs(const Layer&, int stage, int image);
 
   const Request request_;
   const Kernels& kernels_;

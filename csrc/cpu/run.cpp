@@ -62,7 +62,7 @@ class NetworkRun {
       while (ticket >= stages[s].first_ticket + stages[s].items) s++;
       for (const int before : stages[s].after) wait(before);
       lap(2 * s);
-      execute(stages[s], ticket - stages[s].first_ticket, scratch);
+      execute(stages[s], stages[s].first_item + ticket - stages[s].first_ticket, scratch);
       lap(2 * s + 1);
       workspace_.counter(2 + s).value.fetch_add(1, std::memory_order_release);
     }
@@ -258,8 +258,7 @@ class NetworkRun {
 
   void stem(const Layer& l, int64_t item) {
     const StemArgs a = stem_args(l);
-    const int64_t images = plan_.values_[l.output].shape[0];
-    const Rows rows = rows_of(item, a.out_rows, plan_.stages_[plan_.values_[l.output].stage].items / images);
+    const Rows rows = rows_of(item, a.out_rows, l.row_items);
     plan_.kernels_.stem(a, rows.image, rows.first, rows.last);
   }
 
