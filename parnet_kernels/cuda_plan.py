@@ -161,7 +161,7 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
             halo_rows, halo_cols = s.stride * (rows - 1) + 3, s.stride * (cols - 1) + 3
             plane = (halo_rows - 1) * pitch + (halo_cols if s.stride == 1 else cols + 1)
             slots = plane if s.stride == 1 else p.odd_slots + plane - 1
-            exchange = shape.rows * p.columns * 2
+            exchange = shape.rows * p.columns * 4
             shared = max(p.stages * p.weight_stage_bytes + 2 * slots * p.slot_bytes, exchange)
             if plane > shape.max_slots or shared + p.static_shared > gpu.shared_per_block:
                 continue

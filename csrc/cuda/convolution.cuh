@@ -19,11 +19,11 @@ constexpr int kStages = 3;
 
 struct Scratch {
   union {
-    float4 sums[4][32];  // the gate's, while the pipeline fills
-    ColumnTerms terms;   // once the products are done
+    float4 sums[4][32];                 // the gate's, while the pipeline fills
+    float vectors[kVectors][kColumns];  // and then the columns'
   };
   float logits[kColumns];
-  int is_last;
+  int finishes;  // whether this block is the one of its tile's splits that goes on
 };
 static_assert(sizeof(Scratch) <= kStaticSharedBytes);
 
@@ -84,13 +84,17 @@ struct Tile {
     multiply();
     wait_copies<0>();
     __syncthreads();
+    const bool finishes = p.splits == 1 || scratch.finishes;
+    Four<T> skip[kFragments][2];
+    if (finishes && (p.out.flags & kSkip)) load_skip(skip);  // on its way during all that comes before its use
     float4 sums[kFragments][kKept];
     exchange(sums);
     float logit = threadIdx.x < kColumns ? scratch.logits[threadIdx.x] : 0.0f;
-    if (p.splits > 1 && !add_splits(sums, logit)) return;
-    if (threadIdx.x < kColumns) set_column<M>(scratch.terms, p.out, place.group_tile, threadIdx.x, logit);
+    if (!finishes) return leave_sums(sums, logit);
+    if (p.splits > 1) add_splits(sums, logit);
+    if (threadIdx.x < kColumns) set_column<M>(scratch.vectors, p.out.flags, threadIdx.x, logit);
     __syncthreads();
-    finish(sums);
+    finish(sums, skip);
   }
 
   // Into L2, past what the first stages load, before the producer is waited for; one block of those that
@@ -190,8 +194,15 @@ struct Tile {
     commit_copies();
 #pragma unroll
     for (int i = 1; i < kStages - 1; i++) commit_copies();
+    unsigned began = 0;
+    if (p.splits > 1 && threadIdx.x == 0) began = atomicAdd(p.arrivals + place.tile, 1u) & (kLeft - 1);
     gate_logits<T>(p, place.image, place.group, place.group_tile, place.first_chunk, place.last_chunk,
                    scratch.sums, scratch.logits);
+    if (threadIdx.x == 0) scratch.finishes = began + 1 == static_cast<unsigned>(p.splits);
+    __syncthreads();  // the sums in the scratch memory have been read
+    if (threadIdx.x < kVectors * kColumns / 4)
+      copy_async(shared_address(scratch.vectors) + 16 * threadIdx.x,
+                 column_vectors(p.out, place.group_tile) + 4 * threadIdx.x);
 
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
@@ -276,71 +287,145 @@ struct Tile {
       for (int j = 0; j < kKept; j++) add(sums[i][j], area[place_of(k_group, i, j)]);
   }
 
-  // Every split leaves its sums; the block that arrives last adds all of them in the order of the splits, so
-  // the result does not depend on which one that is. False in the others.
-  __device__ __forceinline__ bool add_splits(float4 (&sums)[kFragments][kKept], float& logit) {
-    constexpr int kVectorsPerThread = kFragments * kKept;
-    float4* partial = reinterpret_cast<float4*>(p.partial) +
-                      static_cast<int64_t>(place.tile) * p.splits * (kVectorsPerThread * kThreads) +
-                      threadIdx.x;
-    float* logits = p.partial_logits + static_cast<int64_t>(place.tile) * p.splits * kColumns + threadIdx.x;
-    float4* mine = partial + static_cast<int64_t>(place.split) * (kVectorsPerThread * kThreads);
+  // Of a tile's splits the one that began last finishes it: the others run already, so it can wait for them.
+  // It adds their sums and its own in the order of the splits: which one it is does not change a bit.
+  static constexpr int kVectorsPerThread = kFragments * kKept;
+
+  __device__ __forceinline__ float4* partial_sums(int split) const {
+    return reinterpret_cast<float4*>(p.partial) +
+           (static_cast<int64_t>(place.tile) * p.splits + split) * (kVectorsPerThread * kThreads) + threadIdx.x;
+  }
+  __device__ __forceinline__ float* partial_logit(int split) const {
+    return p.partial_logits + (static_cast<int64_t>(place.tile) * p.splits + split) * kColumns + threadIdx.x;
+  }
+  // Whether the lane's rows in fragment i are of the tile: 7x14 pixels leave most of the last one empty.
+  __device__ __forceinline__ bool used(int i) const {
+    return i * 16 + (lane_id() >> 2) < p.tile_rows * p.tile_cols;
+  }
+
+  __device__ __forceinline__ void leave_sums(const float4 (&sums)[kFragments][kKept], float logit) const {
+    float4* to = partial_sums(place.split);
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
+      if (used(i)) {
 #pragma unroll
-      for (int j = 0; j < kKept; j++) __stcg(mine + (i * kKept + j) * kThreads, sums[i][j]);
-    if (threadIdx.x < kColumns) __stcg(logits + place.split * kColumns, logit);
+        for (int j = 0; j < kKept; j++) __stcg(to + (i * kKept + j) * kThreads, sums[i][j]);
+      }
+    if (threadIdx.x < kColumns) __stcg(partial_logit(place.split), logit);
     __threadfence();
     __syncthreads();
+    if (threadIdx.x == 0) atomicAdd(p.arrivals + place.tile, kLeft);
+  }
+
+  // The others' sums come by way of shared memory, as many splits' at a time as it holds.
+  __device__ __forceinline__ void add_splits(float4 (&sums)[kFragments][kKept], float& logit) const {
+    constexpr int kSplitVectors = kVectorsPerThread * kThreads;
+    const int others = p.splits - 1;
+    const int room = (kStages * kWeightBytes + 2 * p.slots * kSlotBytes) / (kSplitVectors * 16);
     if (threadIdx.x == 0) {
-      const unsigned before = atomicAdd(p.arrivals + place.tile, 1u);
-      scratch.is_last = before + 1 == static_cast<unsigned>(p.splits);
-      if (scratch.is_last) p.arrivals[place.tile] = 0;  // for the next launch
-      __threadfence();
+      uint32_t* arrivals = p.arrivals + place.tile;
+      while (load_acquire(arrivals) != others * kLeft + p.splits) {
+      }
+      *arrivals = 0;  // for the next launch
     }
     __syncthreads();
-    if (!scratch.is_last) return false;
+    float logits[kMaxSplits];
+#pragma unroll
+    for (int split = 0; split < kMaxSplits; split++) {
+      logits[split] = split == place.split ? logit : 0.0f;
+      if (threadIdx.x < kColumns && split < p.splits && split != place.split)
+        logits[split] = __ldcg(partial_logit(split));
+    }
     float4 own[kFragments][kKept];
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
 #pragma unroll
       for (int j = 0; j < kKept; j++) own[i][j] = sums[i][j], sums[i][j] = make_float4(0, 0, 0, 0);
-    logit = 0.0f;
-    for (int s = 0; s < p.splits; s++) {
-      const float4* theirs = partial + static_cast<int64_t>(s) * (kVectorsPerThread * kThreads);
+    auto add_own = [&] {
 #pragma unroll
       for (int i = 0; i < kFragments; i++)
 #pragma unroll
-        for (int j = 0; j < kKept; j++)
-          add(sums[i][j], s == place.split ? own[i][j] : __ldcg(theirs + (i * kKept + j) * kThreads));
-      if (threadIdx.x < kColumns) logit += __ldcg(logits + s * kColumns);
+        for (int j = 0; j < kKept; j++) add(sums[i][j], own[i][j]);
+    };
+    float4* const area = reinterpret_cast<float4*>(dynamic_shared) + threadIdx.x;
+    for (int first = 0; first < others; first += room) {
+      const int last = min(first + room, others);
+      for (int other = first; other < last; other++) {
+        const float4* from = partial_sums(other + (other >= place.split));
+        const uint32_t to = shared_address(area + (other - first) * kSplitVectors);
+#pragma unroll
+        for (int i = 0; i < kFragments; i++)
+          if (used(i)) {
+#pragma unroll
+            for (int j = 0; j < kKept; j++)
+              copy_async(to + (i * kKept + j) * (kThreads * 16), from + (i * kKept + j) * kThreads);
+          }
+      }
+      commit_copies();
+      wait_copies<0>();
+      for (int other = first; other < last; other++) {
+        if (other == place.split) add_own();
+        const float4* from = area + (other - first) * kSplitVectors;
+#pragma unroll
+        for (int i = 0; i < kFragments; i++)
+          if (used(i)) {
+#pragma unroll
+            for (int j = 0; j < kKept; j++) add(sums[i][j], from[(i * kKept + j) * kThreads]);
+          }
+      }
     }
-    return true;
+    if (place.split == others) add_own();
+    logit = 0.0f;
+#pragma unroll
+    for (int split = 0; split < kMaxSplits; split++) logit += logits[split];
   }
 
-  // Weights are packed so that a lane's sums in two fragments are four adjacent channels.
-  __device__ __forceinline__ void finish(const float4 (&sums)[kFragments][kKept]) {
-    const int lane = lane_id(), column = column_half * 32 + k_group * 16 + 4 * (lane & 3);
-    LaneEpilogue<M> epilogue(p.out, scratch.terms, place.group, place.group_tile,
-                             place.column_tile * kColumns, column);
+  // Of the lane's row `half` in fragment i: the pixel of the result's image, or -1.
+  __device__ __forceinline__ int pixel_of(int i, int half) const {
+    const int m = i * 16 + half * 8 + (lane_id() >> 2), r = row_of(m), oh = place.row + r;
+    const int ow = place.col + m - r * p.tile_cols;
+    return r < p.tile_rows && oh < p.out.out_h && ow < p.out.out_w ? oh * p.out.out_w + ow : -1;
+  }
+  // The lane's first column of the four it keeps. Weights are packed so that they are adjacent channels.
+  __device__ __forceinline__ int kept_column() const {
+    return column_half * 32 + k_group * 16 + 4 * (lane_id() & 3);
+  }
+  __device__ __forceinline__ int64_t image_pixels() const {
+    return place.image * (static_cast<int64_t>(p.out.out_h) * p.out.out_w);
+  }
+
+  __device__ __forceinline__ void load_skip(Four<T> (&skip)[kFragments][2]) const {
+    const int first = place.column_tile * kColumns + kept_column();
+    const T* x = static_cast<const T*>(p.in[0].x) + image_pixels() * p.in[0].pitch + first;
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int pixel = pixel_of(i, half);
+        if (pixel >= 0 && first < p.out.width)
+          skip[i][half] =
+              __ldcg(reinterpret_cast<const Four<T>*>(x + static_cast<int64_t>(pixel) * p.in[0].pitch));
+      }
+  }
+
+  __device__ __forceinline__ void finish(const float4 (&sums)[kFragments][kKept],
+                                         const Four<T> (&skip)[kFragments][2]) {
+    LaneEpilogue<M> epilogue(p.out, scratch.vectors, scratch.vectors[kColumnTerms], place.group,
+                             place.column_tile * kColumns, kept_column());
     if (epilogue.stored) {
-      const int64_t area = static_cast<int64_t>(p.out.out_h) * p.out.out_w;
-      const T* skip = p.out.flags & kSkip ? static_cast<const T*>(p.in[0].x) + epilogue.first : nullptr;
 #pragma unroll
       for (int i = 0; i < kFragments; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const int m = i * 16 + half * 8 + (lane >> 2), r = row_of(m), oh = place.row + r;
-          const int ow = place.col + m - r * p.tile_cols;
-          if (r >= p.tile_rows || oh >= p.out.out_h || ow >= p.out.out_w) continue;
-          const int64_t at = place.image * area + oh * p.out.out_w + ow;
+          const int pixel = pixel_of(i, half);
+          if (pixel < 0) continue;
           const float4 a = sums[i][0], b = sums[i][1];
-          epilogue.store(half ? make_float4(a.z, a.w, b.z, b.w) : make_float4(a.x, a.y, b.x, b.y), at,
-                         skip ? skip + at * p.in[0].pitch : nullptr);
+          epilogue.store(half ? make_float4(a.z, a.w, b.z, b.w) : make_float4(a.x, a.y, b.x, b.y),
+                         image_pixels() + pixel, p.out.flags & kSkip, skip[i][half]);
         }
     }
     epilogue.add_lanes();
-    if (p.out.sums && epilogue.stored && lane < 4)
+    if (p.out.sums && epilogue.stored && lane_id() < 4)
       epilogue.store_sums(static_cast<int64_t>(place.image) * p.out.tiles_down * p.out.tiles_across +
                           place.image_tile);
   }

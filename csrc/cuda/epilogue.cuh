@@ -6,30 +6,28 @@
 
 namespace parnet::cuda {
 
-// Per output channel of a tile, in shared memory: conv_scale * sum + skip_scale * x + offset goes into the
-// activation.
-struct ColumnTerms {
-  float conv_scale[kColumns], skip_scale[kColumns], offset[kColumns];
-};
+// Of the vectors of a tile's columns, in shared memory, the first kColumnTerms become the terms of
+// conv_scale * sum + skip_scale * x + offset, which goes into the activation.
+constexpr int kColumnTerms = 4;
+enum ColumnTerm { kOffset, kConvScale, kSkipScale };
+static_assert(kOffset == 0 && kVectors == kColumnTerms + 2);
 
 __device__ __forceinline__ const float* column_vectors(const Output& out, int group_tile) {
   return out.vectors + static_cast<int64_t>(group_tile) * (kVectors * kColumns);
 }
 
-// Terms of one column from its gate's logit (without bias).
+// One column's terms from its vectors, in their place, and its gate's logit (without bias).
 template <class M>
-__device__ __forceinline__ void set_column(ColumnTerms& terms, const Output& out, int group_tile, int column,
-                                           float logit) {
-  const float* v = column_vectors(out, group_tile) + column;
-  const float bias = __ldg(v), gate = sigmoid<M>(logit + __ldg(v + kColumns));
-  if (out.flags & kSkip) {
-    terms.conv_scale[column] = 1.0f;
-    terms.skip_scale[column] = gate * __ldg(v + 2 * kColumns);
-    terms.offset[column] = fmaf(gate, __ldg(v + 3 * kColumns), bias);
+__device__ __forceinline__ void set_column(float (*terms)[kColumns], int flags, int column, float logit) {
+  const float bias = terms[0][column], gate = sigmoid<M>(logit + terms[1][column]);
+  if (flags & kSkip) {
+    terms[kOffset][column] = fmaf(gate, terms[3][column], bias);
+    terms[kConvScale][column] = 1.0f;
+    terms[kSkipScale][column] = gate * terms[2][column];
   } else {
-    terms.conv_scale[column] = 2.0f * gate;
-    terms.skip_scale[column] = 0.0f;
-    terms.offset[column] = 2.0f * gate * bias;
+    terms[kOffset][column] = 2.0f * gate * bias;
+    terms[kConvScale][column] = 2.0f * gate;
+    terms[kSkipScale][column] = 0.0f;
   }
 }
 
@@ -52,19 +50,19 @@ struct LaneEpilogue {
   int first;  // of the group's channels
   bool stored;
 
-  __device__ LaneEpilogue(const Output& o, const ColumnTerms& terms, int group, int group_tile,
+  // `affine`: the tile's output scales, then its output shifts.
+  __device__ LaneEpilogue(const Output& o, const float (*terms)[kColumns], const float* affine, int group,
                           int tile_column, int column)
       : out(o),
         sum(make_float4(0, 0, 0, 0)),
         first(tile_column + column),
         stored(tile_column + column < o.width) {
     channel = static_cast<int64_t>(group) * o.group_step + static_cast<int64_t>(first) * o.channel_step;
-    const float* v = column_vectors(o, group_tile) + column;
-    conv_scale = load4(terms.conv_scale + column);
-    skip_scale = load4(terms.skip_scale + column);
-    offset = load4(terms.offset + column);
-    out_scale = __ldg(reinterpret_cast<const float4*>(v + 4 * kColumns));
-    out_shift = __ldg(reinterpret_cast<const float4*>(v + 5 * kColumns));
+    conv_scale = load4(terms[kConvScale] + column);
+    skip_scale = load4(terms[kSkipScale] + column);
+    offset = load4(terms[kOffset] + column);
+    out_scale = load4(affine + column);
+    out_shift = load4(affine + kColumns + column);
   }
 
   // Both forms and a selection: a branch here would be copied into every row that a lane stores.
@@ -73,12 +71,12 @@ struct LaneEpilogue {
     return out.flags & kReLU ? rectified : smooth;
   }
 
-  // `skip`: the input pixel's channels `first` to `first + 3`, or null.
-  __device__ __forceinline__ void store(float4 v, int64_t pixel, const T* skip) {
+  // `four`: the input pixel's channels `first` to `first + 3`, if there is a skip.
+  __device__ __forceinline__ void store(float4 v, int64_t pixel, bool skip, const Four<T>& four) {
     v.x = fmaf(v.x, conv_scale.x, offset.x), v.y = fmaf(v.y, conv_scale.y, offset.y);
     v.z = fmaf(v.z, conv_scale.z, offset.z), v.w = fmaf(v.w, conv_scale.w, offset.w);
     if (skip) {
-      const float4 x = load4(skip);
+      const float4 x = load4(reinterpret_cast<const T*>(&four));
       v.x = fmaf(x.x, skip_scale.x, v.x), v.y = fmaf(x.y, skip_scale.y, v.y);
       v.z = fmaf(x.z, skip_scale.z, v.z), v.w = fmaf(x.w, skip_scale.w, v.w);
     }

@@ -8,6 +8,7 @@ namespace parnet::cuda {
 constexpr int kMaxLayers = 4;     // in one launch
 constexpr int kSourceShift = 30;  // a chunk: first channel | source << kSourceShift
 constexpr int kVectors = 6;       // bias, gate bias, skip scale, skip shift, output scale, output shift
+constexpr uint32_t kLeft = 1 << 16;  // unit of the second count in LayerCall::arrivals
 
 enum LayerFlags : int32_t { kSkip = 1, kReLU = 2, kVectorStore = 4, kRound = 8 };
 
@@ -40,7 +41,7 @@ struct LayerCall {
   const int32_t* chunk_table;  // [group][chunks], and one entry that is read but not used
   float* partial;              // [tile][split][rows * 64 / 512 float4 of each thread]: sums of a split layer
   float* partial_logits;       // [tile][split][64]
-  uint32_t* arrivals;          // [tile], zero between launches
+  uint32_t* arrivals;          // [tile], zero between launches: splits that began, + kLeft * that left sums
   int32_t first_block, tile;
   int32_t h, w, stride;
   int32_t groups, column_tiles, chunks, splits;

@@ -8,13 +8,18 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "ptx.cuh"
 
 namespace parnet::cuda {
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 
-// Four adjacent channels in memory.
+// Four adjacent channels, as they lie in memory.
+template <class T>
+using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+
 __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 __device__ __forceinline__ float4 load4(const __half* p) {
   const uint2 v = *reinterpret_cast<const uint2*>(p);

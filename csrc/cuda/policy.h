@@ -34,6 +34,7 @@ constexpr int kChunkBytes = 64;  // of channels of one pixel: 32 of 16 bits, 16 
 constexpr int kSlotBytes = 80;   // a pixel of the halo in shared memory: 5 x 16, so 8 in a row hit all banks
 constexpr int kBlocksPerSm = 2;  // what registers and shared memory must allow
 constexpr int kMaxBatch = 8;     // beyond it throughput counts, not latency
+constexpr int kMaxSplits = 8;    // of a tile's input channels
 
 struct TileShape {
   int rows;       // output pixels
@@ -63,7 +64,7 @@ PARNET_BOTH constexpr int weight_stage_bytes() { return 3 * kColumns * kChunkByt
 constexpr int kStaticSharedBytes = 2432;
 
 // The halves of the sums that the two K groups exchange reuse the pipeline's memory.
-constexpr int exchange_bytes(const TileShape& t) { return t.rows * kColumns * 2; }
+constexpr int exchange_bytes(const TileShape& t) { return t.rows * kColumns * 4; }
 
 // The stem: a small number of input channels, all 9 taps in one reduction.
 constexpr int kStemRows = 8, kStemCols = 16;

@@ -11,7 +11,7 @@ static_assert(kStemPixels == kThreads, "a thread lays out one pixel");
 constexpr int kMaxStemChannels = kStemReduction / 9;
 
 struct StemScratch {
-  ColumnTerms terms;
+  float terms[kColumnTerms][kColumns];
   float sums[kThreads / 32][kColumns];
   float means[kMaxStemChannels];
 };
@@ -33,10 +33,8 @@ struct GridBarrier {
     __syncthreads();
     if (threadIdx.x == 0) {
       atomicAdd(counters, 1u);
-      uint32_t arrived;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counters) : "memory");
-      } while (arrived < gridDim.x);
+      while (load_acquire(counters) < gridDim.x) {
+      }
     }
     __syncthreads();
   }
@@ -102,7 +100,10 @@ struct Stem {
       for (int c = 0; c < p.image.c; c++)
         logit +=
             __ldg(p.gate_weight + (column_tile * p.image.c + c) * kColumns + threadIdx.x) * scratch.means[c];
-      set_column<M>(scratch.terms, p.out, column_tile, threadIdx.x, logit);
+      const float* v = column_vectors(p.out, column_tile);
+      for (int i = 0; i < kColumnTerms; i++)
+        scratch.terms[i][threadIdx.x] = __ldg(v + i * kColumns + threadIdx.x);
+      set_column<M>(scratch.terms, p.out.flags, threadIdx.x, logit);
     }
     __syncthreads();
   }
@@ -209,7 +210,9 @@ struct Stem {
 #pragma unroll
     for (int pair = 0; pair < 4; pair++) {
       const int column = pair * 16 + 4 * (lane & 3);
-      LaneEpilogue<M> epilogue(p.out, scratch.terms, 0, column_tile, column_tile * kColumns, column);
+      LaneEpilogue<M> epilogue(p.out, scratch.terms,
+                               column_vectors(p.out, column_tile) + kColumnTerms * kColumns, 0,
+                               column_tile * kColumns, column);
       if (epilogue.stored) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -221,7 +224,7 @@ struct Stem {
             const float (&a)[4] = acc[i][2 * pair];
             const float (&b)[4] = acc[i][2 * pair + 1];
             epilogue.store(make_float4(a[2 * half], a[2 * half + 1], b[2 * half], b[2 * half + 1]),
-                           (static_cast<int64_t>(n) * p.out.out_h + oh) * p.out.out_w + ow, nullptr);
+                           (static_cast<int64_t>(n) * p.out.out_h + oh) * p.out.out_w + ow, false, {});
           }
       }
       epilogue.add_lanes();
