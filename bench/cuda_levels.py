@@ -120,7 +120,7 @@ def count(weights: Weights, low: Lowered, architecture: int) -> list[int]:
 
 
 def layer_terms(c: Any, rows: int) -> tuple[float, int, int, float]:
-    """(FLOPs, needed bytes, asked bytes, FLOPs that each block's matrix instructions do) of one layer of a level."""
+    """(FLOPs, needed bytes, asked bytes, FLOPs that a block's matrix instructions do for a chunk) of a level's layer."""
     tiles = c.out.tiles_down * c.out.tiles_across * c.groups * c.column_tiles
     weight = c.groups * c.column_tiles * c.chunks * 64 * 64 * 10  # and a tenth for the gate
     inputs = [c.inputs[i] for i in range(2) if c.inputs[i].x]
@@ -130,10 +130,9 @@ def layer_terms(c: Any, rows: int) -> tuple[float, int, int, float]:
     halo = min(c.h, c.stride * (c.tile_rows - 1) + 3) * min(c.w, c.stride * (c.tile_cols - 1) + 3)
     asked = tiles // (c.groups * c.column_tiles) * weight + tiles * c.chunks * halo * 64
     asked += tiles * c.chunks * 32 * 4 * c.inputs[0].sum_tiles + result * (2 if c.out.flags & 1 else 1)
-    if c.splits > 1:
-        asked += tiles * (2 * c.splits - 1) * rows * 64 * 4
-    executed = 2 * 9 * rows * 64 * 32 * -(-c.chunks // c.splits)
-    return 2 * 9 * c.out.out_h * c.out.out_w * width, weight + maps + result, asked, executed
+    # Partial sums: every split but one leaves them, and that one loads them.
+    asked += tiles * 2 * (c.splits - 1) * min(rows, c.tile_rows * c.tile_cols) * 64 * 4
+    return 2 * 9 * c.out.out_h * c.out.out_w * width, weight + maps + result, asked, 2 * 9 * rows * 64 * 32
 
 
 def analyse(launch: Any, m: Model, counted: int | None) -> Level:
@@ -147,8 +146,9 @@ def analyse(launch: Any, m: Model, counted: int | None) -> Level:
         terms = layer_terms(c, shapes[c.tile].rows)
         flops, needed, asked, split = flops + terms[0], needed + terms[1], asked + terms[2], split or c.splits > 1
         last = call.layer[i + 1].first_block if i + 1 < call.layers else launch.grid
-        for _ in range(last - c.first_block):
-            heapq.heapreplace(work, work[0] + terms[3])
+        chunks = [(k + 1) * c.chunks // c.splits - k * c.chunks // c.splits for k in range(c.splits)]
+        for block in range(last - c.first_block):
+            heapq.heapreplace(work, work[0] + terms[3] * chunks[block % c.splits])
     asked = counted if counted is not None else asked
     busiest = max(work) / (1e6 * m.tflops * m.mma / m.gpu.multiprocessors)
     latency = (MISSES * MEMORY_CLOCKS + (HITS + (SPLIT_HITS if split else 0)) * L2_CLOCKS) / (1e3 * m.clock)

@@ -16,13 +16,14 @@ import torch
 
 from parnet_kernels.cuda_pack import CHUNK_BYTES
 
-SPLITS = (1, 2, 3, 4, 6, 8)
-# Units: one output row of a tile in one stage. Estimates, not fitted: a stage's cost besides its products (weights to
-# shared memory, barrier), a block's start and end, and what a split layer pays for leaving and adding partial sums.
-# A block's duration is meant beside a second one on its multiprocessor; alone it takes ALONE of that.
+SPLITS = range(1, 9)
+# Units: one output row of a tile in one stage, 6 clocks of an A100's tensor cores. Estimates, not fitted: a stage's
+# cost besides its products (weights to shared memory, barrier), a block's start and end, and for each split of a tile
+# 28 KB of partial sums at 64 bytes a clock. A block's duration is meant beside a second one on its multiprocessor; alone
+# it takes ALONE of that.
 ALONE = 0.6
-STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 300, 125
-CANDIDATES = 12  # combinations whose schedule is simulated
+STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 150, 75
+CANDIDATES = 48  # combinations whose schedule is simulated
 #: Bytes that L2 gives a multiprocessor while it does a unit alone: their rates are in bench/cuda_levels.py.
 L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 127, 100: 127, 120: 300}
 
@@ -172,20 +173,24 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
     return None if best is None else best[1]
 
 
-def block_cost(s: Shape, t: Tiling, p: Policy) -> float:
-    """Modelled duration of the longest block of a layer."""
-    stages = 3 * -(-s.chunks // t.splits)
-    extra = SPLIT_COST * (1 + t.splits) if t.splits > 1 else 0
-    return stages * (p.shapes[t.tile].rows + STAGE_COST) + BLOCK_COST + extra
+def block_costs(s: Shape, t: Tiling, p: Policy) -> list[tuple[float, int]]:
+    """Modelled durations of a layer's blocks, longest first, and how many there are of each."""
+    extra = BLOCK_COST + (SPLIT_COST * t.splits if t.splits > 1 else 0)
+    row = p.shapes[t.tile].rows + STAGE_COST
+    most, longer = -(-s.chunks // t.splits), s.chunks % t.splits or t.splits  # blocks with the most chunks
+    costs = [(3.0 * most * row + extra, longer * t.tiles(s))]
+    if longer < t.splits:
+        costs.append((3.0 * (most - 1) * row + extra, (t.splits - longer) * t.tiles(s)))
+    return costs
 
 
-def block_bytes(s: Shape, t: Tiling, p: Policy) -> int:
-    """What a block asks L2 for: weights, gate weights and halo of its chunks; partial sums out and in."""
+def asked_bytes(s: Shape, t: Tiling, p: Policy) -> int:
+    """What a layer's blocks ask L2 for: weights, gate weights and halos; partial sums out and in."""
     halo_rows = min(s.h, s.stride * (t.rows - 1) + 3)
     halo_cols = min(s.w, s.stride * (t.cols - 1) + 3)
     chunk = 3 * p.weight_stage_bytes + p.columns * CHUNK_BYTES + halo_rows * halo_cols * CHUNK_BYTES
-    partial = 2 * 4 * p.shapes[t.tile].rows * p.columns if t.splits > 1 else 0
-    return -(-s.chunks // t.splits) * chunk + partial
+    partial = 4 * t.rows * t.cols * p.columns
+    return t.tiles(s) * (s.chunks * chunk + 2 * (t.splits - 1) * partial)
 
 
 def blocks_per_sm(gpu: Gpu, shared: int) -> int:
@@ -215,14 +220,14 @@ def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tupl
     options: list[list[Tiling]] = []
     for s in shapes:
         tilings = [_spatial(s, tile, gpu) for tile in range(int(exact), len(p.shapes))]
-        splits = [k for k in SPLITS if k == 1 or s.chunks >= 2 * k]
+        splits = [k for k in SPLITS if k <= s.chunks]
         options.append([replace(t, splits=k) for t in tilings if t is not None for k in splits])
     ranked = []
     for choice in itertools.product(*options):
-        costs = [(block_cost(s, t, p), t.blocks(s)) for s, t in zip(shapes, choice, strict=True)]
+        costs = [cost for s, t in zip(shapes, choice, strict=True) for cost in block_costs(s, t, p)]
         per_sm = blocks_per_sm(gpu, max(t.shared for t in choice))
         total, longest = sum(c * b for c, b in costs), max(c for c, _ in costs)
-        asked = sum(block_bytes(s, t, p) * t.blocks(s) for s, t in zip(shapes, choice, strict=True))
+        asked = sum(asked_bytes(s, t, p) for s, t in zip(shapes, choice, strict=True))
         traffic = asked / (gpu.multiprocessors * L2_BYTES.get(gpu.architecture, L2_BYTES[90]))
         bound = max(total / gpu.multiprocessors / per_sm, longest * ALONE, traffic) + longest / 8
         ranked.append((bound * _idle(costs, gpu), traffic, per_sm, costs, choice))

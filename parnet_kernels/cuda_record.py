@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from parnet_kernels.cuda_pack import COLUMNS, Layout, PackedLayer, PackedStem
-from parnet_kernels.cuda_plan import Gpu, Shape, Tiling, block_cost, blocks_per_sm, plan_level, policy
+from parnet_kernels.cuda_plan import Gpu, Shape, Tiling, block_costs, blocks_per_sm, plan_level, policy
 from parnet_kernels.cuda_program import (
     COOPERATIVE,
     DEPENDENT,
@@ -160,7 +160,7 @@ class Recorder:
         call = LevelCall(len(steps))
         results: dict[int, Map] = {}
         blocks = 0
-        cost = [-block_cost(s, t, self.policy) for s, t in zip(shapes, tilings, strict=True)]
+        cost = [-block_costs(s, t, self.policy)[0][0] for s, t in zip(shapes, tilings, strict=True)]
         for position, i in enumerate(sorted(range(len(steps)), key=cost.__getitem__)):  # longest blocks first
             layer, results[i] = self._layer_call(steps[i], shapes[i], tilings[i])
             layer.first_block = blocks
