@@ -31,14 +31,25 @@ struct GateVector<__half> : GateVector16<__half> {};
 template <>
 struct GateVector<__nv_bfloat16> : GateVector16<__nv_bfloat16> {};
 
-// `sums`: scratch, [warp][four channels]. A pass is four chunks: 16 lanes a row of gate weights, 16 bytes
-// each; two rows a warp at a time.
+// A pass is four chunks: 16 lanes a row of gate weights, 16 bytes each; two rows a warp at a time.
+constexpr int kPassChunks = 4;
+constexpr int kSumsAtOnce = 16;  // a warp has so many on their way, whose latencies would add up otherwise
+
+// The chunk whose sums a lane adds, counted from the pass's first; with 32-bit channels half the lanes have
+// none.
+template <class T>
+__device__ __forceinline__ int chunk_of_lane() {
+  return lane_id() * 4 / (kChunkBytes / static_cast<int>(sizeof(T)));
+}
+
+// `entry`: of the chunk table, that of the lane's chunk in the first pass. `sums`: scratch, [warp][four
+// channels].
 template <class T>
 __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int group, int group_tile,
-                                            int first_chunk, int last_chunk, float4 (&sums)[4][32],
-                                            float (&logits)[kColumns]) {
+                                            int first_chunk, int last_chunk, int entry,
+                                            float4 (&sums)[4][32], float (&logits)[kColumns]) {
   constexpr int kLaneChannels = 16 / sizeof(T), kChunkChannels = kChunkBytes / sizeof(T);
-  constexpr int kPassChannels = 16 * kLaneChannels, kQuads = kLaneChannels / 4, kRows = kColumns / 8;
+  constexpr int kQuads = kLaneChannels / 4, kRows = kColumns / 8;
   const int lane = lane_id(), warp = threadIdx.x / 32, part = lane & 15;
   const int row_channels = p.chunks * kChunkChannels;
   const int32_t* table = p.chunk_table + group * p.chunks;
@@ -47,18 +58,7 @@ __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int g
   float logit[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) logit[r] = 0.0f;
-  for (int chunk = first_chunk; chunk < last_chunk; chunk += 4) {
-    const int channel = lane * 4, of_chunk = chunk + channel / kChunkChannels;
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (channel < kPassChannels && of_chunk < last_chunk) {
-      const int entry = __ldg(table + of_chunk);
-      const Input& in = p.in[entry >> kSourceShift];
-      const float* s = in.sums + static_cast<int64_t>(image) * in.sum_tiles * in.pitch +
-                       (entry & ((1 << kSourceShift) - 1)) + channel % kChunkChannels;
-#pragma unroll 4
-      for (int t = warp; t < in.sum_tiles; t += 4)
-        add(sum, __ldcg(reinterpret_cast<const float4*>(s + static_cast<int64_t>(t) * in.pitch)));
-    }
+  for (int chunk = first_chunk; chunk < last_chunk; chunk += kPassChunks) {
     uint4 w[kRows];
     const int from = chunk * kChunkChannels + part * kLaneChannels;
 #pragma unroll
@@ -67,6 +67,23 @@ __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int g
                  ? __ldg(reinterpret_cast<const uint4*>(weight + static_cast<int64_t>(r) * 8 * row_channels +
                                                         from))
                  : make_uint4(0, 0, 0, 0);
+    const int of_chunk = chunk + chunk_of_lane<T>(), next = of_chunk + kPassChunks;
+    const bool adds = chunk_of_lane<T>() < kPassChunks && of_chunk < last_chunk;
+    const Input& in = p.in[entry >> kSourceShift];
+    const float* s = in.sums + static_cast<int64_t>(image) * in.sum_tiles * in.pitch +
+                     (entry & ((1 << kSourceShift) - 1)) + lane * 4 % kChunkChannels;
+    if (next < last_chunk) entry = __ldg(table + next);
+    float4 sum = make_float4(0, 0, 0, 0);
+    for (int t = warp; t < in.sum_tiles; t += 4 * kSumsAtOnce) {
+      float4 v[kSumsAtOnce];
+#pragma unroll
+      for (int k = 0; k < kSumsAtOnce; k++)
+        v[k] = adds && t + 4 * k < in.sum_tiles
+                   ? __ldcg(reinterpret_cast<const float4*>(s + static_cast<int64_t>(t + 4 * k) * in.pitch))
+                   : make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int k = 0; k < kSumsAtOnce; k++) add(sum, v[k]);
+    }
     if (chunk != first_chunk) __syncthreads();  // the sums of the last pass have been read
     // Of two quads that one lane needs, the first ones of all lanes come first: reads without bank conflicts.
     sums[warp][kQuads == 2 ? ((lane & 1) << 4) + (lane >> 1) : lane] = sum;

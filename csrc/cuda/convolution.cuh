@@ -175,7 +175,9 @@ struct Tile {
     uint32_t halo_to = halo + first_slot * kSlotBytes + part * 16;
     pin(image_part);
     pin(halo_to);
-    int halo_flip = halo_bytes, entry = __ldg(next_entry);
+    int halo_flip = halo_bytes, entry = __ldg(next_entry), gate_entry = 0;
+    if (place.first_chunk + chunk_of_lane<T>() < place.last_chunk)
+      gate_entry = __ldg(next_entry + chunk_of_lane<T>());
     auto load_halo = [&] {
       const uint64_t x = reinterpret_cast<uint64_t>(p.in[entry >> kSourceShift].x) + image_part +
                          static_cast<uint32_t>((entry & ((1 << kSourceShift) - 1)) * sizeof(T));
@@ -195,10 +197,11 @@ struct Tile {
 #pragma unroll
     for (int i = 1; i < kStages - 1; i++) commit_copies();
     unsigned began = 0;
-    if (p.splits > 1 && threadIdx.x == 0) began = atomicAdd(p.arrivals + place.tile, 1u) & (kLeft - 1);
+    if (p.splits > 1 && threadIdx.x == 0) began = atomicAdd(p.arrivals + place.tile, 1u);
     gate_logits<T>(p, place.image, place.group, place.group_tile, place.first_chunk, place.last_chunk,
-                   scratch.sums, scratch.logits);
-    if (threadIdx.x == 0) scratch.finishes = began + 1 == static_cast<unsigned>(p.splits);
+                   gate_entry, scratch.sums, scratch.logits);
+    pin(began);  // or the compiler would wait for the atomic where it is issued
+    if (threadIdx.x == 0) scratch.finishes = began % kLeft + 1 == static_cast<unsigned>(p.splits);
     __syncthreads();  // the sums in the scratch memory have been read
     if (threadIdx.x < kVectors * kColumns / 4)
       copy_async(shared_address(scratch.vectors) + 16 * threadIdx.x,

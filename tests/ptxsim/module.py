@@ -115,6 +115,7 @@ class PtxModule:
         max_threads: int = 1 << 26,
         approx_error: float = 0.0,
         l2_bytes: int | None = None,
+        round_trips: bool = False,
         ptxas: str | None = None,
         memory: DeviceMemory | None = None,
         l2: Any = None,
@@ -135,6 +136,7 @@ class PtxModule:
         max_instructions, max_threads: what counts as too long; the latter is checked before anything runs.
         approx_error: 1.0 lets .approx instructions be off by up to their documented error, deterministically.
         l2_bytes: models an L2 cache of this size (`Result.l2`).
+        round_trips: counts accesses of global memory that wait for each other (`Result.round_trips`).
         ptxas: output of `ptxas -v`, to be quoted in the result.
         memory, l2: those of a Session.
         """
@@ -179,9 +181,11 @@ class PtxModule:
                 order,
                 approx_error,
                 l2,
+                round_trips,
             )
             counters, output = machine.counters, machine.output
             totals = (machine.blocks_done, machine.barriers, machine.instructions)
+            trips = (machine.trips_before, machine.trips_after)
             reports = self._reports(machine)
         seconds = time.perf_counter() - start
         if fault is not None:
@@ -200,6 +204,7 @@ class PtxModule:
             buffers=buffer_rows(ranges),
             ptxas=parse_ptxas(ptxas, kernel),
             l2=l2_row(l2) if l2 is not None else None,
+            round_trips=trips if round_trips else None,
         )
         count_instructions(result, program, counters, self.source)
         if reports and check == "raise":

@@ -54,6 +54,8 @@ class Result:
     buffers: for each pointer argument the distinct bytes and 128-byte lines read and written
     unique_read, unique_written: their sums (compulsory traffic)
     l2: the modelled cache, if one was asked for
+    round_trips: if asked for, loads of global memory in a row, each needing what the one before brought: (before the
+        first matrix instruction of a warp, after its last), the most of any warp
     lines: the same counters for each PTX instruction; `hot` sorts them
     """
 
@@ -70,6 +72,7 @@ class Result:
     buffers: list[dict[str, int]]
     ptxas: dict[str, int]
     l2: dict[str, Any] | None
+    round_trips: tuple[int, int] | None = None
     mix: dict[str, int] = field(default_factory=dict)
     thread_mix: dict[str, int] = field(default_factory=dict)
     mma_count: int = 0

@@ -54,6 +54,7 @@ void release(Context& c, int id) {
     Context other = c;
     other.warp = &w;
     absorb(other, bar.arriving);
+    w.trips.now = std::max(w.trips.now, bar.trips);
   }
   bar = Barrier();
 }
@@ -88,6 +89,7 @@ bool barrier_arrive(Context& c, const Instruction& in, Group& group) {
   bar.expected = count;
   bar.lanes += __builtin_popcount(group.mask);
   bar.lane_mask[c.warp->id] |= group.mask;
+  bar.trips = std::max(bar.trips, c.warp->trips.now);
   if (bar.lane_mask[c.warp->id] == c.warp->live) bar.warps++;
   publish(c, bar.arriving);
   if (in.aux) bar.predicates += __builtin_popcount(predicate_source(c, in, in.n_src - 1) & group.mask);

@@ -59,6 +59,7 @@ void reset(Machine& m) {
   m.report_index.clear();
   m.output.clear();
   m.instructions = m.blocks_done = m.barriers = m.progress = 0;
+  m.trips_before = m.trips_after = 0;
   m.last_allocation = 0;
   m.write_records.assign(1, WriteRecord{});  // number 0: nobody
   m.snapshots.clear();
@@ -69,7 +70,7 @@ void reset(Machine& m) {
 py::object run(Machine& m, std::array<u32, 3> grid, std::array<u32, 3> block, u32 shared_bytes,
                const py::array_t<Allocation, py::array::c_style>& allocations, bool races, bool strict,
                u64 max_instructions, u32 seed, int resident, const std::vector<u32>& order,
-               double approx_error, L2Model* l2) {
+               double approx_error, L2Model* l2, bool count_trips) {
   std::copy_n(grid.begin(), 3, m.grid);
   std::copy_n(block.begin(), 3, m.block_dim);
   m.shared_bytes = shared_bytes;
@@ -80,6 +81,7 @@ py::object run(Machine& m, std::array<u32, 3> grid, std::array<u32, 3> block, u3
   m.seed = seed;
   m.approx_error = approx_error;
   m.l2 = l2;
+  m.count_trips = count_trips;
   m.poll_signals = [] {
     py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals()) throw py::error_already_set();
@@ -165,5 +167,7 @@ PYBIND11_MODULE(PTXSIM_MODULE, module) {
       .def_readonly("instructions", &Machine::instructions)
       .def_readonly("blocks_done", &Machine::blocks_done)
       .def_readonly("barriers", &Machine::barriers)
+      .def_readonly("trips_before", &Machine::trips_before)
+      .def_readonly("trips_after", &Machine::trips_after)
       .def_property_readonly("output", [](const Machine& m) { return py::bytes(m.output); });
 }

@@ -136,6 +136,7 @@ class GridRun {
     int lanes = std::min(32, b.n_threads - 32 * id);
     w.live = lanes == 32 ? ~0u : (1u << lanes) - 1;
     w.groups.assign(1, Group{m_.entry, w.live});
+    if (m_.count_trips) w.trips.ready.assign(m_.register_bytes / 4, 0);
     std::memset(regs, 0xff, m_.register_bytes);
     std::memset(local, 0xff, size_t(32) * m_.local_bytes);
     for (auto [which, offset] : m_.special_registers)

@@ -91,6 +91,17 @@ struct WgmmaCall {
   u64 desc_a, desc_b;
 };
 
+// Round trips to global memory that must have ended, one after the other, before something can happen.
+struct RoundTrips {
+  std::vector<u16> ready;  // before each register holds its value; by its offset / 4
+  u32 now = 0;             // before the next instruction, since instructions are issued in order
+  u32 stores = 0;          // before all stores are done
+  u32 copies = 0;          // before the cp.async of the open group are
+  std::vector<u32> groups;
+  u32 first_product = 0, last_product = 0;  // at the first and the last matrix instruction
+  bool multiplied = false;
+};
+
 struct Warp {
   int id;
   u8* regs = nullptr;
@@ -106,6 +117,7 @@ struct Warp {
   u32 bulk_groups[32] = {};
   std::vector<std::pair<u32, u32>> records;  // per store instruction of late: (pc, record number)
   size_t recent_record = 0;
+  RoundTrips trips;
   bool yielding = false;  // it polls: let others run
   bool spinning = false;  // diverged and polling: let another group of its lanes run
 };
@@ -119,6 +131,7 @@ struct Mbarrier {
 struct Barrier {
   bool used = false;
   u32 lanes = 0, warps = 0, expected = 0, predicates = 0;  // expected 0: the whole block
+  u32 trips = 0;  // the most of those who arrived
   std::array<u32, kMaxWarps> lane_mask{};
   SyncState arriving;
 };
@@ -232,6 +245,7 @@ struct Machine {
   std::vector<Allocation> allocations;
   size_t last_allocation = 0;
   bool races = true, strict = false;
+  bool count_trips = false;
   u32 seed = 0;
   double approx_error = 0;
   u64 max_instructions = 0;
@@ -245,6 +259,7 @@ struct Machine {
   std::unordered_map<u64, size_t> report_index;
   std::string output;
   u64 instructions = 0, blocks_done = 0, barriers = 0, progress = 0;
+  u32 trips_before = 0, trips_after = 0;  // products, the most of any warp
 
   // Ordering between blocks
   std::vector<WriteRecord> write_records;

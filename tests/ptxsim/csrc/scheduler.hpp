@@ -18,6 +18,10 @@ Handler resolve_handler(const Instruction& in, u8& lane_class);  // dispatch.cpp
 bool barrier_arrive(Context& c, const Instruction& in, Group& group);  // true: the group waits now
 void barriers_after_exit(Context& c);
 
+// round_trips.cpp
+void count_trips(Context& c, const Instruction& in);  // before the instruction runs
+void finish_trips(Machine& m, const Warp& w);         // when the warp has ended
+
 // warp_scheduler.cpp
 int run_warp(Context& c, int budget, bool rotate);  // returns the instructions executed
 std::string where_are(const Machine& m, const Block& b);

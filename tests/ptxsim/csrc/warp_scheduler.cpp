@@ -56,6 +56,7 @@ void exit_lanes(Context& c, u32 mask) {
     report(c, ReportKind::AsyncHazard, first_lane(mask), 0, "thread exits with wgmma still in flight");
   c.machine->progress++;
   c.warp->live &= ~mask;
+  if (!c.warp->live) finish_trips(*c.machine, *c.warp);
   b.live -= __builtin_popcount(mask);
   if (!b.live) bulk_finish(c, true);
   barriers_after_exit(c);
@@ -119,6 +120,7 @@ class WarpRun {
       c_.mask = mask;
       c_.counters = &count;
       turn--;
+      if (m_.count_trips && mask) count_trips(c_, in);
       if (classes[pc_] == kIndependent) {
         if (mask) handlers[pc_](c_, in);
         pc_++;

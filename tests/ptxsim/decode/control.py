@@ -43,8 +43,9 @@ def leave(program: Program, opcode: Opcode) -> None:
 
 @handles("nop", "pmevent", "setmaxnreg", "griddepcontrol")
 def nothing(program: Program, opcode: Opcode) -> None:
+    waits = opcode.name == "griddepcontrol" and opcode.has("wait")
     opcode.ignore(opcode.modifiers)
-    program.emit("Nop")
+    program.emit("Nop", aux=int(waits))
 
 
 @handles("bar", "barrier")
