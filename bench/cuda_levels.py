@@ -7,10 +7,10 @@ For each launch of a published network at 224² and batch 1, in fp16:
   the simulator (counted, with --count) or by the same sums, which it confirms to a few percent (modelled);
 * roofline: max(FLOPs / peak, needed bytes / memory bandwidth);
 * time (modelled): start + max(matrix instructions of the busiest multiprocessor, asked bytes / L2 bandwidth, needed
-  bytes / memory bandwidth) + dependent latencies. Constants and their sources: `Model`, `GPUS` and what follows them;
-* floor (modelled): start + roofline + dependent latencies, the least that one launch a level can take in this model,
-  however it is cut. Twice the roofline is out of reach where the floors' sum exceeds it: a dozen starts and latencies
-  are 32 µs on an A100 and 22 on an H100, where ParNet-S's roofline is 17.
+  bytes / memory bandwidth) + latencies of round trips to memory that wait for each other, whose number the simulator
+  counts (`round_trips`). Constants and their sources: `Model`, `GPUS` and what follows them;
+* floor (modelled): start + roofline + latencies, the least that one launch a level can take in this model, however it
+  is cut.
 
 Where there is a GPU, also measured times, each launch alone and the whole network against PyTorch (eager, compiled) and
 TensorRT if it is installed.
@@ -36,7 +36,7 @@ from parnet_kernels import ops
 from parnet_kernels.config import VARIANTS
 from parnet_kernels.cuda_network import Lowered, Weights, lower, pack_network
 from parnet_kernels.cuda_plan import A100, H100, L4, RTX4090, Gpu, blocks_per_sm, policy
-from parnet_kernels.cuda_program import LevelCall
+from parnet_kernels.cuda_program import SKIP, ClassifierCall, LevelCall
 from parnet_kernels.deployed import DeployedParNet
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -70,9 +70,9 @@ GPUS = {
     "RTX 4090": Model(RTX4090, 165, 1.0, 1008, 5000, 2.52, 1.3),
 }
 L2_CLOCKS, MEMORY_CLOCKS = 200, 290  # latencies of a hit and of a miss on A100 (arXiv 2208.11174)
-# Waited for in a row by a block: first weights from memory; from L2 maps, which the launch before has just written,
-# chunk table, sums, gate weights and skip; and if split, the partial sums' way: store, arrival, load.
-MISSES, HITS, SPLIT_HITS = 1, 5, 3
+# Round trips in a row of a stem: image, its sums stored, tile, barrier, all blocks' sums.
+STEM_TRIPS = 5
+PASS_CHUNKS, SUMS_AT_ONCE, STEPS_AT_ONCE = 4, 16, 4  # channel_gate.cuh, maps.cuh
 
 
 class Level(NamedTuple):
@@ -120,7 +120,7 @@ def count(weights: Weights, low: Lowered, architecture: int) -> list[int]:
 
 
 def layer_terms(c: Any, rows: int) -> tuple[float, int, int, float]:
-    """(FLOPs, needed bytes, asked bytes, FLOPs that a block's matrix instructions do for a chunk) of a level's layer."""
+    """Of a level's layer: FLOPs, needed bytes, asked bytes, FLOPs that a block's matrix instructions do for a chunk."""
     tiles = c.out.tiles_down * c.out.tiles_across * c.groups * c.column_tiles
     weight = c.groups * c.column_tiles * c.chunks * 64 * 64 * 10  # and a tenth for the gate
     inputs = [c.inputs[i] for i in range(2) if c.inputs[i].x]
@@ -135,39 +135,65 @@ def layer_terms(c: Any, rows: int) -> tuple[float, int, int, float]:
     return 2 * 9 * c.out.out_h * c.out.out_w * width, weight + maps + result, asked, 2 * 9 * rows * 64 * 32
 
 
+def latency(m: Model, trips: int) -> float:
+    """µs of round trips in a row: the first to memory, where the weights are, the others to L2."""
+    return (MEMORY_CLOCKS + (trips - 1) * L2_CLOCKS) / (1e3 * m.clock)
+
+
+def round_trips(c: Any, m: Model) -> tuple[int, int]:
+    """Round trips in a row (before, after) the products of a layer's blocks, as the simulator counts them.
+
+    Before: the chunk table, unless the launch is dependent and can read it early; then the channel sums of each pass of
+    the gate. After: the skip; or of a split layer the flag, then the others' partial sums, as many as fit into shared
+    memory at a time.
+    """
+    p = policy(m.gpu.architecture)
+    batches = -(-c.inputs[0].sum_tiles // (p.threads // 32 * SUMS_AT_ONCE))
+    passes = -(-c.chunks // c.splits // PASS_CHUNKS)
+    before = batches * passes + (m.gpu.architecture < 90)
+    room = (p.stages * p.weight_stage_bytes + 2 * c.slots * p.slot_bytes) // (p.shapes[c.tile].rows * p.columns * 4)
+    if c.splits > 1:
+        return before, 1 + -(-(c.splits - 1) // room)
+    return before, c.out.flags & SKIP
+
+
+def classifier_trips(c: Any, m: Model) -> int:
+    """The same of the classifier: the bias, unless it is read early, and the sums' tiles."""
+    return -(-c.features // (32 * 8 * STEPS_AT_ONCE)) * c.sum_tiles + (m.gpu.architecture < 90)
+
+
 def analyse(launch: Any, m: Model, counted: int | None) -> Level:
     """A level launch by the model above."""
     call = LevelCall.from_buffer_copy(launch.arguments)
     shapes = policy(m.gpu.architecture).shapes
-    flops, needed, asked, split = 0.0, 0, 0, False
+    flops, needed, asked, trips = 0.0, 0, 0, 0
     work = [0.0] * m.gpu.multiprocessors
     for i in range(call.layers):
         c = call.layer[i]
         terms = layer_terms(c, shapes[c.tile].rows)
-        flops, needed, asked, split = flops + terms[0], needed + terms[1], asked + terms[2], split or c.splits > 1
+        flops, needed, asked = flops + terms[0], needed + terms[1], asked + terms[2]
+        # And one that the simulator, which runs block after block, does not see: the others' stores before the flag.
+        trips = max(trips, sum(round_trips(c, m)) + (c.splits > 1))
         last = call.layer[i + 1].first_block if i + 1 < call.layers else launch.grid
         chunks = [(k + 1) * c.chunks // c.splits - k * c.chunks // c.splits for k in range(c.splits)]
         for block in range(last - c.first_block):
             heapq.heapreplace(work, work[0] + terms[3] * chunks[block % c.splits])
     asked = counted if counted is not None else asked
     busiest = max(work) / (1e6 * m.tflops * m.mma / m.gpu.multiprocessors)
-    latency = (MISSES * MEMORY_CLOCKS + (HITS + (SPLIT_HITS if split else 0)) * L2_CLOCKS) / (1e3 * m.clock)
-    time = m.start + max(busiest, asked / (1e3 * m.l2), needed / (1e3 * m.memory)) + latency
+    fixed = m.start + latency(m, trips)
+    time = fixed + max(busiest, asked / (1e3 * m.l2), needed / (1e3 * m.memory))
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (m.gpu.multiprocessors * blocks_per_sm(m.gpu, launch.shared))
-    floor = m.start + roofline + latency
-    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time, floor)
+    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time, fixed + roofline)
 
 
-def small(launch: Any, m: Model, needed: int, counted: int | None, flops: float) -> Level:
+def small(launch: Any, m: Model, needed: int, counted: int | None, flops: float, trips: int) -> Level:
     """The stem or the classifier: bound by latency and their bytes."""
     asked = counted if counted is not None else needed
-    barrier = 3 if "stem" in launch.kernel else 0  # sums stored, arrival, sums loaded
-    latency = (MISSES * MEMORY_CLOCKS + (HITS + barrier) * L2_CLOCKS) / (1e3 * m.clock)
     work = max(flops / (1e6 * m.tflops * m.mma), asked / (1e3 * m.l2), needed / (1e3 * m.memory))
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (2 * m.gpu.multiprocessors)
-    fixed = m.start + latency
+    fixed = m.start + latency(m, trips)
     time, floor = fixed + work, fixed + roofline
     return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time, floor)
 
@@ -183,10 +209,11 @@ def levels(name: str, m: Model, counting: bool) -> list[Level]:
             rows.append(analyse(launch, m, asked))
         elif "stem" in launch.kernel:
             needed = 3 * 224 * 224 * HALF + 112 * 112 * config.stem * HALF
-            rows.append(small(launch, m, needed, asked, 2 * 27 * config.stem * 112 * 112))
+            rows.append(small(launch, m, needed, asked, 2 * 27 * config.stem * 112 * 112, STEM_TRIPS))
         else:
             size = config.planes[-1] * config.num_classes
-            rows.append(small(launch, m, size * HALF, asked, 2 * size))
+            trips = classifier_trips(ClassifierCall.from_buffer_copy(launch.arguments), m)
+            rows.append(small(launch, m, size * HALF, asked, 2 * size, trips))
     return rows
 
 

@@ -19,8 +19,8 @@ from parnet_kernels.cuda_pack import CHUNK_BYTES
 SPLITS = range(1, 9)
 # Units: one output row of a tile in one stage, 6 clocks of an A100's tensor cores. Estimates, not fitted: a stage's
 # cost besides its products (weights to shared memory, barrier), a block's start and end, and for each split of a tile
-# 28 KB of partial sums at 64 bytes a clock. A block's duration is meant beside a second one on its multiprocessor; alone
-# it takes ALONE of that.
+# 28 KB of partial sums at 64 bytes a clock. A block's duration is meant beside a second one on its multiprocessor;
+# alone it takes ALONE of that.
 ALONE = 0.6
 STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 150, 75
 CANDIDATES = 48  # combinations whose schedule is simulated

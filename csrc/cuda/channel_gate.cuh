@@ -46,8 +46,8 @@ __device__ __forceinline__ int chunk_of_lane() {
 // channels].
 template <class T>
 __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int group, int group_tile,
-                                            int first_chunk, int last_chunk, int entry,
-                                            float4 (&sums)[4][32], float (&logits)[kColumns]) {
+                                            int first_chunk, int last_chunk, int entry, float4 (&sums)[4][32],
+                                            float (&logits)[kColumns]) {
   constexpr int kLaneChannels = 16 / sizeof(T), kChunkChannels = kChunkBytes / sizeof(T);
   constexpr int kQuads = kLaneChannels / 4, kRows = kColumns / 8;
   const int lane = lane_id(), warp = threadIdx.x / 32, part = lane & 15;

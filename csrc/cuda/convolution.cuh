@@ -8,6 +8,7 @@
 
 #include "channel_gate.cuh"
 #include "epilogue.cuh"
+#include "splits.cuh"
 
 namespace parnet::cuda {
 
@@ -19,8 +20,8 @@ constexpr int kStages = 3;
 
 struct Scratch {
   union {
-    float4 sums[4][32];                 // the gate's, while the pipeline fills
-    float vectors[kVectors][kColumns];  // and then the columns'
+    float4 sums[4][32];  // the gate's, while the pipeline fills
+    Columns vectors;     // and then the columns'
   };
   float logits[kColumns];
   int finishes;  // whether this block is the one of its tile's splits that goes on
@@ -86,26 +87,33 @@ struct Tile {
     __syncthreads();
     const bool finishes = p.splits == 1 || scratch.finishes;
     Four<T> skip[kFragments][2];
-    if (finishes && (p.out.flags & kSkip)) load_skip(skip);  // on its way during all that comes before its use
+    if (finishes && (p.out.flags & kSkip))
+      load_skip(skip);  // on its way during all that comes before its use
     float4 sums[kFragments][kKept];
     exchange(sums);
     float logit = threadIdx.x < kColumns ? scratch.logits[threadIdx.x] : 0.0f;
-    if (!finishes) return leave_sums(sums, logit);
-    if (p.splits > 1) add_splits(sums, logit);
+    const Splits<kFragments, kKept> splits{p, place.tile, place.split};
+    if (!finishes) return splits.leave(sums, logit);
+    if (p.splits > 1)
+      splits.add_others(sums, logit, dynamic_shared, kStages * kWeightBytes + 2 * p.slots * kSlotBytes);
     if (threadIdx.x < kColumns) set_column<M>(scratch.vectors, p.out.flags, threadIdx.x, logit);
     __syncthreads();
     finish(sums, skip);
   }
 
-  // Into L2, past what the first stages load, before the producer is waited for; one block of those that
-  // share them.
+  // Into L2 before the producer is waited for, by one block of those that share them: weights past what the
+  // first stages load, and gate weights.
   __device__ __forceinline__ void prefetch_weights() const {
 #if __CUDA_ARCH__ >= 900
     if (place.image_tile == 0 && place.image == 0) {
       const char* from = weight_source();
-      const int bytes = 3 * (place.last_chunk - place.first_chunk) * kWeightBytes;
+      const int chunks = place.last_chunk - place.first_chunk, bytes = 3 * chunks * kWeightBytes;
       for (int i = (kStages - 1) * kWeightBytes + threadIdx.x * 128; i < bytes; i += kThreads * 128)
         prefetch_l2(from + i);
+      const char* gate = static_cast<const char*>(p.gate_weight) + place.first_chunk * kChunkBytes;
+      const int64_t row = static_cast<int64_t>(place.group_tile) * kColumns + threadIdx.x % kColumns;
+      for (int i = threadIdx.x / kColumns * 128; i < chunks * kChunkBytes; i += kThreads / kColumns * 128)
+        prefetch_l2(gate + row * p.chunks * kChunkBytes + i);
     }
 #endif
   }
@@ -196,7 +204,7 @@ struct Tile {
     commit_copies();
 #pragma unroll
     for (int i = 1; i < kStages - 1; i++) commit_copies();
-    unsigned began = 0;
+    unsigned began = 0;  // of the tile's splits, before this one
     if (p.splits > 1 && threadIdx.x == 0) began = atomicAdd(p.arrivals + place.tile, 1u);
     gate_logits<T>(p, place.image, place.group, place.group_tile, place.first_chunk, place.last_chunk,
                    gate_entry, scratch.sums, scratch.logits);
@@ -290,99 +298,6 @@ struct Tile {
       for (int j = 0; j < kKept; j++) add(sums[i][j], area[place_of(k_group, i, j)]);
   }
 
-  // Of a tile's splits the one that began last finishes it: the others run already, so it can wait for them.
-  // It adds their sums and its own in the order of the splits: which one it is does not change a bit.
-  static constexpr int kVectorsPerThread = kFragments * kKept;
-
-  __device__ __forceinline__ float4* partial_sums(int split) const {
-    return reinterpret_cast<float4*>(p.partial) +
-           (static_cast<int64_t>(place.tile) * p.splits + split) * (kVectorsPerThread * kThreads) + threadIdx.x;
-  }
-  __device__ __forceinline__ float* partial_logit(int split) const {
-    return p.partial_logits + (static_cast<int64_t>(place.tile) * p.splits + split) * kColumns + threadIdx.x;
-  }
-  // Whether the lane's rows in fragment i are of the tile: 7x14 pixels leave most of the last one empty.
-  __device__ __forceinline__ bool used(int i) const {
-    return i * 16 + (lane_id() >> 2) < p.tile_rows * p.tile_cols;
-  }
-
-  __device__ __forceinline__ void leave_sums(const float4 (&sums)[kFragments][kKept], float logit) const {
-    float4* to = partial_sums(place.split);
-#pragma unroll
-    for (int i = 0; i < kFragments; i++)
-      if (used(i)) {
-#pragma unroll
-        for (int j = 0; j < kKept; j++) __stcg(to + (i * kKept + j) * kThreads, sums[i][j]);
-      }
-    if (threadIdx.x < kColumns) __stcg(partial_logit(place.split), logit);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) atomicAdd(p.arrivals + place.tile, kLeft);
-  }
-
-  // The others' sums come by way of shared memory, as many splits' at a time as it holds.
-  __device__ __forceinline__ void add_splits(float4 (&sums)[kFragments][kKept], float& logit) const {
-    constexpr int kSplitVectors = kVectorsPerThread * kThreads;
-    const int others = p.splits - 1;
-    const int room = (kStages * kWeightBytes + 2 * p.slots * kSlotBytes) / (kSplitVectors * 16);
-    if (threadIdx.x == 0) {
-      uint32_t* arrivals = p.arrivals + place.tile;
-      while (load_acquire(arrivals) != others * kLeft + p.splits) {
-      }
-      *arrivals = 0;  // for the next launch
-    }
-    __syncthreads();
-    float logits[kMaxSplits];
-#pragma unroll
-    for (int split = 0; split < kMaxSplits; split++) {
-      logits[split] = split == place.split ? logit : 0.0f;
-      if (threadIdx.x < kColumns && split < p.splits && split != place.split)
-        logits[split] = __ldcg(partial_logit(split));
-    }
-    float4 own[kFragments][kKept];
-#pragma unroll
-    for (int i = 0; i < kFragments; i++)
-#pragma unroll
-      for (int j = 0; j < kKept; j++) own[i][j] = sums[i][j], sums[i][j] = make_float4(0, 0, 0, 0);
-    auto add_own = [&] {
-#pragma unroll
-      for (int i = 0; i < kFragments; i++)
-#pragma unroll
-        for (int j = 0; j < kKept; j++) add(sums[i][j], own[i][j]);
-    };
-    float4* const area = reinterpret_cast<float4*>(dynamic_shared) + threadIdx.x;
-    for (int first = 0; first < others; first += room) {
-      const int last = min(first + room, others);
-      for (int other = first; other < last; other++) {
-        const float4* from = partial_sums(other + (other >= place.split));
-        const uint32_t to = shared_address(area + (other - first) * kSplitVectors);
-#pragma unroll
-        for (int i = 0; i < kFragments; i++)
-          if (used(i)) {
-#pragma unroll
-            for (int j = 0; j < kKept; j++)
-              copy_async(to + (i * kKept + j) * (kThreads * 16), from + (i * kKept + j) * kThreads);
-          }
-      }
-      commit_copies();
-      wait_copies<0>();
-      for (int other = first; other < last; other++) {
-        if (other == place.split) add_own();
-        const float4* from = area + (other - first) * kSplitVectors;
-#pragma unroll
-        for (int i = 0; i < kFragments; i++)
-          if (used(i)) {
-#pragma unroll
-            for (int j = 0; j < kKept; j++) add(sums[i][j], from[(i * kKept + j) * kThreads]);
-          }
-      }
-    }
-    if (place.split == others) add_own();
-    logit = 0.0f;
-#pragma unroll
-    for (int split = 0; split < kMaxSplits; split++) logit += logits[split];
-  }
-
   // Of the lane's row `half` in fragment i: the pixel of the result's image, or -1.
   __device__ __forceinline__ int pixel_of(int i, int half) const {
     const int m = i * 16 + half * 8 + (lane_id() >> 2), r = row_of(m), oh = place.row + r;
@@ -413,8 +328,8 @@ struct Tile {
 
   __device__ __forceinline__ void finish(const float4 (&sums)[kFragments][kKept],
                                          const Four<T> (&skip)[kFragments][2]) {
-    LaneEpilogue<M> epilogue(p.out, scratch.vectors, scratch.vectors[kColumnTerms], place.group,
-                             place.column_tile * kColumns, kept_column());
+    LaneEpilogue<M> epilogue(p.out, scratch.vectors, place.group, place.column_tile * kColumns,
+                             kept_column());
     if (epilogue.stored) {
 #pragma unroll
       for (int i = 0; i < kFragments; i++)

@@ -6,11 +6,10 @@
 
 namespace parnet::cuda {
 
-// Of the vectors of a tile's columns, in shared memory, the first kColumnTerms become the terms of
-// conv_scale * sum + skip_scale * x + offset, which goes into the activation.
-constexpr int kColumnTerms = 4;
-enum ColumnTerm { kOffset, kConvScale, kSkipScale };
-static_assert(kOffset == 0 && kVectors == kColumnTerms + 2);
+// Of the vectors of a tile's columns, in shared memory, the first become the terms of
+// conv_scale * sum + skip_scale * x + offset, which goes into the activation; the last stay.
+enum ColumnTerm { kOffset, kConvScale, kSkipScale, kOutScale = 4, kOutShift };
+using Columns = float[kVectors][kColumns];
 
 __device__ __forceinline__ const float* column_vectors(const Output& out, int group_tile) {
   return out.vectors + static_cast<int64_t>(group_tile) * (kVectors * kColumns);
@@ -18,7 +17,7 @@ __device__ __forceinline__ const float* column_vectors(const Output& out, int gr
 
 // One column's terms from its vectors, in their place, and its gate's logit (without bias).
 template <class M>
-__device__ __forceinline__ void set_column(float (*terms)[kColumns], int flags, int column, float logit) {
+__device__ __forceinline__ void set_column(Columns& terms, int flags, int column, float logit) {
   const float bias = terms[0][column], gate = sigmoid<M>(logit + terms[1][column]);
   if (flags & kSkip) {
     terms[kOffset][column] = fmaf(gate, terms[3][column], bias);
@@ -50,9 +49,7 @@ struct LaneEpilogue {
   int first;  // of the group's channels
   bool stored;
 
-  // `affine`: the tile's output scales, then its output shifts.
-  __device__ LaneEpilogue(const Output& o, const float (*terms)[kColumns], const float* affine, int group,
-                          int tile_column, int column)
+  __device__ LaneEpilogue(const Output& o, const Columns& terms, int group, int tile_column, int column)
       : out(o),
         sum(make_float4(0, 0, 0, 0)),
         first(tile_column + column),
@@ -61,8 +58,8 @@ struct LaneEpilogue {
     conv_scale = load4(terms[kConvScale] + column);
     skip_scale = load4(terms[kSkipScale] + column);
     offset = load4(terms[kOffset] + column);
-    out_scale = load4(affine + column);
-    out_shift = load4(affine + kColumns + column);
+    out_scale = load4(terms[kOutScale] + column);
+    out_shift = load4(terms[kOutShift] + column);
   }
 
   // Both forms and a selection: a branch here would be copied into every row that a lane stores.

@@ -5,9 +5,9 @@
 
 namespace parnet::cuda {
 
-constexpr int kMaxLayers = 4;     // in one launch
-constexpr int kSourceShift = 30;  // a chunk: first channel | source << kSourceShift
-constexpr int kVectors = 6;       // bias, gate bias, skip scale, skip shift, output scale, output shift
+constexpr int kMaxLayers = 4;        // in one launch
+constexpr int kSourceShift = 30;     // a chunk: first channel | source << kSourceShift
+constexpr int kVectors = 6;          // bias, gate bias, skip scale, skip shift, output scale, output shift
 constexpr uint32_t kLeft = 1 << 16;  // unit of the second count in LayerCall::arrivals
 
 enum LayerFlags : int32_t { kSkip = 1, kReLU = 2, kVectorStore = 4, kRound = 8 };

@@ -1,6 +1,7 @@
 // Into and out of the kernels' layout: a user's map to padded NHWC with its channel sums; channel means to
 // logits.
 #pragma once
+#include "channel_gate.cuh"
 #include "layer.h"
 #include "math.cuh"
 #include "policy.h"
@@ -62,6 +63,8 @@ __device__ __forceinline__ float mean_of(const ClassifierCall& p, int n, int c) 
   return sum * p.inverse_area;
 }
 
+constexpr int kStepsAtOnce = 4;  // whose loads are on their way together
+
 // A warp an output; 16 bytes of weights a lane at a time where rows are aligned so.
 template <class T>
 __device__ __forceinline__ void run_classifier(const ClassifierCall& p) {
@@ -74,6 +77,7 @@ __device__ __forceinline__ void run_classifier(const ClassifierCall& p) {
   if (p.weight && n < p.n)
     for (int64_t i = lane * 128; i < p.features * static_cast<int64_t>(sizeof(T)); i += 32 * 128)
       prefetch_l2(reinterpret_cast<const char*>(row) + i);
+  const float bias = p.weight && p.bias && n < p.n ? to_float(static_cast<const T*>(p.bias)[j]) : 0.0f;
   wait_for_producers();
   if (n >= p.n) return;
   T* y = static_cast<T*>(p.y) + output;
@@ -83,18 +87,53 @@ __device__ __forceinline__ void run_classifier(const ClassifierCall& p) {
   }
   float sum = 0;
   if (p.features % kVector == 0 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0) {
-    for (int c = lane * kVector; c < p.features; c += 32 * kVector) {
-      const uint4 v = __ldg(reinterpret_cast<const uint4*>(row + c));
-      const T* w = reinterpret_cast<const T*>(&v);
+    const float* sums = p.sums + static_cast<int64_t>(n) * p.sum_tiles * p.pitch;
+    for (int start = lane * kVector; start < p.features; start += 32 * kVector * kStepsAtOnce) {
+      uint4 w[kStepsAtOnce];
+      float4 v[kStepsAtOnce][kVector / 4];
 #pragma unroll
-      for (int e = 0; e < kVector; e++) sum = fmaf(to_float(w[e]), mean_of(p, n, c + e), sum);
+      for (int k = 0; k < kStepsAtOnce; k++) {
+        const int c = start + k * 32 * kVector;
+        if (c < p.features) w[k] = __ldg(reinterpret_cast<const uint4*>(row + c));
+      }
+      for (int t = 0; t < p.sum_tiles; t++) {
+        float4 more[kStepsAtOnce][kVector / 4];
+#pragma unroll
+        for (int k = 0; k < kStepsAtOnce; k++) {
+          const int c = start + k * 32 * kVector;
+#pragma unroll
+          for (int q = 0; q < kVector / 4; q++)
+            more[k][q] = c < p.features
+                             ? __ldcg(reinterpret_cast<const float4*>(sums + t * p.pitch + c + 4 * q))
+                             : make_float4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int k = 0; k < kStepsAtOnce; k++)
+#pragma unroll
+          for (int q = 0; q < kVector / 4; q++)
+            if (t == 0) {
+              v[k][q] = more[k][q];
+            } else {
+              add(v[k][q], more[k][q]);
+            }
+      }
+#pragma unroll
+      for (int k = 0; k < kStepsAtOnce; k++) {
+        if (start + k * 32 * kVector >= p.features) continue;
+#pragma unroll
+        for (int q = 0; q < kVector / 4; q++) {
+          const float4 x = load4(reinterpret_cast<const T*>(&w[k]) + 4 * q), mean = v[k][q];
+          sum += x.x * mean.x + x.y * mean.y + x.z * mean.z + x.w * mean.w;
+        }
+      }
     }
+    sum *= p.inverse_area;
   } else {
     for (int c = lane; c < p.features; c += 32) sum = fmaf(to_float(row[c]), mean_of(p, n, c), sum);
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-  if (lane == 0) *y = from_float<T>(sum + (p.bias ? to_float(static_cast<const T*>(p.bias)[j]) : 0.0f));
+  if (lane == 0) *y = from_float<T>(sum + bias);
 }
 
 }  // namespace parnet::cuda

@@ -60,10 +60,11 @@ PARNET_BOTH constexpr int stages(int architecture) {
 
 PARNET_BOTH constexpr int weight_stage_bytes() { return 3 * kColumns * kChunkBytes; }
 
-// Static shared memory of the level kernels (convolution.cuh asserts it).
-constexpr int kStaticSharedBytes = 2432;
+// Static shared memory of the level and stem kernels (they assert it).
+constexpr int kStaticSharedBytes = 2560;
 
-// The halves of the sums that the two K groups exchange reuse the pipeline's memory.
+// The halves of the sums that the two K groups exchange, and then other splits' sums, reuse the pipeline's
+// memory.
 constexpr int exchange_bytes(const TileShape& t) { return t.rows * kColumns * 4; }
 
 // The stem: a small number of input channels, all 9 taps in one reduction.

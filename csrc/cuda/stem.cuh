@@ -11,10 +11,15 @@ static_assert(kStemPixels == kThreads, "a thread lays out one pixel");
 constexpr int kMaxStemChannels = kStemReduction / 9;
 
 struct StemScratch {
-  float terms[kColumnTerms][kColumns];
-  float sums[kThreads / 32][kColumns];
-  float means[kMaxStemChannels];
+  Columns vectors;
+  union {
+    float sums[kThreads / 32][kColumns];
+    float means[kMaxStemChannels];
+  };
 };
+static_assert(sizeof(StemScratch) <= kStaticSharedBytes);
+
+constexpr int kLoadsAtOnce = 16;  // a thread has so many on their way, whose latencies would add up otherwise
 
 extern __shared__ __align__(128) unsigned char stem_shared[];
 
@@ -24,22 +29,20 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// All blocks of the grid, which are resident together. Leaves both counters zero once `leave` has been called
-// by all.
+// All blocks of the grid, which are resident together. Leaves both counters zero.
 struct GridBarrier {
   uint32_t* counters;
-  __device__ __forceinline__ void wait() const {
+  __device__ __forceinline__ void arrive() const {
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
-      atomicAdd(counters, 1u);
+    if (threadIdx.x == 0) atomicAdd(counters, 1u);
+  }
+  __device__ __forceinline__ void wait() const {
+    if (threadIdx.x == 0)
       while (load_acquire(counters) < gridDim.x) {
       }
-    }
     __syncthreads();
-  }
-  __device__ __forceinline__ void leave() const {
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x != kThreads - 1) return;  // of a warp that has little to do next
     __threadfence();
     if (atomicAdd(counters + 1, 1u) + 1 != gridDim.x) return;
     __threadfence();
@@ -66,14 +69,27 @@ struct Stem {
     const int64_t area = static_cast<int64_t>(p.image.h) * p.image.w;
     const int first = area * blockIdx.x / gridDim.x, last = area * (blockIdx.x + 1) / gridDim.x;
     for (int n = 0; n < p.image.n; n++) {
-      for (int c = 0; c < p.image.c; c++) {
-        float sum = 0;
-        for (int i = first + threadIdx.x; i < last; i += kThreads) {
-          const int h = i / p.image.w;
-          sum += to_float(*pixel(n, c, h, i - h * p.image.w));
+      constexpr int kPixels = 4;  // of each channel, at once
+      float sum[kMaxStemChannels] = {};
+      for (int start = first + threadIdx.x; start < last; start += kThreads * kPixels) {
+        T v[kPixels][kMaxStemChannels];
+#pragma unroll
+        for (int k = 0; k < kPixels; k++) {
+          const int i = start + k * kThreads, h = i / p.image.w;
+#pragma unroll
+          for (int c = 0; c < kMaxStemChannels; c++)
+            v[k][c] = i < last && c < p.image.c ? *pixel(n, c, h, i - h * p.image.w) : from_float<T>(0.0f);
         }
-        sum = warp_sum(sum);
-        if (lane == 0) scratch.sums[warp][c] = sum;
+#pragma unroll
+        for (int k = 0; k < kPixels; k++)
+#pragma unroll
+          for (int c = 0; c < kMaxStemChannels; c++) sum[c] += to_float(v[k][c]);
+      }
+#pragma unroll
+      for (int c = 0; c < kMaxStemChannels; c++) {
+        if (c == p.image.c) break;
+        const float of_warp = warp_sum(sum[c]);
+        if (lane == 0) scratch.sums[warp][c] = of_warp;
       }
       __syncthreads();
       if (threadIdx.x < p.image.c) {
@@ -87,23 +103,42 @@ struct Stem {
   }
 
   __device__ void set_columns(int n, int column_tile) const {
-    for (int c = warp; c < p.image.c; c += kThreads / 32) {
+    float weight[kMaxStemChannels];
+    if (threadIdx.x < kColumns) {
+#pragma unroll
+      for (int c = 0; c < kMaxStemChannels; c++)
+        weight[c] = c < p.image.c
+                        ? __ldg(p.gate_weight + (column_tile * p.image.c + c) * kColumns + threadIdx.x)
+                        : 0.0f;
+    }
+    const float* vectors = column_vectors(p.out, column_tile);
+    for (int i = threadIdx.x; i < kVectors * kColumns / 4; i += kThreads)
+      copy_async(shared_address(scratch.vectors) + 16 * i, vectors + 4 * i);
+    commit_copies();
+    for (int c = warp; c < kMaxStemChannels; c += kThreads / 32) {
       float sum = 0;
-      for (int b = lane; b < gridDim.x; b += 32)
-        sum += __ldcg(p.image_sums + (static_cast<int64_t>(n) * gridDim.x + b) * p.image.c + c);
+      for (int start = lane; c < p.image.c && start < gridDim.x; start += 32 * kLoadsAtOnce) {
+        float v[kLoadsAtOnce];
+#pragma unroll
+        for (int k = 0; k < kLoadsAtOnce; k++) {
+          const int b = start + k * 32;
+          v[k] = b < gridDim.x
+                     ? __ldcg(p.image_sums + (static_cast<int64_t>(n) * gridDim.x + b) * p.image.c + c)
+                     : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < kLoadsAtOnce; k++) sum += v[k];
+      }
       sum = warp_sum(sum);
       if (lane == 0) scratch.means[c] = sum * p.out.inverse_area;
     }
+    wait_copies<0>();
     __syncthreads();
     if (threadIdx.x < kColumns) {
       float logit = 0;
-      for (int c = 0; c < p.image.c; c++)
-        logit +=
-            __ldg(p.gate_weight + (column_tile * p.image.c + c) * kColumns + threadIdx.x) * scratch.means[c];
-      const float* v = column_vectors(p.out, column_tile);
-      for (int i = 0; i < kColumnTerms; i++)
-        scratch.terms[i][threadIdx.x] = __ldg(v + i * kColumns + threadIdx.x);
-      set_column<M>(scratch.terms, p.out.flags, threadIdx.x, logit);
+#pragma unroll
+      for (int c = 0; c < kMaxStemChannels; c++) logit += weight[c] * scratch.means[c];
+      set_column<M>(scratch.vectors, p.out.flags, threadIdx.x, logit);
     }
     __syncthreads();
   }
@@ -113,13 +148,21 @@ struct Stem {
                           unsigned char* products) const {
     T* patch = reinterpret_cast<T*>(stem_shared);
     const int area = patch_rows * patch_cols;
-    for (int i = threadIdx.x; i < p.image.c * area; i += kThreads) {
-      const int c = i / area, r = (i - c * area) / patch_cols, q = i - c * area - r * patch_cols;
-      const int h = row * p.stride + r - 1, w = col * p.stride + q - 1;
-      T v = from_float<T>(0.0f);
-      if (h >= 0 && h < p.image.h && w >= 0 && w < p.image.w) v = *pixel(n, c, h, w);
-      if constexpr (M::kRounds) v = round_to_tf32(v);
-      patch[i] = v;
+    for (int start = threadIdx.x; start < p.image.c * area; start += kThreads * kLoadsAtOnce) {
+      T v[kLoadsAtOnce];
+#pragma unroll
+      for (int k = 0; k < kLoadsAtOnce; k++) {
+        const int i = start + k * kThreads, c = i / area, r = (i - c * area) / patch_cols;
+        const int h = row * p.stride + r - 1, w = col * p.stride + i - c * area - r * patch_cols - 1;
+        const bool inside = c < p.image.c && h >= 0 && h < p.image.h && w >= 0 && w < p.image.w;
+        v[k] = inside ? *pixel(n, c, h, w) : from_float<T>(0.0f);
+      }
+#pragma unroll
+      for (int k = 0; k < kLoadsAtOnce; k++) {
+        const int i = start + k * kThreads;
+        if constexpr (M::kRounds) v[k] = round_to_tf32(v[k]);
+        if (i < p.image.c * area) patch[i] = v[k];
+      }
     }
     __syncthreads();
     const int r = threadIdx.x / kStemCols * p.stride, q = threadIdx.x % kStemCols * p.stride;
@@ -144,7 +187,7 @@ struct Stem {
     wait_for_producers();
     add_image();
     const GridBarrier barrier{p.barrier};
-    barrier.wait();
+    barrier.arrive();
     const int patch_rows = (kStemRows - 1) * p.stride + 3, patch_cols = (kStemCols - 1) * p.stride + 3;
     const int patch_bytes =
         (p.image.c * patch_rows * patch_cols * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
@@ -161,17 +204,17 @@ struct Stem {
         const uint4* from =
             static_cast<const uint4*>(p.weight) + wanted * p.chunks * (kColumns * kChunkBytes / 16);
         for (int j = threadIdx.x; j < p.chunks * (kColumns * kChunkBytes / 16); j += kThreads)
-          reinterpret_cast<uint4*>(weights)[j] = __ldg(from + j);
+          copy_async(shared_address(weights) + 16 * j, from + j);  // `set_columns` waits for it
       }
+      lay_out(n, row, col, patch_rows, patch_cols, products);
+      if (image < 0) barrier.wait();  // as late as possible
       if (n != image || wanted != column_tile) set_columns(n, wanted);
       image = n, column_tile = wanted;
-      lay_out(n, row, col, patch_rows, patch_cols, products);
       __syncthreads();
       multiply_and_store(n, tile, tiles, row, col, column_tile, shared_address(weights),
                          shared_address(products));
       __syncthreads();
     }
-    barrier.leave();
   }
 
   __device__ void multiply_and_store(int n, int tile, int tiles, int row, int col, int column_tile,
@@ -210,9 +253,7 @@ struct Stem {
 #pragma unroll
     for (int pair = 0; pair < 4; pair++) {
       const int column = pair * 16 + 4 * (lane & 3);
-      LaneEpilogue<M> epilogue(p.out, scratch.terms,
-                               column_vectors(p.out, column_tile) + kColumnTerms * kColumns, 0,
-                               column_tile * kColumns, column);
+      LaneEpilogue<M> epilogue(p.out, scratch.vectors, 0, column_tile * kColumns, column);
       if (epilogue.stored) {
 #pragma unroll
         for (int i = 0; i < 2; i++)

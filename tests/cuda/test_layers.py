@@ -45,6 +45,20 @@ def test_split(device, op, math, splits):
     check(device, op, math, n=1, c=c, k=34, size=(6, 7), splits=splits)
 
 
+@pytest.mark.parametrize("resident", [1, 5])
+@pytest.mark.parametrize(("splits", "gpu"), [(5, A100), (8, H100), (8, L4)], ids=["5 sm_80", "8 sm_90", "8 sm_89"])
+def test_many_splits(device, splits, gpu, resident):
+    """More than shared memory holds at a time, also where blocks interleave and wait for each other."""
+    simulator = {"resident": resident, "seed": resident}
+    check(device, "repvgg_sse", "f16", n=1, c=256, size=(7, 14), splits=splits, gpu=gpu, tile=0, simulator=simulator)
+
+
+@pytest.mark.parametrize("gpu", [A100, L4], ids=["sm_80", "sm_89"])
+def test_split_of_one_pixel(device, gpu):
+    """Its halo is smaller than the sums that take its place."""
+    check(device, "repvgg_sse", "f16", n=1, c=64, size=(1, 1), splits=2, tile=0, gpu=gpu)
+
+
 @pytest.mark.parametrize("tile", [0, 1])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (23, 2), (14, 14), (17, 33)], ids=str)
 def test_sizes(device, size, tile):

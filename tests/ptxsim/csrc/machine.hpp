@@ -100,6 +100,7 @@ struct RoundTrips {
   std::vector<u32> groups;
   u32 first_product = 0, last_product = 0;  // at the first and the last matrix instruction
   bool multiplied = false;
+  u32 polled = ~0u;  // the last strong load: a loop of them counts as one
 };
 
 struct Warp {
@@ -131,7 +132,7 @@ struct Mbarrier {
 struct Barrier {
   bool used = false;
   u32 lanes = 0, warps = 0, expected = 0, predicates = 0;  // expected 0: the whole block
-  u32 trips = 0;  // the most of those who arrived
+  u32 trips = 0;                                           // the most of those who arrived
   std::array<u32, kMaxWarps> lane_mask{};
   SyncState arriving;
 };

@@ -42,7 +42,8 @@ void count_trips(Context& c, const Instruction& in) {
   switch (in.op) {
     case Op::Ld:
     case Op::Atom:
-      loads = is_global(c, in);
+      loads = is_global(c, in) && !(in.has(mod::Strong) && t.polled == c.pc);
+      if (in.has(mod::Strong)) t.polled = c.pc;
       break;
     case Op::St:
     case Op::Red:
