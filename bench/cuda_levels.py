@@ -6,9 +6,10 @@ For each launch of a published network at 224² and batch 1, in fp16:
 * needed bytes: weights, gates, maps in and out once each (modelled); asked bytes: what all blocks load and store, in
   the simulator (counted, with --count) or by the same sums, which it confirms to a few percent (modelled);
 * roofline: max(FLOPs / peak, needed bytes / memory bandwidth);
-* time (modelled): start + max(matrix instructions of the busiest multiprocessor, asked bytes / L2 bandwidth, needed
-  bytes / memory bandwidth) + latencies of round trips to memory that wait for each other, whose number the simulator
-  counts (`round_trips`). Constants and their sources: `Model`, `GPUS` and what follows them;
+* time (modelled): start and latencies (fixed) + max(matrix instructions of the busiest multiprocessor (products), asked
+  bytes / L2 bandwidth, needed bytes / memory bandwidth). Latencies are those of round trips to memory that wait for
+  each other, whose number the simulator counts (`round_trips`). Constants and their sources: `Model`, `GPUS` and what
+  follows them;
 * floor (modelled): start + roofline + latencies, the least that one launch a level can take in this model, however it
   is cut.
 
@@ -85,8 +86,18 @@ class Level(NamedTuple):
     needed: int  # bytes
     asked: int  # bytes
     roofline: float  # µs
-    modelled: float  # µs
-    floor: float  # µs
+    fixed: float  # µs: start and latencies
+    products: float  # µs: matrix instructions of the busiest multiprocessor
+    l2: float  # µs: asked bytes
+    memory: float  # µs: needed bytes
+
+    @property
+    def modelled(self) -> float:
+        return self.fixed + max(self.products, self.l2, self.memory)
+
+    @property
+    def floor(self) -> float:
+        return self.fixed + self.roofline
 
 
 def lowered(name: str, gpu: Gpu) -> tuple[Weights, Lowered]:
@@ -175,27 +186,28 @@ def analyse(launch: Any, m: Model, counted: int | None) -> Level:
         # And one that the simulator, which runs block after block, does not see: the others' stores before the flag.
         trips = max(trips, sum(round_trips(c, m)) + (c.splits > 1))
         last = call.layer[i + 1].first_block if i + 1 < call.layers else launch.grid
-        chunks = [(k + 1) * c.chunks // c.splits - k * c.chunks // c.splits for k in range(c.splits)]
-        for block in range(last - c.first_block):
-            heapq.heapreplace(work, work[0] + terms[3] * chunks[block % c.splits])
+        tiles = (last - c.first_block) // c.splits
+        for split in range(c.splits):
+            chunks = c.chunks // c.splits + (split < c.chunks % c.splits)
+            for _ in range(tiles):
+                heapq.heapreplace(work, work[0] + terms[3] * chunks)
     asked = counted if counted is not None else asked
     busiest = max(work) / (1e6 * m.tflops * m.mma / m.gpu.multiprocessors)
     fixed = m.start + latency(m, trips)
-    time = fixed + max(busiest, asked / (1e3 * m.l2), needed / (1e3 * m.memory))
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (m.gpu.multiprocessors * blocks_per_sm(m.gpu, launch.shared))
-    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time, fixed + roofline)
+    bounds = busiest, asked / (1e3 * m.l2), needed / (1e3 * m.memory)
+    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, fixed, *bounds)
 
 
 def small(launch: Any, m: Model, needed: int, counted: int | None, flops: float, trips: int) -> Level:
     """The stem or the classifier: bound by latency and their bytes."""
     asked = counted if counted is not None else needed
-    work = max(flops / (1e6 * m.tflops * m.mma), asked / (1e3 * m.l2), needed / (1e3 * m.memory))
+    bounds = flops / (1e6 * m.tflops * m.mma), asked / (1e3 * m.l2), needed / (1e3 * m.memory)
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (2 * m.gpu.multiprocessors)
     fixed = m.start + latency(m, trips)
-    time, floor = fixed + work, fixed + roofline
-    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, time, floor)
+    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, fixed, *bounds)
 
 
 def levels(name: str, m: Model, counting: bool) -> list[Level]:
@@ -221,25 +233,20 @@ def show(console: Console, name: str, gpu: str, rows: list[Level], counting: boo
     title = f"ParNet-{name.upper()} on {gpu}: modelled, not measured"
     table = Table(title=title)
     asked = "MB asked (counted)" if counting else "MB asked (modelled)"
-    for column in ("launch", "blocks", "waves", "GFLOP", "MB needed", asked, "roofline µs", "floor µs", "modelled µs"):
+    times = ("roofline", "fixed", "products", "l2", "memory", "modelled")
+    for column in ("launch", "blocks", "waves", "GFLOP", "MB needed", asked, *(f"{name} µs" for name in times)):
         table.add_column(column, justify="left" if column == "launch" else "right")
     for r in rows:
-        label = r.label if len(r.label) <= 60 else r.label[:57] + "…"
+        label = r.label if len(r.label) <= 44 else r.label[:41] + "…"
         numbers = [f"{r.waves:.2f}", f"{r.gflop:.2f}", f"{r.needed / 1e6:.2f}", f"{r.asked / 1e6:.2f}"]
-        table.add_row(label, str(r.blocks), *numbers, f"{r.roofline:.2f}", f"{r.floor:.2f}", f"{r.modelled:.2f}")
-    roofline, floor, modelled = (sum(getattr(r, field) for r in rows) for field in ("roofline", "floor", "modelled"))
-    sums = [f"{sum(getattr(r, field) for r in rows) / 1e6:.1f}" for field in ("needed", "asked")]
-    ratio = f"{modelled:.1f} ({modelled / roofline:.2f}×)"
-    table.add_row(
-        "sum",
-        "",
-        "",
-        f"{sum(r.gflop for r in rows):.2f}",
-        *sums,
-        f"{roofline:.1f}",
-        f"{floor:.1f}",
-        ratio,
-        style="bold",
+        table.add_row(label, str(r.blocks), *numbers, *(f"{getattr(r, name):.2f}" for name in times))
+    sums = [f"{sum(getattr(r, name) for r in rows) / 1e6:.1f}" for name in ("needed", "asked")]
+    total = {name: sum(getattr(r, name) for r in rows) for name in (*times, "floor")}
+    spent = [f"{total[name]:.1f}" for name in times]
+    table.add_row("sum", "", "", f"{sum(r.gflop for r in rows):.2f}", *sums, *spent, style="bold")
+    table.caption = (
+        f"{total['modelled'] / total['roofline']:.2f} times the roofline; the floor, {total['floor']:.1f} µs, is "
+        f"{total['floor'] / total['roofline']:.2f} times"
     )
     console.print(table)
 

@@ -199,12 +199,12 @@ def blocks_per_sm(gpu: Gpu, shared: int) -> int:
 
 
 def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
-    """Modelled time of a launch: blocks (cost, number) go, longest first, to the multiprocessor with the least work."""
+    """Modelled time of a launch: blocks (cost, number) go, in order, to the multiprocessor with the least work."""
     work = [0.0] * gpu.multiprocessors
-    for cost, blocks in sorted(costs, reverse=True):
+    for cost, blocks in costs:
         for _ in range(blocks):
             heapq.heapreplace(work, work[0] + cost)
-    return max(max(work) * (0.5 if per_sm == 2 else ALONE), ALONE * max(costs)[0]) * _idle(costs, gpu)
+    return max(max(work) * (0.5 if per_sm == 2 else ALONE), ALONE * costs[0][0]) * _idle(costs, gpu)
 
 
 def _idle(costs: list[tuple[float, int]], gpu: Gpu) -> float:
@@ -224,7 +224,9 @@ def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tupl
         options.append([replace(t, splits=k) for t in tilings if t is not None for k in splits])
     ranked = []
     for choice in itertools.product(*options):
-        costs = [cost for s, t in zip(shapes, choice, strict=True) for cost in block_costs(s, t, p)]
+        layers = [block_costs(s, t, p) for s, t in zip(shapes, choice, strict=True)]
+        layers.sort(key=lambda of_layer: -of_layer[0][0])  # as they are launched
+        costs = list(itertools.chain(*layers))
         per_sm = blocks_per_sm(gpu, max(t.shared for t in choice))
         total, longest = sum(c * b for c, b in costs), max(c for c, _ in costs)
         asked = sum(asked_bytes(s, t, p) for s, t in zip(shapes, choice, strict=True))

@@ -52,7 +52,7 @@ class LayerCall(ctypes.Structure):
         ("out", Output),
         *((n, c_uint64) for n in ("weight", "gate_weight", "chunk_table", "partial", "partial_logits", "arrivals")),
         *((n, c_int32) for n in ("first_block", "tile", "h", "w", "stride", "groups", "column_tiles", "chunks")),
-        *((n, c_int32) for n in ("splits", "tile_rows", "tile_cols", "slots", "slot_pitch", "reserved")),
+        *((n, c_int32) for n in ("splits", "tile_rows", "tile_cols", "slots", "slot_pitch", "images")),
     ]
 
 

@@ -208,7 +208,7 @@ class Recorder:
         call.tile, call.h, call.w, call.stride = t.tile, s.h, s.w, s.stride
         call.groups, call.column_tiles, call.chunks, call.splits = s.groups, s.column_tiles, s.chunks, t.splits
         call.tile_rows, call.tile_cols = t.rows, t.cols
-        call.slots, call.slot_pitch = t.slots, t.slot_pitch
+        call.slots, call.slot_pitch, call.images = t.slots, t.slot_pitch, s.n
         return call, result
 
     def classifier(self, m: Map, features: int, classes: int, weight: int | None, bias: int | None) -> None:

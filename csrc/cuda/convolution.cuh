@@ -35,18 +35,21 @@ struct Place {
   int split, tile, column_tile, group, group_tile, image, image_tile, first_chunk, last_chunk, row, col;
 
   __device__ __forceinline__ Place(const LayerCall& p, int block) {
-    split = block % p.splits;
-    tile = block / p.splits;
+    const int tiles = p.out.tiles_down * p.out.tiles_across;
+    const int all_tiles = p.images * tiles * p.groups * p.column_tiles;
+    split = block / all_tiles;
+    tile = block % all_tiles;
     column_tile = tile % p.column_tiles;
     int rest = tile / p.column_tiles;
     group = rest % p.groups;
     rest /= p.groups;
-    const int tiles = p.out.tiles_down * p.out.tiles_across;
     image_tile = rest % tiles;
     image = rest / tiles;
     group_tile = group * p.column_tiles + column_tile;
-    first_chunk = split * p.chunks / p.splits;
-    last_chunk = (split + 1) * p.chunks / p.splits;
+    // The first splits have the odd chunks: longest blocks first.
+    const int chunks = p.chunks / p.splits, odd = p.chunks % p.splits;
+    first_chunk = split * chunks + min(split, odd);
+    last_chunk = first_chunk + chunks + (split < odd);
     row = image_tile / p.out.tiles_across * p.tile_rows;
     col = image_tile % p.out.tiles_across * p.tile_cols;
   }

@@ -47,7 +47,7 @@ struct LayerCall {
   int32_t groups, column_tiles, chunks, splits;
   int32_t tile_rows, tile_cols;  // output pixels of a tile
   int32_t slots, slot_pitch;     // of the halo: all, and from one row to the next
-  int32_t reserved;
+  int32_t images;
 };
 
 // A level: independent layers, those with the longest blocks first.

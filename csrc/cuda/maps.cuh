@@ -94,32 +94,27 @@ __device__ __forceinline__ void run_classifier(const ClassifierCall& p) {
 #pragma unroll
       for (int k = 0; k < kStepsAtOnce; k++) {
         const int c = start + k * 32 * kVector;
-        if (c < p.features) w[k] = __ldg(reinterpret_cast<const uint4*>(row + c));
+        w[k] = c < p.features ? __ldg(reinterpret_cast<const uint4*>(row + c)) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int q = 0; q < kVector / 4; q++) v[k][q] = make_float4(0, 0, 0, 0);
       }
       for (int t = 0; t < p.sum_tiles; t++) {
         float4 more[kStepsAtOnce][kVector / 4];
 #pragma unroll
-        for (int k = 0; k < kStepsAtOnce; k++) {
-          const int c = start + k * 32 * kVector;
+        for (int k = 0; k < kStepsAtOnce; k++)
 #pragma unroll
-          for (int q = 0; q < kVector / 4; q++)
-            more[k][q] = c < p.features
-                             ? __ldcg(reinterpret_cast<const float4*>(sums + t * p.pitch + c + 4 * q))
-                             : make_float4(0, 0, 0, 0);
-        }
+          for (int q = 0; q < kVector / 4; q++) {
+            const int c = start + k * 32 * kVector + 4 * q;
+            more[k][q] = c < p.features ? __ldcg(reinterpret_cast<const float4*>(sums + t * p.pitch + c))
+                                        : make_float4(0, 0, 0, 0);
+          }
 #pragma unroll
         for (int k = 0; k < kStepsAtOnce; k++)
 #pragma unroll
-          for (int q = 0; q < kVector / 4; q++)
-            if (t == 0) {
-              v[k][q] = more[k][q];
-            } else {
-              add(v[k][q], more[k][q]);
-            }
+          for (int q = 0; q < kVector / 4; q++) add(v[k][q], more[k][q]);
       }
 #pragma unroll
       for (int k = 0; k < kStepsAtOnce; k++) {
-        if (start + k * 32 * kVector >= p.features) continue;
 #pragma unroll
         for (int q = 0; q < kVector / 4; q++) {
           const float4 x = load4(reinterpret_cast<const T*>(&w[k]) + 4 * q), mean = v[k][q];

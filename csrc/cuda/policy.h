@@ -8,7 +8,7 @@
 //
 // Rejected:
 // * im2col tiles (A loaded once a tap) 64x64 and 128x64: 104 and 75 MB requested a ParNet-M level instead of
-//   the halo tile's 43 to 45; matrix instructions 22-23 % of the main loop.
+//   the halo tile's 41 to 45; matrix instructions 22-23 % of the main loop.
 // * 128 rows: 128 divides neither 3136 nor 784; 112 divides both.
 // * a run-time stride in the 64-row tile: a body less to compile, but address arithmetic takes matrix
 //   instructions from 46 % of the main loop to 43.
