@@ -17,14 +17,15 @@ import torch
 from parnet_kernels.cuda_pack import CHUNK_BYTES
 
 SPLITS = range(1, 9)
-# Units: one output row of a tile in one stage, 6 clocks of an A100's tensor cores. Estimates, not fitted: a stage's
-# cost besides its products (weights to shared memory, barrier), a block's start and end, and for each split of a tile
-# 28 KB of partial sums at 64 bytes a clock. A block's duration is meant beside a second one on its multiprocessor;
-# alone it takes ALONE of that.
-ALONE = 0.6
-STAGE_COST, BLOCK_COST, SPLIT_COST = 24, 150, 75
+# Units: one output row of a tile in one stage, 6 clocks of an A100's tensor cores. Estimates: a stage's cost besides
+# its products (weights to shared memory, barrier), a block's start and end, and for each split of a tile 28 KB of
+# partial sums at 64 bytes a clock. So long a block keeps its multiprocessor busy if a second one fills its pauses;
+# alone it takes ALONE times as long. L2_REACHED of L2's rate is what blocks get that all start together. Not measured:
+# of a few values of STAGE_COST, ALONE and L2_REACHED those for which bench/cuda_levels.py models the least time.
+STAGE_COST, BLOCK_COST, SPLIT_COST = 16, 150, 75
+ALONE, L2_REACHED = 1.1, 0.625
 CANDIDATES = 48  # combinations whose schedule is simulated
-#: Bytes that L2 gives a multiprocessor while it does a unit alone: their rates are in bench/cuda_levels.py.
+#: Bytes that L2 gives a multiprocessor at most while it does a unit: their rates are in bench/cuda_levels.py.
 L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 127, 100: 127, 120: 300}
 
 
@@ -204,7 +205,7 @@ def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
     for cost, blocks in costs:
         for _ in range(blocks):
             heapq.heapreplace(work, work[0] + cost)
-    return max(max(work) * (0.5 if per_sm == 2 else ALONE), ALONE * costs[0][0]) * _idle(costs, gpu)
+    return max(max(work) * (1.0 if per_sm == 2 else ALONE), ALONE * costs[0][0]) * _idle(costs, gpu)
 
 
 def _idle(costs: list[tuple[float, int]], gpu: Gpu) -> float:
@@ -230,9 +231,11 @@ def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tupl
         per_sm = blocks_per_sm(gpu, max(t.shared for t in choice))
         total, longest = sum(c * b for c, b in costs), max(c for c, _ in costs)
         asked = sum(asked_bytes(s, t, p) for s, t in zip(shapes, choice, strict=True))
-        traffic = asked / (gpu.multiprocessors * L2_BYTES.get(gpu.architecture, L2_BYTES[90]))
-        bound = max(total / gpu.multiprocessors / per_sm, longest * ALONE, traffic) + longest / 8
+        rate = L2_REACHED * L2_BYTES.get(gpu.architecture, L2_BYTES[90])
+        traffic = asked / (gpu.multiprocessors * rate)
+        busy = total / gpu.multiprocessors * (1.0 if per_sm == 2 else ALONE)
+        bound = max(busy, longest * ALONE, traffic) + longest / 4
         ranked.append((bound * _idle(costs, gpu), traffic, per_sm, costs, choice))
     ranked.sort(key=lambda r: r[0])
     # Traffic breaks ties, and lengthens everything a little even where it does not bound.
-    return min(ranked[:CANDIDATES], key=lambda r: max(makespan(r[3], gpu, r[2]), r[1]) + r[1] / 4)[4]
+    return min(ranked[:CANDIDATES], key=lambda r: max(makespan(r[3], gpu, r[2]), r[1]) + r[1] / 6)[4]
