@@ -46,9 +46,9 @@ struct Place {
     image_tile = rest % tiles;
     image = rest / tiles;
     group_tile = group * p.column_tiles + column_tile;
-    // The first splits have the odd chunks: longest blocks first.
+    // The first splits have the odd chunks: longest blocks first. One without any still fills its pipeline.
     const int chunks = p.chunks / p.splits, odd = p.chunks % p.splits;
-    first_chunk = split * chunks + min(split, odd);
+    first_chunk = min(split * chunks + min(split, odd), p.chunks - 1);
     last_chunk = first_chunk + chunks + (split < odd);
     row = image_tile / p.out.tiles_across * p.tile_rows;
     col = image_tile % p.out.tiles_across * p.tile_cols;
@@ -86,6 +86,7 @@ struct Tile {
     allow_dependents();
     prefetch_weights();
     multiply();
+    commit_copies();  // of the vectors, if there was no chunk
     wait_copies<0>();
     __syncthreads();
     const bool finishes = p.splits == 1 || scratch.finishes;

@@ -53,6 +53,12 @@ def test_many_splits(device, splits, gpu, resident):
     check(device, "repvgg_sse", "f16", n=1, c=256, size=(7, 14), splits=splits, gpu=gpu, tile=0, simulator=simulator)
 
 
+@pytest.mark.parametrize("gpu", [A100, H100, L4], ids=["sm_80", "sm_90", "sm_89"])
+def test_more_splits_than_chunks(device, gpu):
+    """The planner makes none, but a block without products must do no harm."""
+    check(device, "repvgg_sse", "f16", n=1, c=64, size=(7, 8), splits=4, gpu=gpu)
+
+
 @pytest.mark.parametrize("gpu", [A100, L4], ids=["sm_80", "sm_89"])
 def test_split_of_one_pixel(device, gpu):
     """Its halo is smaller than the sums that take its place."""
