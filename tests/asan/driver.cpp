@@ -38,17 +38,33 @@ struct Map {
   }
 };
 
+typedef std::unique_ptr<char, void (*)(void*)> Bytes;
+
+Bytes zeroed(int64_t bytes) {
+  Bytes result(static_cast<char*>(std::aligned_alloc(64, bytes)), std::free);
+  std::memset(result.get(), 0, bytes);
+  return result;
+}
+
+void parallel(int64_t count, const std::function<void(int64_t)>& body) {
+  std::thread second([&] {
+    for (int64_t i = 1; i < count; i += 2) body(i);
+  });
+  for (int64_t i = 0; i < count; i += 2) body(i);
+  second.join();
+}
+
 struct Layer {
   LayerParameters p{};
   std::vector<float> weight, bias, gate_weight, gate_bias, skip_scale, skip_shift, out_scale, out_shift;
-  std::unique_ptr<char, void (*)(void*)> packed{nullptr, std::free};
+  Bytes packed{nullptr, std::free};
   const PackedHeader* header = nullptr;
 
   Layer(Kind kind, int channels, int outputs, int stride) {
     p.kind = kind;
     p.stride = stride;
     p.activation = pick({0, 1}) ? Activation::kSiLU : Activation::kReLU;
-    p.storage = pick({0, 1}) ? Storage::kFull : Storage::kCompact;
+    p.storage = static_cast<Storage>(pick({0, 1, 2}));
     p.out_channels = outputs;
     p.weight_channels = channels;
     p.weight = (weight = normal(outputs * channels * 9, .3f / std::sqrt(channels))).data();
@@ -64,15 +80,8 @@ struct Layer {
       p.out_shift = (out_shift = normal(outputs, .3f)).data();
     }
     const PackedHeader h = plan_pack(p, kernels());
-    packed.reset(static_cast<char*>(std::aligned_alloc(64, h.total_bytes)));
-    std::memset(packed.get(), 0, h.total_bytes);
-    pack(p, kernels(), h, packed.get(), [](int64_t count, const std::function<void(int64_t)>& body) {
-      std::thread second([&] {
-        for (int64_t i = 1; i < count; i += 2) body(i);
-      });
-      for (int64_t i = 0; i < count; i += 2) body(i);
-      second.join();
-    });
+    packed = zeroed(h.total_bytes);
+    pack(p, kernels(), h, packed.get(), parallel);
     header = &check_packed(packed.get(), h.total_bytes, kernels());
   }
 
@@ -121,6 +130,35 @@ struct Layer {
   }
 };
 
+struct Classifier {
+  std::vector<float> weight, bias;
+  Bytes packed{nullptr, std::free};
+  const PackedHeader* header;
+
+  Classifier(int64_t classes, int64_t channels)
+      : weight(normal(classes * channels, .3f)), bias(normal(classes, .3f)) {
+    const PackedHeader h = plan_classifier(classes, channels, kernels());
+    packed = zeroed(h.total_bytes);
+    pack_classifier(weight.data(), bias.data(), kernels(), h, packed.get(), parallel);
+    header = &check_packed(packed.get(), h.total_bytes, kernels());
+  }
+
+  Map expected(const Map& x) const {
+    Map out{x.n, static_cast<int64_t>(bias.size()), 1, 1, {}};
+    const int64_t area = x.h * x.w;
+    for (int64_t i = 0; i < x.n; i++) {
+      for (int64_t k = 0; k < out.c; k++) {
+        double sum = bias[k];
+        for (int64_t at = 0; at < x.c * area; at++) {
+          sum += x.values[i * x.c * area + at] / area * weight[k * x.c + at / area];
+        }
+        out.values.push_back(sum);
+      }
+    }
+    return out;
+  }
+};
+
 // A user's tensor on a heap block of exactly its size.
 struct Tensor {
   std::vector<float> values;
@@ -151,9 +189,16 @@ void run_threads(int threads, NetworkPlan::Body body, void* context) {
 }
 
 void check(const std::vector<const Layer*>& layers, const std::vector<Step>& steps,
-           const std::vector<Map>& inputs, const Map& expected) {
-  const bool channels_last = pick({0, 1});
-  Request request{{}, steps, {}, pick({1, 2, 3}), false, false};
+           const std::vector<Map>& inputs, const Map& expected, const Classifier* classifier = nullptr) {
+  const bool channels_last = !classifier && pick({0, 1});
+  Request request{.layers = {},
+                  .classifier = {},
+                  .steps = steps,
+                  .inputs = {},
+                  .threads = pick({1, 2, 3}),
+                  .pooled = classifier != nullptr,
+                  .direct = false};
+  if (classifier) request.classifier = geometry_of(*classifier->header);
   std::vector<const PackedHeader*> headers;
   for (const Layer* l : layers) {
     headers.push_back(l->header);
@@ -168,8 +213,10 @@ void check(const std::vector<const Layer*>& layers, const std::vector<Step>& ste
   for (const Tensor& t : tensors) views.push_back(t.view);
   Tensor result(expected, channels_last, false);
   request.direct = channels_last && expected.c % kernels().lanes == 0;
-  plan_for(request, kernels())->run(headers, views, result.view, run_threads);
-  double error = 0, norm = 1e-30;
+  plan_for(request, kernels())
+      ->run(headers, classifier ? classifier->header : nullptr, views, result.view, run_threads);
+  // The floor is for results that happen to be small differences of values of about 1.
+  double error = 0, norm = 1e-2 * expected.values.size();
   for (size_t i = 0; i < expected.values.size(); i++) {
     const double difference = result.values[result.offset(i)] - expected.values[i];
     error += difference * difference;
@@ -184,7 +231,8 @@ void check(const std::vector<const Layer*>& layers, const std::vector<Step>& ste
 void one_layer() {
   const Kind kind = static_cast<Kind>(pick({0, 1, 2}));
   const int c = pick({1, 2, 3, 8, 9, 16, 20, 33}), k = pick({2, 6, 8, 16, 18, 34});
-  const int64_t n = pick({1, 2, 3}), h = pick({1, 2, 3, 5, 7, 8, 14, 17}), w = pick({1, 2, 4, 6, 9, 14, 19});
+  const int64_t n = pick({1, 2, 3}), h = pick({1, 2, 3, 5, 7, 8, 14, 17, 30}),
+                w = pick({1, 2, 4, 6, 9, 14, 30});
   const Layer layer(kind, c, kind == Kind::kRepVGG ? c : k, kind == Kind::kRepVGG ? 1 : pick({1, 2}));
   std::vector<Map> inputs = {random_map(n, c, h, w)};
   if (kind == Kind::kFusion) inputs.push_back(random_map(n, c, h, w));
@@ -201,6 +249,9 @@ void small_network() {
   const Map image = random_map(pick({1, 2}), 3, pick({17, 32}), pick({20, 31}));
   const Map a = stem.expected(image, nullptr), b = again.expected(skip.expected(a, nullptr), nullptr);
   const Map c = fine.expected(b, nullptr), d = deep.expected(coarse.expected(a, nullptr), nullptr);
+  const Map features = last.expected(fusion.expected(d, &c), nullptr);
+  const Classifier classifier(pick({10, 40, 67}), 16);
+  const bool classify = pick({0, 1});
   check({&stem, &skip, &again, &fine, &coarse, &deep, &fusion, &last},
         {{0, 0, -1, 1},
          {1, 1, -1, 2},
@@ -210,7 +261,7 @@ void small_network() {
          {5, 5, -1, 6},
          {6, 6, 4, 7},
          {7, 7, -1, 8}},
-        {image}, last.expected(fusion.expected(d, &c), nullptr));
+        {image}, classify ? classifier.expected(features) : features, classify ? &classifier : nullptr);
 }
 
 }  // namespace
