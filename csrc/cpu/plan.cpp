@@ -11,8 +11,9 @@ namespace {
 // panel (tiles * 36 * 64 bytes) and the rows of one matrix stay in L2.
 constexpr int kBlockTiles = 49;
 // With this many tiles or more for each thread, threads share the tiles of a layer rather than its panels:
-// they read weights twice, but no transformed inputs out of another processor's cache.
-constexpr int kFewTiles = 20;
+// they read weights twice, but no transformed inputs out of another processor's cache. F(4, 2) has twice as
+// many of those.
+constexpr int kFewTiles = 20, kFewStridedTiles = 8;
 // Bytes of the taps of one row of slots, which should stay in L1 with as many of the next.
 constexpr int64_t kTapBytes = 24 << 10;
 // Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
@@ -133,13 +134,13 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
   // Blocks do not straddle images unless several images fit into one.
   const int whole = std::max(1, kBlockTiles / tiles_per_image);
   const int unit = whole * tiles_per_image, units = div_up(tiles.size(), unit);
+  const int few = g.stride == 2 && largest == 4 ? kFewStridedTiles : kFewTiles;
   v_floats = m_floats = 0;
   const TileBlock* previous = nullptr;
   blocks.reserve(tiles.size());
   for (int64_t start = 0; start < static_cast<int64_t>(tiles.size()); start += unit) {
     const int count = std::min<int64_t>(unit, tiles.size() - start);
-    const int parts =
-        std::max(div_up(count, kBlockTiles), std::min(div_up(threads, units), count / kFewTiles));
+    const int parts = std::max(div_up(count, kBlockTiles), std::min(div_up(threads, units), count / few));
     for (int part = 0, at = 0; part < parts; part++) {
       const int size = count / parts + (part < count % parts);
       const Tile* first = &tiles[start + at];
