@@ -128,7 +128,12 @@ class CpuNetwork:
     def profile(self, network: DeployedParNet, x: Tensor) -> list[tuple[int, int, float]]:
         """Where the time of one run to the logits goes: for each stage the kind of work (`Work` in csrc/cpu/network.h),
         the layer (−1: none) and seconds of all threads.
+
+        Raises:
+            RuntimeError: with the reason, where the native kernels cannot run this network on `x`.
         """
+        if (reason := self.why_not(network, x)) is not None:
+            raise RuntimeError(f"parnet_kernels: no profile without the native CPU kernels: {reason}")
         packed = self.prepare(network)
         stages = torch.ops.parnet._cpu_profile(
             x, packed.weights, packed.program, True, is_channels_last(x), packed.classifier

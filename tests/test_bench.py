@@ -90,6 +90,9 @@ def test_profile_names_every_layer(tmp_path: Path) -> None:
     text = Console(width=200, record=True)
     text.print(table(workload, 1, times, whole, Ceilings(100.0, 10.0)))
     assert "streams.0.0" in text.export_text()
+    network = workload.network(tmp_path)
+    with pytest.raises(RuntimeError, match="no profile without"):
+        network._native.profile(network, workload.inputs()[0].double())
 
 
 def test_limits_count_the_network() -> None:

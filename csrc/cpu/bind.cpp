@@ -171,7 +171,7 @@ const parnet::cpu::PackedHeader& header_of(const Tensor& packed, bool classifier
   const parnet::cpu::PackedHeader& h =
       parnet::cpu::check_packed(packed.const_data_ptr(), packed.numel(), parnet::cpu::kernels());
   STD_TORCH_CHECK((h.kind == Kind::kClassifier) == classifier,
-                  "`packed` holds layers, `classifier` a classifier");
+                  "`packed` must be made by parnet::_cpu_pack, `classifier` by parnet::_cpu_pack_classifier");
   return h;
 }
 

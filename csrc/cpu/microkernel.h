@@ -21,12 +21,13 @@ PARNET_INLINE Vec read_weight(const float* w) {
   return combine<F>(load(w), load(w + kPanel), load(w + 2 * kPanel));
 }
 
+constexpr int kUnroll = 4;  // channels; kLanes is a multiple
+
 // v: `panels` row panels [block][kMaxRows][kLanes], `panel_pitch` apart; w: [channel][kPanel] or, if
 // Taps, [channel][3][kPanel]; m: [row][kPanel]. `channels` is a multiple of kUnroll. Fetches what the caller
 // reads next, `step` floats per channel and row panel: weights come from the outer caches or from memory, and
-// hardware does not foresee the changes of matrix. A step is less than a cache line, so that the memory is
-// asked at an even rate.
-constexpr int kUnroll = 4;  // channels; kLanes is a multiple
+// hardware does not foresee the changes of matrix. A step is at most a cache line, mostly a part of one:
+// memory is asked at an even rate.
 template <bool Taps, Form F, bool Accumulate, int Rows>
 __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t panel_pitch,
                                              const float* __restrict w, float* __restrict m, int channels,

@@ -260,9 +260,7 @@ void NetworkPlan::plan_tiles() {
 void NetworkPlan::order_layers() {
   const int inputs = request_.inputs.size();
   std::vector<bool> by_image(values_.size());
-  for (int i = 0; i < inputs; i++) {
-    by_image[i] = values_[i].shape[0] > 1;
-  }
+  for (int i = 0; i < inputs; i++) by_image[i] = values_[i].shape[0] > 1;
   for (Layer& l : layers_) {
     const int64_t images = values_[l.output].shape[0];
     const int64_t blocks = l.stem || l.tiles->blocks.size() % images ? 0 : l.tiles->blocks.size() / images;

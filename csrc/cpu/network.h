@@ -39,6 +39,7 @@ struct Request {
 // Shape of the result. Throws std::runtime_error if the program is malformed.
 std::array<int64_t, 4> result_shape(const Request&);
 
+// bench/profile.py knows these numbers.
 enum class Work : int32_t {
   kEnter,
   kEnterPlanes,
