@@ -18,12 +18,11 @@ from bench import profile as layer_profile
 from bench import report
 from bench.engines import ENGINES
 from bench.measure import Bench, Plan, Row
-from bench.workloads import Workload, select
+from bench.workloads import BLOCKS, Workload, select
 from parnet_kernels.config import VARIANTS
 
-SUITES = {"ops": ["ops"], "net": ["net"], "all": ["net", "ops"]}
+SUITES = {"": ["net", "blocks"], "net": ["net"], "blocks": ["blocks"], "ops": ["ops"], "all": ["net", "ops"]}
 GPU_ENGINES = "eager-cl,compile,compile-max,tensorrt,ours-triton,ours"
-QUICK_LAYERS = ("streams.0.0", "streams.1.0", "streams.2.0")
 
 
 def _list(option: str, text: str, allowed: list[str]) -> list[str]:
@@ -92,9 +91,12 @@ def run(
 def main(
     suite: Annotated[
         str,
-        typer.Option(help="ops (single layers), net (whole networks) or all; with --device cuda also train, levels"),
-    ] = "all",
-    variants: Annotated[str, typer.Option(help="of s,m,l,xl")] = "s,m,l,xl",
+        typer.Option(
+            help="net (whole networks), blocks (one of each stream), ops (all layers) or all (net and ops); default: "
+            "net and blocks. With --device cuda: ops, net, train, levels or all, the default"
+        ),
+    ] = "",
+    variants: Annotated[str, typer.Option(help="of s,m,l,xl; default: s,m, with --device cuda all")] = "",
     batch: Annotated[str, typer.Option(help="batch sizes; default: 1,8, with --device cuda 1,8,32")] = "",
     threads: Annotated[str, typer.Option(help="numbers of threads; default: 1 and the number of cores")] = "",
     engines: Annotated[
@@ -120,8 +122,9 @@ def main(
     """Latency of ParNet on the CPU, or a GPU: this package against the engines one would use instead.
 
     An engine's result is compared with a float64 reference first; no time is given for a wrong one. Writes tables, CSV,
-    JSON and plots. Everything (the default) takes about an hour and a half and stops there; --quick about a minute.
-    Networks come first, then single layers. How to read the numbers: see the package's docstring, bench/__init__.py.
+    JSON and plots. The default, README's table and the blocks of ParNet-S and M, takes half an hour, --quick about a
+    minute, everything (--suite all --variants s,m,l,xl --minutes 300) several hours. Networks come first, then single
+    layers. How to read the numbers: see the package's docstring, bench/__init__.py.
     """
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = out or Path("out") / "bench" / stamp
@@ -129,18 +132,28 @@ def main(
         _list("--device", device, ["cpu", "cuda"])
         if profile or threads:
             raise typer.BadParameter("does not go with --device cuda", param_hint="--profile or --threads")
-        _on_gpu(suite, variants, batch, size, dtypes, modes, engines, quick, rounds, minutes, folder)
+        _on_gpu(
+            suite or "all",
+            variants or ",".join(VARIANTS),
+            batch,
+            size,
+            dtypes,
+            modes,
+            engines,
+            quick,
+            rounds,
+            minutes,
+            folder,
+        )
     if suite not in SUITES:
-        raise typer.BadParameter(f"{suite!r} not among {list(SUITES)}", param_hint="--suite")
+        raise typer.BadParameter(f"{suite!r} not among {list(SUITES)[1:]}", param_hint="--suite")
     cores = machines.physical_cores()
     chosen = select(
         ["net"] if profile else SUITES[suite],
-        _list("--variants", "s" if quick else variants, list(VARIANTS)),
+        _list("--variants", "s" if quick else variants or "s,m", list(VARIANTS)),
         _numbers("--batch", "1" if quick else batch or "1,8"),
         size,
     )
-    if quick:
-        chosen = [w for w in chosen if w.layer is None or w.layer in QUICK_LAYERS]
     counts = _numbers("--threads", threads) if threads else [cores] if quick else sorted({1, cores})
     plan = Plan(rounds=rounds or (3 if quick else 7), cold_bytes=max(56 << 20, 7 * machines.cache_bytes() // 4))
     console = Console()
@@ -199,7 +212,7 @@ def _on_gpu(
         _list("--engines", engines, known) if engines else [n for n in known if not quick or n != "compile-max"],
         GpuPlan(rounds=rounds or (3 if quick else 7)),
         minutes,
-        QUICK_LAYERS if quick else None,
+        BLOCKS if quick else None,
     )
     raise typer.Exit(gpu.run(request, folder, Console() if Console().is_terminal else Console(width=200)))
 

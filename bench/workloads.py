@@ -247,12 +247,17 @@ def reference_result(graph: Graph, inputs: list[Tensor]) -> Tensor:
     return graph.run(*(t.double() for t in inputs))
 
 
+BLOCKS = ("streams.0.0", "streams.1.0", "streams.2.0")
+
+
 def select(suites: list[str], variants: list[str], batches: list[int], size: int = 224) -> list[Workload]:
-    """The whole networks, then each distinct layer shape once."""
+    """suites: "net", the whole networks; then "blocks", one of each stream, or "ops", each distinct shape once."""
     configs = {name: VARIANTS[name] for name in variants}
     found = []
     if "net" in suites:
         found += [Workload(v, c, None, b, size) for v, c in configs.items() for b in batches]
+    if "blocks" in suites:
+        found += [Workload(v, c, block, b, size) for v, c in configs.items() for block in BLOCKS for b in batches]
     if "ops" in suites:
         seen: dict[tuple[object, ...], str] = {}
         for v, config in configs.items():

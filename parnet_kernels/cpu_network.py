@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from parnet_kernels import _native, ops
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import layers
+from parnet_kernels.watch import Watch
 
 if TYPE_CHECKING:
-    from parnet_kernels.deployed import DeployedLayer, DeployedParNet
+    from parnet_kernels.deployed import DeployedParNet
 
 STORAGES = ("auto", "full", "rows", "compact")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_Versions = tuple[tuple[int, int], ...]
 
 
 class _Packed(NamedTuple):
-    versions: _Versions
+    watch: Watch
     weights: list[Tensor]
     classifier: Tensor | None
     program: list[int]  # four numbers a layer: index in `weights`, input slots (second: −1 if none), output slot
@@ -49,14 +48,15 @@ class CpuNetwork:
             return "the network is being traced"
         if _native.cpu_error:
             return _native.cpu_error
-        if ops.forced_backend() not in (None, "cpu"):
-            return f"the backend {ops.forced_backend()!r} is asked for"
-        if torch.overrides.is_tensor_like(x) and type(x) is not Tensor:
+        if (forced := ops.forced_backend()) not in (None, "cpu"):
+            return f"the backend {forced!r} is asked for"
+        if type(x) is not Tensor and torch.overrides.is_tensor_like(x):
             return f"x is a {type(x).__name__}"
-        if x.device.type != "cpu" or network.head_weight.device.type != "cpu":
+        head = network.head_weight
+        if x.device.type != "cpu" or head.device.type != "cpu":
             return "not on the CPU"
-        if x.dtype not in _DTYPES or network.head_weight.dtype != x.dtype:
-            return f"x is {x.dtype} and the weights are {network.head_weight.dtype}, not both one of {_DTYPES}"
+        if x.dtype not in _DTYPES or head.dtype != x.dtype:
+            return f"x is {x.dtype} and the weights are {head.dtype}, not both one of {_DTYPES}"
         if x.dim() != 4 or x.shape[1] != network.config.in_chans or 0 in x.shape[1:]:
             return f"x has shape {list(x.shape)}"
         if torch.is_autocast_enabled("cpu"):
@@ -65,7 +65,7 @@ class CpuNetwork:
             return "x needs a gradient"
         if network.affines:
             return "a stream without blocks feeds a fusion"
-        if network.head_weight.is_inference():
+        if head.is_inference():
             return "the weights are inference tensors, whose changes cannot be seen"
         return None
 
@@ -77,19 +77,23 @@ class CpuNetwork:
             if storage != self.storage:
                 self.storage, self._packed = storage, None
 
+    def forget(self) -> None:
+        """Frees the packed weights; the next call makes them again."""
+        self._packed = None
+
     def prepare(self, network: DeployedParNet) -> _Packed:
         """Packs the weights if they are not, or have changed since."""
-        modules = network.operators()
-        versions = _versions([*modules, network])
+        modules = [*network.layers.values(), network]
         packed = self._packed
-        if packed is None or packed.versions != versions:
+        if packed is None or not packed.watch.unchanged(modules):
             with self._lock:
                 packed = self._packed
-                if packed is None or packed.versions != versions:
-                    self._packed = packed = self._pack(network, modules, versions)
+                if packed is None or not packed.watch.unchanged(modules):
+                    self._packed = packed = self._pack(network, Watch(modules))
         return packed
 
-    def _pack(self, network: DeployedParNet, modules: list[DeployedLayer], versions: _Versions) -> _Packed:
+    def _pack(self, network: DeployedParNet, watch: Watch) -> _Packed:
+        modules = network.operators()
         optional = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
         weights = [
             torch.ops.parnet._cpu_pack(
@@ -109,7 +113,7 @@ class CpuNetwork:
         classifier = None
         if network.num_classes and not network.config.pointwise_head:
             classifier = torch.ops.parnet._cpu_pack_classifier(network.head_weight, network.head_bias)
-        return _Packed(versions, weights, classifier, program)
+        return _Packed(watch, weights, classifier, program)
 
     def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
@@ -139,7 +143,3 @@ class CpuNetwork:
             x, packed.weights, packed.program, True, is_channels_last(x), packed.classifier
         )
         return [(int(work), int(layer), seconds) for work, layer, seconds in stages.tolist()]
-
-
-def _versions(modules: Iterable[nn.Module]) -> _Versions:
-    return tuple((id(b), b._version) for m in modules for b in m._buffers.values() if b is not None)

@@ -21,18 +21,17 @@ from parnet_kernels.cuda_program import math_of, play
 from parnet_kernels.cuda_record import RESULT, Map, Recorder, Step
 from parnet_kernels.cuda_workspace import allocate, capturing, finish, workspace
 from parnet_kernels.triton.precision import current_precision
+from parnet_kernels.watch import Watch
 
 if TYPE_CHECKING:
     from parnet_kernels.deployed import DeployedLayer, DeployedParNet
 
 IMAGE = RESULT + 1
-_Versions = tuple[tuple[int, int], ...]
 
 
 class Weights(NamedTuple):
     """The packed layers of a network in order of execution, and all their tensors in the order of buffers."""
 
-    versions: _Versions
     layers: list[PackedLayer | PackedStem]
     first_buffer: list[int]  # of each layer, counted from the first packed tensor
     tensors: list[Tensor]
@@ -81,7 +80,7 @@ def pack_network(config: ParNetConfig, modules: list[DeployedLayer], head: list[
             body = pack(layer.kind, layer.stride, module.activation, parameters, inputs, precision)
             packed.append(body)
             tensors += body[:4]
-    return Weights(_versions(modules, head), packed, first, [*tensors, *(t.contiguous() for t in head)])
+    return Weights(packed, first, [*tensors, *(t.contiguous() for t in head)])
 
 
 def lower(
@@ -155,7 +154,7 @@ class CudaNetwork:
     """
 
     def __init__(self) -> None:
-        self._weights: dict[str, Weights] = {}  # by precision
+        self._weights: dict[str, tuple[Watch, Weights]] = {}  # by precision
         self._lowered: dict[tuple[Any, ...], Lowered] = {}
         self._lock = threading.Lock()
 
@@ -188,22 +187,26 @@ class CudaNetwork:
             return "the weights are inference tensors, whose changes cannot be seen"
         return None
 
+    def forget(self) -> None:
+        """Frees the packed weights; the next call makes them again."""
+        self._weights.clear()
+
     def weights(self, network: DeployedParNet, precision: str) -> Weights:
         """The packed weights; packs them if they are not, or have changed since. Those packed while a graph is captured
         are not kept: they hold nothing before it is replayed.
         """
-        modules = network.operators()
-        head = [network.head_weight, network.head_bias]
-        versions = _versions(modules, head)
-        weights = self._weights.get(precision)
-        if weights is None or weights.versions != versions:
+        modules = [*network.layers.values(), network]
+        watch, weights = self._weights.get(precision, (None, None))
+        if watch is None or weights is None or not watch.unchanged(modules):
             with self._lock:
-                weights = self._weights.get(precision)
-                if weights is None or weights.versions != versions:
-                    weights = pack_network(network.config, modules, head, precision)
+                watch, weights = self._weights.get(precision, (None, None))
+                if watch is None or weights is None or not watch.unchanged(modules):
+                    watch = Watch(modules)
+                    head = [network.head_weight, network.head_bias]
+                    weights = pack_network(network.config, network.operators(), head, precision)
                     if not capturing(head[0].device):
                         finish(head[0].device)
-                        self._weights[precision] = weights
+                        self._weights[precision] = watch, weights
         return weights
 
     def lowered(self, network: DeployedParNet, weights: Weights, x: Tensor, precision: str, result: str) -> Lowered:
@@ -308,8 +311,3 @@ def pointwise_end(layer: torch.nn.Module, features: Tensor, head: tuple[Tensor, 
         return y
     pooled = y.mean((2, 3))
     return pooled if result == "pooled" else torch.nn.functional.linear(pooled, *head)
-
-
-def _versions(modules: list[DeployedLayer], head: list[Tensor]) -> _Versions:
-    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
-    return tuple((id(b), b._version) for b in [*buffers, *head])

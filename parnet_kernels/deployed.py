@@ -134,6 +134,9 @@ class DeployedParNet(nn.Module):
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedParNet:
+        # What was packed is of the old buffers.
+        self._native.forget()
+        self._cuda_network.forget()
         return super()._apply(fn, recurse)
 
     @property

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -180,6 +181,28 @@ def test_changes_of_weights_are_seen() -> None:
     deployed.load_state_dict(state)
     assert error(deployed.double()(x.double()), model(x.double())) <= 5e-6
     assert torch.equal(deployed.float()(x), before)
+
+
+@torch.no_grad()
+def test_a_tensor_in_the_place_of_a_freed_one_is_seen() -> None:
+    """Python gives the address, so the id, of the first tensor to the third one."""
+    _, deployed = pair(TINY["3 streams"])
+    x = image((64, 64))
+    layer = deployed.layers["combine_3"]
+    for _ in range(5):
+        layer.bias = torch.zeros(layer.bias.shape)
+        before = deployed(x)
+        layer.bias = torch.zeros(layer.bias.shape)
+        layer.bias = torch.ones(layer.bias.shape)
+        assert not torch.allclose(deployed(x), before, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_conversion_frees_packed_weights() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    held = [weakref.ref(w) for w in deployed._native.prepare(deployed).weights]
+    deployed.double()
+    assert not any(ref() is not None for ref in held)
 
 
 @torch.no_grad()

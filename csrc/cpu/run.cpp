@@ -24,6 +24,16 @@ void pause() {
 #endif
 }
 
+// How often a thread looks for others before it lets go of its processor. Long where each thread can have one
+// (0.2 to 1 ms): another program's thread, even of the lowest priority, would keep it for milliseconds.
+int patience(int threads) {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0 && CPU_COUNT(&allowed) < threads) return 2000;
+#endif
+  return 20000;
+}
+
 }  // namespace
 
 class NetworkRun {
@@ -36,7 +46,8 @@ class NetworkRun {
         classifier_(classifier),
         inputs_(inputs),
         output_(output),
-        workspace_(workspace) {
+        workspace_(workspace),
+        patience_(patience(plan.request_.threads)) {
     workspace_.reset_counters();
     if (profiled) seconds_.resize(plan.request_.threads * plan.stages_.size() * 2);
     if (poisoned()) poison();
@@ -94,7 +105,7 @@ class NetworkRun {
     const auto& done = workspace_.counter(2 + stage).value;
     for (int spins = 0; done.load(std::memory_order_acquire) < plan_.stages_[stage].items; spins++) {
       // The thread that this one waits for may need this processor.
-      spins < 2000 ? pause() : static_cast<void>(sched_yield());
+      spins < patience_ ? pause() : static_cast<void>(sched_yield());
     }
   }
 
@@ -291,6 +302,7 @@ class NetworkRun {
   const std::vector<Strided>& inputs_;
   const Strided& output_;
   Workspace& workspace_;
+  const int patience_;
   std::atomic<bool> finite_{true};
   std::vector<double> seconds_;  // of a profiled run: [worker][stage][waiting, working]
 };
