@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from parnet_kernels import _native, ops
 from parnet_kernels.checks import is_channels_last
@@ -50,7 +51,7 @@ class CpuNetwork:
             return _native.cpu_error
         if (forced := ops.forced_backend()) not in (None, "cpu"):
             return f"the backend {forced!r} is asked for"
-        if type(x) is not Tensor and torch.overrides.is_tensor_like(x):
+        if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return f"x is a {type(x).__name__}"
         head = network.head_weight
         if x.device.type != "cpu" or head.device.type != "cpu":
@@ -63,33 +64,34 @@ class CpuNetwork:
             return "autocast is on"
         if torch.is_grad_enabled() and x.requires_grad:
             return "x needs a gradient"
+        if unpack_dual(x).tangent is not None:
+            return "x has a tangent"
         if network.affines:
             return "a stream without blocks feeds a fusion"
-        if head.is_inference():
-            return "the weights are inference tensors, whose changes cannot be seen"
         return None
 
-    def use(self, storage: str) -> None:
-        """Packs with `storage` from now on."""
-        if storage not in STORAGES:
+    def use(self, storage: str | None) -> None:
+        """Packs anew at the next use, with `storage` from now on (None: as before)."""
+        if storage not in (None, *STORAGES):
             raise ValueError(f"parnet_kernels: `storage` must be one of {STORAGES}, got {storage!r}")
         with self._lock:
-            if storage != self.storage:
-                self.storage, self._packed = storage, None
+            self.storage, self._packed = storage or self.storage, None
 
     def forget(self) -> None:
         """Frees the packed weights; the next call makes them again."""
         self._packed = None
 
-    def prepare(self, network: DeployedParNet) -> _Packed:
-        """Packs the weights if they are not, or have changed since."""
+    def prepare(self, network: DeployedParNet) -> _Packed | None:
+        """Packs the weights if they are not, or have changed since; None if they cannot be watched or are elsewhere."""
         modules = [*network.layers.values(), network]
         packed = self._packed
         if packed is None or not packed.watch.unchanged(modules):
             with self._lock:
                 packed = self._packed
                 if packed is None or not packed.watch.unchanged(modules):
-                    self._packed = packed = self._pack(network, Watch(modules))
+                    # The watch first: a change while packing must be seen at the next call.
+                    watch = Watch.of(modules, "cpu")
+                    self._packed = packed = self._pack(network, watch) if watch else None
         return packed
 
     def _pack(self, network: DeployedParNet, watch: Watch) -> _Packed:
@@ -115,9 +117,11 @@ class CpuNetwork:
             classifier = torch.ops.parnet._cpu_pack_classifier(network.head_weight, network.head_bias)
         return _Packed(watch, weights, classifier, program)
 
-    def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor:
-        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
+    def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor | None:
+        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map. None: not with these weights."""
         packed = self.prepare(network)
+        if packed is None:
+            return None
         arguments = x, packed.weights, packed.program
         last = is_channels_last(x)
         if not network.config.pointwise_head:
@@ -139,6 +143,8 @@ class CpuNetwork:
         if (reason := self.why_not(network, x)) is not None:
             raise RuntimeError(f"parnet_kernels: no profile without the native CPU kernels: {reason}")
         packed = self.prepare(network)
+        if packed is None:
+            raise RuntimeError("parnet_kernels: no profile without the native CPU kernels: not with these weights")
         stages = torch.ops.parnet._cpu_profile(
             x, packed.weights, packed.program, True, is_channels_last(x), packed.classifier
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from parnet_kernels import ops
 from parnet_kernels.checks import is_channels_last
@@ -167,7 +168,7 @@ class CudaNetwork:
             return "the network is being traced"
         if ops.forced_backend() not in (None, "cuda"):
             return f"the backend {ops.forced_backend()!r} is asked for"
-        if torch.overrides.is_tensor_like(x) and type(x) is not Tensor:
+        if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return f"x is a {type(x).__name__}"
         if reason := tensor_missing(x):
             return reason
@@ -181,19 +182,19 @@ class CudaNetwork:
             return "autocast is on"
         if torch.is_grad_enabled() and x.requires_grad:
             return "x needs a gradient"
+        if unpack_dual(x).tangent is not None:
+            return "x has a tangent"
         if network.affines:
             return "a stream without blocks feeds a fusion"
-        if network.head_weight.is_inference():
-            return "the weights are inference tensors, whose changes cannot be seen"
         return None
 
     def forget(self) -> None:
         """Frees the packed weights; the next call makes them again."""
         self._weights.clear()
 
-    def weights(self, network: DeployedParNet, precision: str) -> Weights:
-        """The packed weights; packs them if they are not, or have changed since. Those packed while a graph is captured
-        are not kept: they hold nothing before it is replayed.
+    def weights(self, network: DeployedParNet, precision: str) -> Weights | None:
+        """The packed weights; packs them if they are not, or have changed since. None if they cannot be watched, or are
+        elsewhere. Those packed while a graph is captured are not kept: they hold nothing before it is replayed.
         """
         modules = [*network.layers.values(), network]
         watch, weights = self._weights.get(precision, (None, None))
@@ -201,7 +202,9 @@ class CudaNetwork:
             with self._lock:
                 watch, weights = self._weights.get(precision, (None, None))
                 if watch is None or weights is None or not watch.unchanged(modules):
-                    watch = Watch(modules)
+                    watch = Watch.of(modules, network.head_weight.device.type)
+                    if watch is None:
+                        return None
                     head = [network.head_weight, network.head_bias]
                     weights = pack_network(network.config, network.operators(), head, precision)
                     if not capturing(head[0].device):
@@ -221,17 +224,19 @@ class CudaNetwork:
                 self._lowered[key] = found
         return found
 
-    def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor:
-        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
+    def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor | None:
+        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map. None: not with these weights."""
         precision = "tf32" if current_precision() == "tf32" else "ieee"
+        weights = self.weights(network, precision)
+        if weights is None:
+            return None
         if network.config.pointwise_head:
-            features = self._play(network, x, precision, "features")
+            features = self._play(network, weights, x, precision, "features")
             head = (network.head_weight, network.head_bias)
             return pointwise_end(network.layers["combine_3"], features, head, result)
-        return self._play(network, x, precision, result)
+        return self._play(network, weights, x, precision, result)
 
-    def _play(self, network: DeployedParNet, x: Tensor, precision: str, result: str) -> Tensor:
-        weights = self.weights(network, precision)
+    def _play(self, network: DeployedParNet, weights: Weights, x: Tensor, precision: str, result: str) -> Tensor:
         lowered = self.lowered(network, weights, x, precision, result)
         y = torch.empty(lowered.shape, dtype=x.dtype, device=x.device)
         with workspace(x.device, lowered.workspace_bytes) as memory:
@@ -256,6 +261,10 @@ class CapturedNetwork:
         precision = "tf32" if current_precision() == "tf32" else "ieee"
         result = "logits" if network.num_classes else "pooled"
         weights = network._cuda_network.weights(network, precision)
+        if weights is None:
+            raise RuntimeError(
+                "parnet_kernels: the network cannot be captured: weights are inference tensors or elsewhere"
+            )
         head = [t.clone() for t in weights.tensors[-2:]]
         self._weights = weights._replace(tensors=[*weights.tensors[:-2], *head])
         self._lock = threading.Lock()

@@ -154,8 +154,8 @@ class DeployedParNet(nn.Module):
     def _run(self, x: Tensor, result: str) -> Tensor:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
         for whole in (self._native, self._cuda_network):
-            if whole.why_not(self, x) is None:
-                return whole.run(self, x, result)
+            if whole.why_not(self, x) is None and (found := whole.run(self, x, result)) is not None:
+                return found
         made = {"image": x}
         graph = layers(self.config)
         for index, layer in enumerate(graph):
@@ -192,6 +192,9 @@ class DeployedParNet(nn.Module):
     def prepare(self, storage: str | None = None) -> DeployedParNet:
         """Packs the weights for the native CPU kernels now, not at the first call; returns itself.
 
+        Without these kernels, or with weights elsewhere, nothing happens. Later changes of weights are seen, but for
+        those that bypass autograd's version counter (`weight.data.mul_(2)`, NumPy views): call it again after these.
+
         storage: of the 9 values of a kernel, "full" keeps the 36 transformed ones, "rows" 18, "compact" 9; the rest is
         made at each call. The result has the same bits; less memory takes more time, but for large layers bound by
         reading it. "auto", the start: "full"; with AVX-512, "rows" from 270 × 270 channels on; "compact" from
@@ -200,8 +203,7 @@ class DeployedParNet(nn.Module):
         Raises:
             ValueError: for another storage.
         """
-        if storage is not None:
-            self._native.use(storage)
+        self._native.use(storage)
         if not _native.cpu_error:
             self._native.prepare(self)
         return self

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from parnet_kernels import checks, cpu, cuda, gradients, reference, triton
 from parnet_kernels.checks import is_channels_last
@@ -252,7 +253,9 @@ class _Operator:
     def autograd(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors, options = self.bind(args, kwargs)
         out = [options.pop("out_scale"), options.pop("out_shift")]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors + out):
+        given = [t for t in tensors + out if t is not None]
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        if wanted or any(unpack_dual(t).tangent is not None for t in given):  # a tangent: raises, there is no jvp
             return _Differentiable.apply(self, options, *tensors, *out)
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*args, **kwargs)
