@@ -48,7 +48,7 @@ SPECIAL_REGISTERS = {
     "%aggr_smem_size": 23,
     "%cluster_ctarank": 24,
     "%cluster_nctarank": 25,
-    "%is_explicit_cluster": 24,
+    "%is_explicit_cluster": 26,
 }
 for _i, _axis in enumerate("xyz"):
     SPECIAL_REGISTERS |= {
@@ -56,10 +56,10 @@ for _i, _axis in enumerate("xyz"):
         f"%ntid.{_axis}": 3 + _i,
         f"%ctaid.{_axis}": 6 + _i,
         f"%nctaid.{_axis}": 9 + _i,
-        f"%clusterid.{_axis}": 6 + _i,  # clusters have one block
-        f"%nclusterid.{_axis}": 9 + _i,
-        f"%cluster_ctaid.{_axis}": 24,
-        f"%cluster_nctaid.{_axis}": 25,
+        f"%clusterid.{_axis}": 27 + _i,
+        f"%nclusterid.{_axis}": 30 + _i,
+        f"%cluster_ctaid.{_axis}": 33 + _i,
+        f"%cluster_nctaid.{_axis}": 36 + _i,
     }
 CLOCKS = {"%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi"}
 

@@ -108,6 +108,7 @@ class PtxModule:
         *,
         check: str = "raise",
         races: bool | str = True,
+        cluster: Dim | None = None,
         seed: int = 0,
         block_order: str | Sequence[int] | None = None,
         resident: int = 1,
@@ -130,9 +131,10 @@ class PtxModule:
             always raise PtxFault.
         races: False turns race checks off; "strict" also reports writers that store the value that is there already.
         seed: nonzero interleaves warps, delays bulk copies and orders blocks pseudo-randomly.
+        cluster: blocks of a thread block cluster, by dimension; a kernel with .reqnctapercluster says so itself.
         block_order: "ascending", "descending", "shuffled" (by the seed) or the block numbers themselves; by default
-            ascending without a seed and shuffled with one.
-        resident: blocks that take turns; raised by itself when blocks wait for each other.
+            ascending without a seed and shuffled with one. With clusters, the order of these.
+        resident: blocks (clusters) that take turns; raised by itself when blocks wait for each other.
         max_instructions, max_threads: what counts as too long; the latter is checked before anything runs.
         approx_error: 1.0 lets .approx instructions be off by up to their documented error, deterministically.
         l2_bytes: models an L2 cache of this size (`Result.l2`).
@@ -142,6 +144,7 @@ class PtxModule:
         """
         program = self.program(kernel)
         grid, block = self._check_shape(program, grid, block, max_threads)
+        cluster = self._check_cluster(program, grid, cluster)
         if check not in ("raise", "collect") or races not in (True, False, "strict"):
             raise PtxError(f"check is 'raise' or 'collect' and races True, False or 'strict', not {check!r}, {races!r}")
         args = list(args)
@@ -166,11 +169,13 @@ class PtxModule:
             l2.reset_counters()
         start = time.perf_counter()
         machine = program.machine
-        order = _block_order(block_order, int(np.prod(grid, dtype=object)), seed)
+        clusters = int(np.prod(grid, dtype=object)) // int(np.prod(cluster or 1))
+        order = _block_order(block_order, clusters, seed)
         with self._lock:
             fault = machine.run(
                 grid,
                 block,
+                cluster,
                 shared,
                 table.table(),
                 bool(races),
@@ -224,9 +229,6 @@ class PtxModule:
         most = directives.get("maxntid")
         if most and threads > int(np.prod(most)):
             raise PtxError(f"{kernel} allows at most {most} threads, launched with {block3}")
-        cluster = directives.get("reqnctapercluster")
-        if cluster and int(np.prod(cluster)) > 1:
-            raise PtxError(f"{kernel} needs clusters of {cluster} blocks: clusters of more than one are not simulated")
         total = threads * grid3[0] * grid3[1] * grid3[2]
         if total > max_threads:
             raise PtxError(
@@ -234,6 +236,27 @@ class PtxModule:
                 f"time; launch a smaller problem, or raise max_threads (now {max_threads})"
             )
         return grid3, block3
+
+    def _check_cluster(self, program: Program, grid: tuple, asked: Dim | None) -> tuple[int, int, int] | None:
+        """The blocks of a cluster by dimension; None: the launch is without clusters."""
+        kernel, directives = program.entry.name, program.entry.directives
+        required = directives.get("reqnctapercluster")
+        cluster = three_dimensions(asked if asked is not None else required) if asked or required else None
+        if required and cluster != three_dimensions(required):
+            raise PtxError(f"{kernel} requires clusters of {required} blocks, launched with {cluster}")
+        if cluster is None:
+            if "explicitcluster" in directives:
+                raise PtxError(f"{kernel} is to be launched with clusters; say cluster=")
+            return None
+        blocks = int(np.prod(cluster, dtype=object))
+        most = min(core().MAX_CLUSTER_BLOCKS, *directives.get("maxclusterrank", ()), 1 << 30)
+        if min(cluster) < 1 or blocks > most:
+            raise PtxError(f"{kernel}: clusters of {cluster} blocks, which must be 1 to {most}")
+        if self.sm < 90:
+            raise PtxError(f"{kernel}: clusters need sm_90, this is sm_{self.sm}")
+        if any(n % k for n, k in zip(grid, cluster, strict=True)):
+            raise PtxError(f"{kernel}: grid {grid} is not a multiple of the cluster {cluster}")
+        return cluster
 
     def _check_shared(self, program: Program, dynamic: int) -> int:
         if dynamic < 0:

@@ -194,7 +194,9 @@ _FUNCTION = re.compile(
     r"\s*(?P<name>[\w$]+)\s*(?:\((?P<params>(?:[^()]|\([^)]*\))*)\))?(?P<directives>.*)",
     re.S,
 )
-_DIRECTIVE = re.compile(r"\.(reqntid|maxntid|minnctapersm|maxnreg|reqnctapercluster|explicitcluster)\b\s*([\d, ]*)")
+_DIRECTIVE = re.compile(
+    r"\.(reqntid|maxntid|minnctapersm|maxnreg|reqnctapercluster|maxclusterrank|explicitcluster)\b\s*([\d, ]*)"
+)
 _LABEL = re.compile(r"\s*([A-Za-z_$%][\w$]*)\s*:(?!:)")
 _TABLE = re.compile(r"\s*\.(branchtargets|calltargets)\b([^;]*);")
 _PROTOTYPE = re.compile(r"\s*\.callprototype\b[^;]*;")

@@ -170,7 +170,8 @@ def _add_to_groups(groups: dict, op: str, row: dict[str, int]) -> None:
         group = groups[SHARED_GROUPS[op]]
         # A copy's requests are counted where it goes to global memory; a wgmma has none of its own.
         group["requests"] += row["executed"] if op in ("CpAsync", "Wgmma") else row["requests"]
-        for key in ("bytes", "wavefronts", "ideal_wavefronts"):
+        group["bytes"] += row["delivered"] or row["bytes"]
+        for key in ("wavefronts", "ideal_wavefronts"):
             group[key] += row[key]
 
 
@@ -188,7 +189,8 @@ def _finish_group(name: str, group: dict[str, int]) -> dict[str, Any]:
 
 def _line_row(line: int, text: str, row: dict[str, int]) -> dict[str, Any]:
     out: dict[str, Any] = {"line": line, "text": text, "warps": row["executed"], "threads": row["lanes"]}
-    out |= {key: row[key] for key in ("requests", "sectors", "bytes", "wavefronts", "ideal_wavefronts")}
+    keys = ("requests", "sectors", "bytes", "wavefronts", "ideal_wavefronts", "delivered")
+    out |= {key: row[key] for key in keys if key != "delivered" or row[key]}
     if row["sectors"] and row["requests"]:
         out["sectors_per_request"] = row["sectors"] / row["requests"]
     if row["ideal_wavefronts"]:

@@ -1,6 +1,6 @@
 // Moves between registers, packing, and conversions between address spaces.
 #include "families.hpp"
-#include "operands.hpp"
+#include "memory.hpp"
 
 namespace ptxsim {
 namespace {
@@ -63,26 +63,40 @@ void add_immediate(Context& c, const Instruction& in) {
   for_lanes(c.mask, [&](int l) { set_lane(c, dst, l, lane_value(c, src, l) + u64(in.imm)); });
 }
 
-// A cluster has one block here, so the only rank is 0.
+// Shared addresses, with the window (generic) or without
 void mapa(Context& c, const Instruction& in) {
+  constexpr u64 kRankBits = 0xff000000;
+  u32 blocks = c.machine->cluster_blocks;
   for_lanes(c.mask, [&](int l) {
+    u64 address = lane_source(c, in, 0, l);
     u32 rank = u32(lane_source(c, in, 1, l));
-    if (rank)
+    if (rank >= blocks)
       fault(c, l,
-            format("mapa asks for block %u of the cluster: clusters of one block only are simulated", rank));
-    set_lane(c, operand(c, in, 0), l, lane_source(c, in, 0, l));
+            format("mapa asks for block %u of a cluster of %u block%s", rank, blocks, blocks > 1 ? "s" : ""));
+    if (!in.has(mod::Cluster) && address >> 48 != kSharedWindow >> 48)
+      fault(c, l,
+            format("mapa of a generic address 0x%llx, which is not of shared memory",
+                   (unsigned long long)address));
+    if (blocks > 1) address = (address & ~kRankBits) | u64(rank + 1) << kRankShift;
+    set_lane(c, operand(c, in, 0), l, address);
   });
 }
 
-// aux: the Space asked about
+void cta_rank(Context& c, const Instruction& in) {
+  write<u32>(c, in, 0, [&](int l) { return u32(rank_of(c, u32(lane_source(c, in, 0, l)))); });
+}
+
+// aux: the Space asked about; Cluster: shared memory of any block of the cluster
 void isspacep(Context& c, const Instruction& in) {
   u32 bits = 0;
   for (int l = 0; l < 32; l++) {
-    u64 window = lane_source(c, in, 0, l) >> 48;
+    u64 address = lane_source(c, in, 0, l), window = address >> 48;
     Space space = window == kSharedWindow >> 48  ? Space::Shared
                   : window == kLocalWindow >> 48 ? Space::Local
                                                  : Space::Global;
-    bits |= u32(space == static_cast<Space>(in.aux)) << l;
+    bool elsewhere =
+        space == Space::Shared && !in.has(mod::Cluster) && rank_of(c, u32(address)) != c.block->rank;
+    bits |= u32(space == static_cast<Space>(in.aux) && !elsewhere) << l;
   }
   set_predicate(c, operand(c, in, 0), bits);
 }
@@ -112,6 +126,8 @@ Handler move_handler(const Instruction& in) {
       return add_immediate;
     case Op::Mapa:
       return mapa;
+    case Op::CtaRank:
+      return cta_rank;
     case Op::Isspacep:
       return isspacep;
     case Op::Clock:

@@ -1,4 +1,4 @@
-// Barriers of a block: bar, barrier, and the cluster's barrier.
+// Barriers of a block: bar, barrier.
 #include "memory.hpp"
 #include "scheduler.hpp"
 
@@ -76,7 +76,7 @@ void try_release(Context& c, int id) {
 bool barrier_arrive(Context& c, const Instruction& in, Group& group) {
   Block& b = *c.block;
   int lane = first_lane(group.mask);
-  u32 id = in.has(mod::Cluster) ? kBarriers - 1 : u32(lane_source(c, in, 0, lane));
+  u32 id = u32(lane_source(c, in, 0, lane));
   if (id >= kBarriers) fault(c, lane, format("barrier id %u out of range", id));
   u32 count = in.has(mod::HasCount) ? u32(lane_source(c, in, 1, lane)) : 0;
   if (count & 31) fault(c, lane, format("barrier thread count %u is not a multiple of 32", count));

@@ -26,7 +26,7 @@ using u128 = unsigned __int128;
   X(Shr) X(FunnelLeft) X(FunnelRight) X(Lop3) X(Prmt) X(Bfe) X(Bfi) X(Bfind) X(Popc) X(Clz) X(Brev) \
   X(Sad) X(Dp4a) X(Dp2a) X(AddCarry) X(MadCarry) X(PackedInt) X(Fns) X(Szext) X(Bmsk) \
   X(Setp) X(SetpPacked) X(Set) X(Selp) X(Slct) X(PredLogic) X(Testp) X(Copysign) \
-  X(Mov) X(Pack) X(Unpack) X(AddImmediate) X(Mapa) X(Isspacep) X(Clock) \
+  X(Mov) X(Pack) X(Unpack) X(AddImmediate) X(Mapa) X(CtaRank) X(Isspacep) X(Clock) \
   X(Cvt) X(CvtPack2) X(CvtFp8) X(CvtTf32) X(Ex2) X(Lg2) X(Rcp) X(Rsqrt) X(Sqrt) X(Sin) X(Cos) X(Tanh) \
   X(Ld) X(St) X(Atom) X(Red) X(Fence) X(ProxyFence) \
   X(CpAsync) X(CpAsyncCommit) X(CpAsyncWait) X(CpAsyncMbarrier) \
@@ -35,7 +35,7 @@ using u128 = unsigned __int128;
   X(Ldmatrix) X(Stmatrix) X(Movmatrix) X(Mma) X(WmmaLoad) X(WmmaStore) X(WmmaMma) \
   X(WgmmaFence) X(Wgmma) X(WgmmaCommit) X(WgmmaWait) \
   X(Shfl) X(Vote) X(Match) X(Redux) X(Elect) X(Activemask) \
-  X(Bar) X(BarWarp) X(Bra) X(Brx) X(Call) X(Ret) X(Exit) X(Trap) X(Nanosleep) X(Vprintf) X(AssertFail)
+  X(Bar) X(BarWarp) X(ClusterArrive) X(ClusterWait) X(Bra) X(Brx) X(Call) X(Ret) X(Exit) X(Trap) X(Nanosleep) X(Vprintf) X(AssertFail)
 // clang-format on
 
 enum class Op : u16 {

@@ -67,12 +67,20 @@ void reset(Machine& m) {
 }
 
 // Returns the fault's text, or None.
-py::object run(Machine& m, std::array<u32, 3> grid, std::array<u32, 3> block, u32 shared_bytes,
+py::object run(Machine& m, std::array<u32, 3> grid, std::array<u32, 3> block,
+               std::optional<std::array<u32, 3>> cluster, u32 shared_bytes,
                const py::array_t<Allocation, py::array::c_style>& allocations, bool races, bool strict,
                u64 max_instructions, u32 seed, int resident, const std::vector<u32>& order,
                double approx_error, L2Model* l2, bool count_trips) {
   std::copy_n(grid.begin(), 3, m.grid);
   std::copy_n(block.begin(), 3, m.block_dim);
+  m.explicit_cluster = cluster.has_value();
+  std::array<u32, 3> blocks = cluster.value_or(std::array<u32, 3>{1, 1, 1});
+  std::copy_n(blocks.begin(), 3, m.cluster_dim);
+  m.cluster_blocks = blocks[0] * blocks[1] * blocks[2];
+  m.clustered =
+      m.cluster_blocks > 1 || std::any_of(m.program.begin(), m.program.end(),
+                                          [](const Instruction& in) { return in.op == Op::ClusterArrive; });
   m.shared_bytes = shared_bytes;
   m.allocations = to_vector(allocations);
   m.races = races;
@@ -123,7 +131,8 @@ PYBIND11_MODULE(PTXSIM_MODULE, module) {
   PYBIND11_NUMPY_DTYPE(Instruction, op, type, type2, guard, guard_negated, n_dst, n_src, vec, target, line,
                        operands, aux, mods, imm, imm2);
   PYBIND11_NUMPY_DTYPE(Allocation, base, size, host, shadow, writes, readers, kind, id);
-  PYBIND11_NUMPY_DTYPE(Counters, executed, lanes, requests, sectors, bytes, wavefronts, ideal_wavefronts);
+  PYBIND11_NUMPY_DTYPE(Counters, executed, lanes, requests, sectors, bytes, wavefronts, ideal_wavefronts,
+                       delivered);
 
 #define X(name) {#name, Op::name},
   module.attr("OPCODES") = name_table<Op>({PTXSIM_OPCODES(X)});
@@ -140,6 +149,7 @@ PYBIND11_MODULE(PTXSIM_MODULE, module) {
   module.attr("SPACE_SHIFT") = mod::kSpaceShift;
   module.attr("SHARED_WINDOW") = kSharedWindow;
   module.attr("LOCAL_WINDOW") = kLocalWindow;
+  module.attr("MAX_CLUSTER_BLOCKS") = kMaxClusterBlocks;
   module.attr("READ_RECORD_BYTES") = sizeof(ReadRecord);
   module.attr("INSTRUCTION") = py::dtype::of<Instruction>();
   module.attr("ALLOCATION") = py::dtype::of<Allocation>();

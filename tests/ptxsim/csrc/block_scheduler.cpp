@@ -1,4 +1,5 @@
-// Runs the blocks of a grid, one after another unless they wait for each other.
+// Runs the blocks of a grid, one cluster after another unless they wait for each other. A block that is in no
+// cluster is one of its own.
 #include <memory>
 #include <numeric>
 
@@ -72,8 +73,28 @@ u32 special_register(const Machine& m, const Block& b, const Warp& w, int which,
       return ~0u << lane;
     case 23:
       return m.shared_bytes;
+    case 24:
+      return u32(b.rank);
     case 25:
-      return 1;
+      return m.cluster_blocks;
+    case 26:
+      return m.explicit_cluster ? ~0u : 0;  // a predicate: a bit a lane
+    case 27:
+    case 28:
+    case 29:
+      return b.id[which - 27] / m.cluster_dim[which - 27];
+    case 30:
+    case 31:
+    case 32:
+      return m.grid[which - 30] / m.cluster_dim[which - 30];
+    case 33:
+    case 34:
+    case 35:
+      return b.id[which - 33] % m.cluster_dim[which - 33];
+    case 36:
+    case 37:
+    case 38:
+      return m.cluster_dim[which - 36];
     default:
       return 0;
   }
@@ -84,14 +105,14 @@ class GridRun {
   GridRun(Machine& m, const LaunchOptions& options)
       : m_(m),
         options_(options),
-        total_(u64(m.grid[0]) * m.grid[1] * m.grid[2]),
+        total_(u64(m.grid[0]) * m.grid[1] * m.grid[2] / m.cluster_blocks),
         wanted_(std::max(1, options.resident)) {
     m.random_state = m.seed * 2654435761u + 12345;
   }
 
   void run() {
     while (started_ < total_ || !active_.empty()) {
-      while (int(active_.size()) < wanted_ && started_ < total_) start_block();
+      while (int(active_.size()) < wanted_ && started_ < total_) start_cluster();
       for (size_t i = 0; i < active_.size();) i += give_turn(i) ? 1 : 0;
       if (active_.empty()) wanted_ = std::max(1, options_.resident);
     }
@@ -105,7 +126,8 @@ class GridRun {
     b->n_threads = int(threads);
     b->n_warps = int((threads + 31) / 32);
     b->warps.resize(size_t(b->n_warps));
-    for (u8** p : {&b->smem, &b->initialised, &b->in_flight, &b->writer}) *p = arena_.get(n);
+    for (u8** p : {&b->smem, &b->initialised, &b->in_flight}) *p = arena_.get(n);
+    b->writer = arena_.get<u16>(n);
     for (u32** p : {&b->write_stamp, &b->write_pc, &b->read_pc}) *p = arena_.get<u32>(n);
     for (u32** p : {&b->chunk_write, &b->chunk_read}) *p = arena_.get<u32>(n / 16 + 2);
     b->read_stamp = arena_.get<u32>(m_.races ? n * size_t(b->n_warps + 1) : 0);
@@ -120,7 +142,8 @@ class GridRun {
   void reset_shared(Block& b) {
     size_t n = m_.shared_bytes;
     std::memset(b.smem, 0xff, n);  // a NaN in every format
-    for (u8* p : {b.initialised, b.in_flight, b.writer}) std::memset(p, 0, n);
+    for (u8* p : {b.initialised, b.in_flight}) std::memset(p, 0, n);
+    std::memset(b.writer, 0, 2 * n);
     for (u32* p : {b.write_stamp, b.write_pc, b.read_pc}) std::memset(p, 0, 4 * n);
     for (u32* p : {b.chunk_write, b.chunk_read}) std::memset(p, 0, n / 4 + 8);
     if (m_.races) std::memset(b.read_stamp, 0, 4 * n * size_t(b.n_warps + 1));
@@ -133,6 +156,7 @@ class GridRun {
     w.regs = regs;
     w.local = local;
     w.id = id;
+    w.agent = b.first_agent + id;
     int lanes = std::min(32, b.n_threads - 32 * id);
     w.live = lanes == 32 ? ~0u : (1u << lanes) - 1;
     w.groups.assign(1, Group{m_.entry, w.live});
@@ -144,31 +168,50 @@ class GridRun {
         reinterpret_cast<u32*>(regs + offset)[l] = special_register(m_, b, w, which, l);
   }
 
-  void start_block() {
-    Block* b;
+  Cluster* new_cluster() {
+    clusters_.push_back(std::make_unique<Cluster>());
+    Cluster* cluster = clusters_.back().get();
+    for (u32 rank = 0; rank < m_.cluster_blocks; rank++) {
+      Block* b = new_block();
+      b->cluster = cluster;
+      b->rank = int(rank);
+      b->first_agent = int(rank) * b->agents();
+      cluster->blocks.push_back(b);
+    }
+    return cluster;
+  }
+
+  void start_cluster() {
+    Cluster* cluster;
     if (idle_.empty()) {
-      b = new_block();
+      cluster = new_cluster();
     } else {
-      b = idle_.back();
+      cluster = idle_.back();
       idle_.pop_back();
     }
-    u32 number = options_.order.empty() ? u32(started_) : options_.order[started_];
+    std::vector<Block*> blocks = std::move(cluster->blocks);
+    *cluster = Cluster();
+    cluster->number = options_.order.empty() ? u32(started_) : options_.order[started_];
+    cluster->blocks = std::move(blocks);
     started_++;
-    b->number = number;
-    b->id[0] = number % m_.grid[0];
-    b->id[1] = number / m_.grid[0] % m_.grid[1];
-    b->id[2] = number / m_.grid[0] / m_.grid[1];
-    b->clock = 1;
-    b->live = u32(b->n_threads);
-    b->polls = 0;
-    b->bulk_used = false;
-    b->unreleased_pc = ~0u;
-    b->mbarriers.clear();
-    b->bulk.clear();
-    for (Barrier& bar : b->barriers) bar = Barrier();
-    reset_shared(*b);
-    for (int i = 0; i < b->n_warps; i++) reset_warp(*b, i);
-    active_.push_back(b);
+    for (Block* b : cluster->blocks) start_block(*b);
+    cluster->missing = cluster->live();
+    active_.push_back(cluster);
+  }
+
+  void start_block(Block& b) {
+    block_index(m_, b.cluster->number, u32(b.rank), b.id);
+    b.number = b.id[0] + m_.grid[0] * (b.id[1] + m_.grid[1] * b.id[2]);
+    b.live = u32(b.n_threads);
+    b.polls = 0;
+    b.bulk_used = false;
+    b.unreleased_pc = ~0u;
+    b.visitors.clear();
+    b.mbarriers.clear();
+    b.bulk.clear();
+    for (Barrier& bar : b.barriers) bar = Barrier();
+    reset_shared(b);
+    for (int i = 0; i < b.n_warps; i++) reset_warp(b, i);
   }
 
   Context context(Block& b, Warp& w) {
@@ -209,65 +252,96 @@ class GridRun {
     }
     if (!b.live || b.bulk.empty()) return ran;
     Context c = context(b, b.warps[0]);
-    return bulk_step(c) || ran || bulk_force_one(c);
+    return bulk_step(c) || ran;
   }
 
-  // Lets block i run. False: it is done and gone from the list.
+  // Every live block once, likewise
+  bool run_blocks(Cluster& cluster, Turn& turn) {
+    size_t n = cluster.blocks.size(), first = n > 1 && m_.seed ? m_.random() : 0;
+    bool ran = false;
+    for (size_t k = 0; k < n; k++) ran |= run_warps(*cluster.blocks[(k + first) % n], turn);
+    for (size_t k = 0; k < n && !ran; k++) {
+      Block& b = *cluster.blocks[k];
+      Context c = context(b, b.warps[0]);
+      ran = bulk_force_one(c);
+    }
+    return ran;
+  }
+
+  // Lets cluster i run. False: it is done and gone from the list.
   bool give_turn(size_t i) {
     constexpr int kRounds = 64;
     constexpr u64 kInstructions = 200000;
-    Block& b = *active_[i];
-    u64 polls_before = b.polls;
+    Cluster& cluster = *active_[i];
+    u64 polls_before = polls(cluster);
     Turn turn;
-    for (int round = 0; round < kRounds && b.live && turn.executed < kInstructions; round++) {
-      if (!run_warps(b, turn)) break;
+    for (int round = 0; round < kRounds && cluster.live() && turn.executed < kInstructions; round++) {
+      if (!run_blocks(cluster, turn)) break;
       turn.progressed = true;
     }
-    check_limits(b);
-    if (!b.live) {
-      m_.blocks_done++;
-      idle_.push_back(&b);
+    check_limits(cluster);
+    if (!cluster.live()) {
+      m_.blocks_done += cluster.blocks.size();
+      idle_.push_back(&cluster);
       active_.erase(active_.begin() + s64(i));
       return false;
     }
     if (!turn.progressed)
-      throw Fault("deadlock in " + name(b) +
-                  ": barrier or warp sync reached by only part of the threads:" + where_are(m_, b));
-    u64 polls = b.polls - polls_before;
-    watch_for_livelock(b, polls > turn.executed / 64 || turn.yielded);
-    bool waiting = polls > turn.executed / 16 + 100 || turn.yielded;
+      throw Fault("deadlock in " + name(cluster) +
+                  ": barrier or warp sync reached by only part of the threads:" + where(cluster));
+    u64 polled = polls(cluster) - polls_before;
+    watch_for_livelock(cluster, polled > turn.executed / 64 || turn.yielded);
+    bool waiting = polled > turn.executed / 16 + 100 || turn.yielded;
     if (started_ < total_ && waiting && int(active_.size()) < kMostResident)
       wanted_ = int(active_.size()) + 1;
     return true;
   }
 
-  void watch_for_livelock(const Block& b, bool polling) {
+  void watch_for_livelock(const Cluster& cluster, bool polling) {
     if (!polling || m_.progress != last_progress_ || started_ < total_)
       idle_turns_ = 0;
     else if (++idle_turns_ > 50 + 2 * int(active_.size()))
-      throw Fault("livelock: threads poll for something that no thread will do any more; " + name(b) + ":" +
-                  where_are(m_, b));
+      throw Fault("livelock: threads poll for something that no thread will do any more; " + name(cluster) +
+                  ":" + where(cluster));
     last_progress_ = m_.progress;
   }
 
-  void check_limits(const Block& b) {
+  void check_limits(const Cluster& cluster) {
     if (m_.instructions > m_.max_instructions)
       throw Fault(format("instruction budget of %llu warp instructions exceeded; ",
                          (unsigned long long)m_.max_instructions) +
-                  name(b) + ":" + where_are(m_, b));
+                  name(cluster) + ":" + where(cluster));
     if (m_.poll_signals && m_.instructions - last_poll_ > (1u << 22)) {
       last_poll_ = m_.instructions;
       m_.poll_signals();
     }
   }
 
+  static u64 polls(const Cluster& cluster) {
+    u64 n = 0;
+    for (const Block* b : cluster.blocks) n += b->polls;
+    return n;
+  }
+
   static std::string name(const Block& b) { return format("block (%u,%u,%u)", b.id[0], b.id[1], b.id[2]); }
+  static std::string name(const Cluster& cluster) {
+    std::string first = name(*cluster.blocks[0]);
+    return cluster.blocks.size() == 1 ? first : "the cluster from " + first + " on";
+  }
+  std::string where(const Cluster& cluster) const {
+    if (cluster.blocks.size() == 1) return where_are(m_, *cluster.blocks[0]);
+    std::string text;
+    for (const Block* b : cluster.blocks)
+      if (b->live) text += " " + name(*b) + ":" + where_are(m_, *b);
+    return text;
+  }
 
   Machine& m_;
   const LaunchOptions& options_;
   Arena arena_;
   std::vector<std::unique_ptr<Block>> blocks_;
-  std::vector<Block*> active_, idle_;
+  std::vector<std::unique_ptr<Cluster>> clusters_;
+  std::vector<Cluster*> active_, idle_;
   u64 total_, started_ = 0, last_progress_ = ~0ull, last_poll_ = 0;
   int wanted_, idle_turns_ = 0;
 };

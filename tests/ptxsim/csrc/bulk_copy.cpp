@@ -61,31 +61,47 @@ u32 box_bytes(const TensorMap& t) {
   return bytes;
 }
 
-void count(Context& c, const BulkCopy& copy, u64 global_bytes, u64 sectors) {
+void count(Context& c, const BulkCopy& copy, u64 global_bytes, u64 sectors, u32 targets) {
   c.counters->requests++;
   c.counters->bytes += global_bytes;
+  c.counters->delivered += global_bytes * targets;
   c.counters->sectors += sectors;
-  c.counters->wavefronts += (copy.smem + copy.bytes - 1) / 128 - copy.smem / 128 + 1;
-  c.counters->ideal_wavefronts += (copy.bytes + 127) / 128;
+  c.counters->wavefronts += targets * ((copy.smem + copy.bytes - 1) / 128 - copy.smem / 128 + 1);
+  c.counters->ideal_wavefronts += targets * ((copy.bytes + 127) / 128);
 }
 
 // One contiguous piece of global memory: checks, sectors, L2. Returns the number of sectors.
 u64 touch_global(Context& c, const BulkCopy& copy, u64 address, u32 bytes) {
   if (!bytes) return 0;
-  int agent = copy.load ? c.warp->id : c.block->bulk_global_agent();
+  int agent = copy.load ? c.warp->agent : c.block->bulk_global_agent();
   global_range(c, copy.lane, address, bytes, copy.load ? kRead : kWrite, agent);
   if (L2Model* l2 = c.machine->l2)
     for (u64 line = address >> 7; line <= (address + bytes - 1) >> 7; line++) l2->access(line, !copy.load);
   return ((address + bytes - 1) >> 5) - (address >> 5) + 1;
 }
 
-// Checks a copy, counts it and puts it in the queue.
-void issue(Context& c, BulkCopy copy) {
+// The side in shared memory of a copy: of a load in `target`, where its mbarrier must be, too
+void check_shared_side(Context& c, const BulkCopy& copy) {
+  Block& b = *copy.target;
+  check_shared(c, b, copy.lane, copy.smem, copy.bytes, copy.load ? kWrite : kRead, c.block->bulk_agent());
+  if (!copy.load) return check_proxy(c, copy.lane, copy.smem, copy.bytes);
+  mbarrier_at(c, b, copy.lane, copy.mbar);
+  for (u32 i = 0; i < copy.bytes; i++) b.in_flight[copy.smem + i]++;
+}
+
+void check_bounds(Context& c, const BulkCopy& copy, u64 address) {
+  if (address + copy.bytes > c.machine->shared_bytes)
+    fault(c, copy.lane,
+          format("out-of-bounds shared range [%llu,+%u) in a bulk copy", (unsigned long long)address,
+                 copy.bytes));
+}
+
+// Checks a copy, counts it and puts it in the queue: once for each of the `targets`, by rank in the cluster.
+void issue(Context& c, BulkCopy copy, u32 targets) {
   Block& b = *c.block;
   b.bulk_used = true;
-  if (u64(copy.smem) + copy.bytes > c.machine->shared_bytes)
-    fault(c, copy.lane, format("out-of-bounds shared range [%u,+%u) in a bulk copy", copy.smem, copy.bytes));
-  if (copy.load) mbarrier_at(c, copy.lane, copy.mbar);
+  check_bounds(c, copy, copy.smem);
+  u32 n_targets = u32(__builtin_popcount(targets));
   if (copy.tensor) {
     const Instruction& in = c.machine->program[c.pc];
     TensorMap t = read_tensor_map(c, copy.lane, copy.global, in.aux);
@@ -94,22 +110,29 @@ void issue(Context& c, BulkCopy copy) {
       total += bytes;
       sectors += touch_global(c, copy, address, bytes);
     });
-    count(c, copy, total, sectors);
+    count(c, copy, total, sectors, n_targets);
+  } else if (copy.from_shared) {
+    check_bounds(c, copy, copy.global);
+    check_shared(c, b, copy.lane, u32(copy.global), copy.bytes, kRead, b.bulk_agent());
+    check_proxy(c, copy.lane, u32(copy.global), copy.bytes);
+    count(c, copy, copy.bytes, 0, n_targets);
   } else {
-    count(c, copy, copy.bytes, touch_global(c, copy, copy.global, copy.bytes));
+    count(c, copy, copy.bytes, touch_global(c, copy, copy.global, copy.bytes), n_targets);
   }
-  check_shared(c, copy.lane, copy.smem, copy.bytes, copy.load ? kWrite : kRead, b.bulk_agent());
-  if (copy.load)
-    for (u32 i = 0; i < copy.bytes; i++) b.in_flight[copy.smem + i]++;
-  else
-    check_proxy(c, copy.lane, copy.smem, copy.bytes);
   copy.pc = c.pc;
   copy.warp = c.warp;
-  copy.stamp = b.clock;
+  copy.stamp = b.cluster->clock;
   copy.group = c.warp->bulk_groups[copy.lane];
-  copy.delay = c.machine->seed ? c.machine->random() % 4 : 1;
   copy.done = copy.read_waited = false;
-  b.bulk.push_back(copy);
+  for_lanes(targets, [&](int rank) {
+    copy.target = b.cluster->blocks[size_t(rank)];
+    if (!copy.target->live)
+      fault(c, copy.lane,
+            format("bulk copy into shared memory of block %d of the cluster, which has exited", rank));
+    check_shared_side(c, copy);
+    copy.delay = c.machine->seed ? c.machine->random() % 4 : 1;
+    b.bulk.push_back(copy);
+  });
   advance_clock(b);
 }
 
@@ -122,7 +145,7 @@ void move_tensor(Context& c, const BulkCopy& copy) {
   Instruction in = c.machine->program[copy.pc];
   TensorMap t = read_tensor_map(c, copy.lane, copy.global, in.aux);
   u32 row_bytes = t.box[0] * t.element;
-  u8* smem = c.block->smem;
+  u8* smem = copy.target->smem;
   for_rows(t, copy.coord, [&](u32 offset, u32 skip, u64 address, u32 bytes) {
     u8* global = bytes ? host_pointer(c, address) : nullptr;
     for (u32 i = 0; i < row_bytes; i += t.element) {
@@ -140,23 +163,25 @@ void move_tensor(Context& c, const BulkCopy& copy) {
 
 void finish(Context& outer, BulkCopy& copy) {
   Context c = outer;
-  Block& b = *c.block;
+  Block &b = *c.block, &target = *copy.target;
   c.warp = copy.warp;
   c.pc = copy.pc;
   c.counters = &c.machine->counters[copy.pc];
   if (copy.tensor)
     move_tensor(c, copy);
   else if (copy.load)
-    std::memcpy(b.smem + copy.smem, host_pointer(c, copy.global), copy.bytes);
+    std::memcpy(target.smem + copy.smem,
+                copy.from_shared ? b.smem + copy.global : host_pointer(c, copy.global), copy.bytes);
   else
     std::memcpy(host_pointer(c, copy.global), b.smem + copy.smem, copy.bytes);
   copy.done = true;
   c.machine->progress++;
   if (!copy.load) return;
-  for (u32 i = 0; i < copy.bytes; i++) b.in_flight[copy.smem + i]--;
-  if (c.machine->races) note_shared_write(c, copy.smem, int(copy.bytes), b.bulk_agent(), copy.pc);
-  Mbarrier& bar = mbarrier_at(c, copy.lane, copy.mbar);
-  bar.arriving.seen.t[b.bulk_agent()] = b.clock;
+  for (u32 i = 0; i < copy.bytes; i++) target.in_flight[copy.smem + i]--;
+  if (c.machine->races) note_shared_write(target, copy.smem, int(copy.bytes), b.bulk_agent(), copy.pc);
+  if (&target != &b) note_visit(c, target, b.bulk_agent());
+  Mbarrier& bar = mbarrier_at(c, target, copy.lane, copy.mbar);
+  bar.arriving.seen.raise(b.bulk_agent(), b.cluster->clock);
   bar.tx -= copy.bytes;
   mbarrier_try_complete(c, bar);
   advance_clock(b);
@@ -166,25 +191,45 @@ void drop_finished_loads(Block& b) {
   std::erase_if(b.bulk, [](const BulkCopy& copy) { return copy.load && copy.done; });
 }
 
-// Sources of a load: shared, global, bytes, mbarrier; of a store: global, shared, bytes. imm, imm2, aux:
-// offsets of the two addresses and of the mbarrier
+// Where a load goes: its place and its mbarrier's, in one block or (Multicast) at the same offsets in those
+// of the mask, which is the last source. The ranks of the targets.
+u32 place_load(Context& c, const Instruction& in, BulkCopy& copy, u32 smem, u32 mbar) {
+  u32 lane = copy.lane, blocks = c.machine->cluster_blocks;
+  SharedPlace to = shared_place(c, lane, smem), bar = shared_place(c, lane, mbar);
+  copy.load = true;
+  copy.smem = to.offset;
+  copy.mbar = bar.offset;
+  if (to.block != bar.block)
+    fault(c, lane,
+          format("bulk copy to block %d of the cluster, but its mbarrier is in block %d", to.block->rank,
+                 bar.block->rank));
+  if (!in.has(mod::Multicast)) return 1u << to.block->rank;
+  u32 mask = u32(lane_source(c, in, in.n_src - 1, lane)) & 0xffff;
+  if (!mask || mask >> blocks)
+    fault(c, lane, format("multicast mask 0x%x for a cluster of %u blocks", mask, blocks));
+  return mask;
+}
+
+// Sources of a load: shared, global (FromShared: shared), bytes, mbarrier; of a store: global, shared, bytes.
+// imm, imm2, aux: offsets of the two addresses and of the mbarrier
 void bulk(Context& c, const Instruction& in) {
   bool load = in.op == Op::BulkLoad;
   for_lanes(c.mask, [&](int l) {
     u64 first = lane_source(c, in, 0, l) + u64(in.imm), second = lane_source(c, in, 1, l) + u64(in.imm2);
     BulkCopy copy{};
-    copy.load = load;
-    copy.lane = l;
-    copy.smem = u32(load ? first : second);
-    copy.global = load ? second : first;
+    copy.lane = u32(l);
+    copy.from_shared = in.has(mod::FromShared);
+    copy.global = copy.from_shared ? u32(second) : load ? second : first;
     copy.bytes = u32(lane_source(c, in, 2, l));
-    copy.mbar = load ? u32(lane_source(c, in, 3, l)) + u32(in.aux) : 0;
+    copy.smem = u32(second);
+    u32 targets = load ? place_load(c, in, copy, u32(first), u32(lane_source(c, in, 3, l)) + u32(in.aux))
+                       : 1u << c.block->rank;
     if (copy.global & 15 || copy.bytes & 15 || copy.smem & 15 || !copy.bytes)
       fault(
           c, l,
           format("bulk copy: addresses and size must be multiples of 16 (global 0x%llx, shared %u, %u bytes)",
                  (unsigned long long)copy.global, copy.smem, copy.bytes));
-    issue(c, copy);
+    issue(c, copy, targets);
   });
 }
 
@@ -194,17 +239,17 @@ void tensor(Context& c, const Instruction& in) {
   bool load = in.op == Op::TensorLoad;
   for_lanes(c.mask, [&](int l) {
     BulkCopy copy{};
-    copy.load = load;
     copy.tensor = true;
-    copy.lane = l;
+    copy.lane = u32(l);
     copy.smem = u32(lane_source(c, in, load ? 0 : 1, l)) + u32(in.imm);
     copy.global = lane_source(c, in, load ? 1 : 0, l);
-    copy.mbar = load ? u32(lane_source(c, in, 2, l)) + u32(in.imm2) : 0;
+    u32 targets = 1u << c.block->rank;
+    if (load) targets = place_load(c, in, copy, copy.smem, u32(lane_source(c, in, 2, l)) + u32(in.imm2));
     for (int i = 0; i < in.aux; i++) copy.coord[i] = s32(lane_source(c, in, (load ? 3 : 2) + i, l));
     if (copy.smem & 127)
       fault(c, l, format("TMA shared address must be 128-byte aligned, not %u", copy.smem));
     copy.bytes = box_bytes(read_tensor_map(c, l, copy.global, in.aux));
-    issue(c, copy);
+    issue(c, copy, targets);
   });
 }
 
@@ -219,14 +264,13 @@ void wait(Context& c, const Instruction& in) {
     return !copy.load && copy.warp == c.warp && c.mask >> copy.lane & 1 &&
            copy.group + u32(in.imm) < c.warp->bulk_groups[copy.lane];
   };
-  auto& seen = c.warp->sync.seen.t;
+  VectorClock& seen = c.warp->sync.seen;
   for (BulkCopy& copy : b.bulk) {
     if (!awaited(copy)) continue;
     if (!copy.done) finish(c, copy);
     copy.read_waited = true;
-    seen[b.bulk_agent()] = std::max(seen[b.bulk_agent()], copy.stamp);
-    if (!in.has(mod::ReadOnly))
-      seen[b.bulk_global_agent()] = std::max(seen[b.bulk_global_agent()], copy.stamp);
+    seen.raise(b.bulk_agent(), copy.stamp);
+    if (!in.has(mod::ReadOnly)) seen.raise(b.bulk_global_agent(), copy.stamp);
   }
   if (!in.has(mod::ReadOnly)) std::erase_if(b.bulk, awaited);
 }
@@ -268,7 +312,7 @@ void bulk_finish(Context& c, bool exiting) {
              "the block exits without waiting (cp.async.bulk.wait_group) for this bulk store to read shared "
              "memory");
     }
-    if (exiting && copy.load && !copy.done) {
+    if (exiting && copy.load && !copy.done && copy.target == c.block) {
       Context issuer = c;
       issuer.warp = copy.warp;
       issuer.pc = copy.pc;
@@ -278,6 +322,21 @@ void bulk_finish(Context& c, bool exiting) {
     if (!copy.done) finish(c, copy);
   }
   c.block->bulk.clear();
+}
+
+void bulk_drop_target(Context& c) {
+  for (Block* other : c.block->cluster->blocks) {
+    if (other == c.block) continue;
+    std::erase_if(other->bulk, [&](const BulkCopy& copy) {
+      if (copy.done || copy.target != c.block) return false;
+      report(
+          c, ReportKind::AsyncHazard, -1, copy.pc,
+          format(
+              "the block exits while a bulk copy of block %u (line %d) into its shared memory is in flight",
+              other->number, line_of(c, copy.pc)));
+      return true;
+    });
+  }
 }
 
 Handler bulk_copy_handler(const Instruction& in) {

@@ -82,7 +82,7 @@ void arrive_after_copies(Context& c, const Instruction& in) {
   u64 address[32];
   addresses(c, source_code(c, in, 0), in.imm, address);
   for_lanes(c.mask, [&](int l) {
-    Mbarrier& b = mbarrier_at(c, l, u32(address[l]));
+    Mbarrier& b = mbarrier_at(c, *c.block, l, u32(address[l]));
     publish(c, b.arriving);
     if (in.has(mod::NoIncrement)) {
       if (!b.pending) fault(c, l, "mbarrier arrive: more arrivals than expected in this phase");
@@ -104,7 +104,7 @@ void complete_copies(Context& c, u32 mask, u32 newest_kept, bool all) {
       if (!all && copy.group[l] + newest_kept >= w.copy_groups[l]) return;
       std::memcpy(b.smem + copy.dst[l], copy.data[l], copy.size);
       add_in_flight(b, copy.dst[l], copy.size, -1);
-      if (c.machine->races) note_shared_write(c, copy.dst[l], copy.size, w.id, copy.pc);
+      if (c.machine->races) note_shared_write(b, copy.dst[l], copy.size, w.agent, copy.pc);
       copy.mask &= ~(1u << l);
     });
   }

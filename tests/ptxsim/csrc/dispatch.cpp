@@ -14,6 +14,7 @@ Handler resolve_handler(const Instruction& in, u8& lane_class) {
     case Op::Exit:
     case Op::Bar:
     case Op::BarWarp:
+    case Op::ClusterWait:
       lane_class = kControl;  // the scheduler's own
       return [](Context&, const Instruction&) {};
     case Op::Shfl:
@@ -36,6 +37,9 @@ Handler resolve_handler(const Instruction& in, u8& lane_class) {
     case Op::WgmmaWait:
       lane_class = kWholeWarp;
       break;
+    case Op::ClusterArrive:
+      if (in.has(mod::Aligned)) lane_class = kWholeWarp;
+      break;
     default:
       break;
   }
@@ -44,7 +48,7 @@ Handler resolve_handler(const Instruction& in, u8& lane_class) {
       compare_handler,     move_handler,     convert_handler,  memory_handler,
       atomic_handler,      cp_async_handler, mbarrier_handler, bulk_copy_handler,
       matrix_load_handler, mma_handler,      wmma_handler,     wgmma_handler,
-      warp_handler,        system_handler,
+      warp_handler,        cluster_handler,  system_handler,
   };
   for (auto family : kFamilies)
     if (Handler handler = family(in)) return handler;

@@ -21,6 +21,7 @@ Handler mma_handler(const Instruction& in);
 Handler wmma_handler(const Instruction& in);
 Handler wgmma_handler(const Instruction& in);
 Handler warp_handler(const Instruction& in);
+Handler cluster_handler(const Instruction& in);
 Handler system_handler(const Instruction& in);
 
 }  // namespace ptxsim

@@ -140,7 +140,7 @@ void global_access(Context& c, const u64* address, u32 mask, int size, int flags
     u64 offset = x - a->base;
     pointer[l] = reinterpret_cast<u8*>(a->host) + offset;
     int seen = mark_any(reinterpret_cast<u8*>(a->shadow) + offset, size, flags);
-    if (a->readers) check_global_order(c, *a, x, size, l, flags, c.warp->id, seen & 2);
+    if (a->readers) check_global_order(c, *a, x, size, l, flags, c.warp->agent, seen & 2);
     if (seen & 1) report_uninitialised(c, l, *a, x);
   }
   if (!(flags & kUncounted)) count_global_request(c, address, mask, size);

@@ -19,13 +19,19 @@ u8* local_pointer(Context& c, int lane, u64 address, int size) {
 }
 
 void resolve_shared(Context& c, const u64* address, u32 mask, int size, int flags, u8** pointer) {
-  u32 offset[32];
+  u32 offset[32], elsewhere = 0;
+  SharedPlace place[32];
   for (int l = 0; l < 32; l++) {
     offset[l] = u32(address[l]);
-    if (mask >> l & 1 && address[l] >> 32 && address[l] >> 32 != kSharedWindow >> 32)
+    if (!(mask >> l & 1)) continue;
+    if (address[l] >> 32 && address[l] >> 32 != kSharedWindow >> 32)
       fault(c, l, format("shared access with a bad address 0x%llx", (unsigned long long)address[l]));
+    if (rank_of(c, offset[l]) == c.block->rank) continue;
+    place[l] = shared_place(c, l, offset[l]);
+    elsewhere |= 1u << l;
   }
-  shared_access(c, offset, mask, size, flags, pointer);
+  shared_access(c, offset, mask & ~elsewhere, size, flags, pointer);
+  if (elsewhere) remote_access(c, place, elsewhere, size, flags, pointer);
 }
 
 void resolve_local(Context& c, const u64* address, u32 mask, int size, u8** pointer) {
@@ -98,13 +104,14 @@ void st(Context& c, const Instruction& in) {
 
 // A fence makes what the warp has seen visible to other blocks and completes its relaxed reads to acquires.
 void fence(Context& c, const Instruction& in) {
-  if (!in.has(mod::GpuScope) || !c.machine->races) return;
-  SyncState& sync = c.warp->sync;
-  sync.acquired = merge(*c.machine, sync.acquired, sync.pending);
-  sync.pending = nullptr;
-  sync.fenced.join(view_of(c));
-  sync.fenced_known = sync.acquired;
-  advance_clock(*c.block);
+  if (!c.machine->races) return;
+  if (in.has(mod::MbarrierInit)) {
+    for (auto& [address, bar] : c.block->mbarriers) bar.init_fenced |= bar.init_agent == c.warp->agent;
+    return;
+  }
+  if (in.has(mod::GpuScope)) fence_gpu(c);
+  if (c.machine->clustered && in.has(mod::ClusterScope)) c.warp->sync.cluster_fenced.join(view_of(c));
+  if (in.has(mod::GpuScope) || in.has(mod::ClusterScope)) advance_clock(*c.block);
 }
 
 void proxy_fence(Context& c, const Instruction&) {

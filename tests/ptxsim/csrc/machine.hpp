@@ -1,15 +1,13 @@
-// The state of a simulated launch: blocks, warps, clocks, reports.
+// The state of a simulated launch: clusters, blocks, warps, reports.
 #pragma once
-#include <algorithm>
-#include <array>
 #include <functional>
 #include <map>
-#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <unordered_map>
 #include <utility>
-#include <vector>
 
+#include "clock.hpp"
 #include "instruction.hpp"
 
 namespace ptxsim {
@@ -20,48 +18,11 @@ using Handler = void (*)(Context&, const Instruction&);
 constexpr u64 kSharedWindow = 0x0001000000000000ull;  // where shared memory lies in generic addresses
 constexpr u64 kLocalWindow = 0x0002000000000000ull;
 constexpr int kConstantBytes = 384;  // a constant: 32 lanes of 32 bits, then 32 lanes of 64 bits
-constexpr int kMaxWarps = 32;
-constexpr int kMaxAgents =
-    kMaxWarps + 2;  // warps, bulk engine on shared memory, bulk engine on global memory
-
-// ---- ordering
-// ---------------------------------------------------------------------------------------------- Time is one
-// counter per block. It is stamped on every access and moves on at every release, so that "agent a's accesses
-// up to stamp s" names a prefix of a's work.
-struct VectorClock {
-  std::array<u32, kMaxAgents> t{};
-  void join(const VectorClock& other) {
-    for (int i = 0; i < kMaxAgents; i++) t[i] = std::max(t[i], other.t[i]);
-  }
-  bool covers(const VectorClock& other) const {
-    for (int i = 0; i < kMaxAgents; i++)
-      if (t[i] < other.t[i]) return false;
-    return true;
-  }
-  bool empty() const {
-    return std::all_of(t.begin(), t.end(), [](u32 x) { return x == 0; });
-  }
-};
-
-// What is known of other blocks: (block, snapshot of its clock), sorted by block. Shared and never changed.
-struct KnownBlock {
-  u32 block, snapshot;
-};
-using Knowledge = std::shared_ptr<const std::vector<KnownBlock>>;
-
-// What an agent has seen and made visible. Barriers and mbarriers join these.
-struct SyncState {
-  VectorClock seen;        // accesses of this block's agents that are ordered before now
-  VectorClock fenced;      // the part of `seen` that a GPU-scope fence has made visible to other blocks
-  VectorClock proxied;     // the part of `seen` that a proxy fence has made visible to the async proxy
-  Knowledge acquired;      // other blocks' releases that were observed with acquire semantics
-  Knowledge pending;       // ... observed by a relaxed access that no fence has followed yet
-  Knowledge fenced_known;  // `acquired` at the time of the last fence
-};
+constexpr int kMaxClusterBlocks = 16;
 
 struct WriteRecord {
-  u32 block, stamp, pc;
-  u8 agent;
+  u32 cluster, stamp, pc;
+  u16 agent;
   bool strong;
 };
 
@@ -104,7 +65,8 @@ struct RoundTrips {
 };
 
 struct Warp {
-  int id;
+  int id;     // in its block
+  int agent;  // in its cluster
   u8* regs = nullptr;
   u8* local = nullptr;
   u32 live = 0;
@@ -119,14 +81,19 @@ struct Warp {
   std::vector<std::pair<u32, u32>> records;  // per store instruction of late: (pc, record number)
   size_t recent_record = 0;
   RoundTrips trips;
-  bool yielding = false;  // it polls: let others run
-  bool spinning = false;  // diverged and polling: let another group of its lanes run
+  u32 cluster_arrived = 0, cluster_parity = 0;  // lanes that must wait at the cluster's barrier; their phase
+  bool yielding = false;                        // it polls: let others run
+  bool spinning = false;                        // diverged and polling: let another group of its lanes run
 };
 
 struct Mbarrier {
   u32 expected = 0, pending = 0, phase = 0;
   s64 tx = 0;
   SyncState arriving, completed;
+  std::optional<SyncState> arriving_remote, completed_remote;  // of other blocks' threads
+  int init_agent = 0;
+  u32 init_stamp = 0;
+  bool init_fenced = false;  // fence.mbarrier_init has followed
 };
 
 struct Barrier {
@@ -137,31 +104,45 @@ struct Barrier {
   SyncState arriving;
 };
 
-constexpr int kBarriers = 17;  // 16 of the block and the cluster's (clusters have one block here)
+constexpr int kBarriers = 16;
+constexpr int kClusterBarrier = kBarriers;  // Group::barrier at barrier.cluster.wait
 
-// A bulk or tensor copy that was issued and has not happened yet.
+struct Block;
+struct Cluster;
+
+// A bulk or tensor copy that was issued and has not happened yet. A multicast is one for each block.
 struct BulkCopy {
   Warp* warp;
+  Block* target;  // of a load: whose shared memory and mbarrier
   u32 pc, lane, smem, bytes, mbar;
   u32 group;  // of a store: which of the thread's bulk groups
   u32 stamp, delay;
-  u64 global;  // address of the data or of the tensor map
+  u64 global;  // address of the data (from_shared: in shared memory) or of the tensor map
   s32 coord[5];
-  bool load, tensor, done, read_waited;
+  bool load, tensor, from_shared, done, read_waited;
+};
+
+// An agent of another block that has accessed this block's shared memory
+struct Visitor {
+  u32 stamp = 0, pc = 0;
+  std::vector<u32> reads;  // stamp of its last read of each byte
 };
 
 struct Block {
   u32 id[3];
   u32 number;  // linear
+  Cluster* cluster = nullptr;
+  int rank = 0, first_agent = 0;  // in the cluster
   int n_warps, n_threads;
-  u32 clock = 1;
   u32 live = 0;
   u8* smem = nullptr;
   // Shadow of shared memory, one entry a byte
-  u8 *initialised = nullptr, *in_flight = nullptr, *writer = nullptr;  // writer: agent, 0x80 if strong
+  u8 *initialised = nullptr, *in_flight = nullptr;
+  u16* writer = nullptr;  // agent, kStrongWriter if strong
   u32 *write_stamp = nullptr, *write_pc = nullptr, *read_pc = nullptr;
-  u32* read_stamp = nullptr;                          // [agent][byte]
+  u32* read_stamp = nullptr;                          // [agent of this block][byte]
   u32 *chunk_write = nullptr, *chunk_read = nullptr;  // newest stamp of each 16 bytes
+  std::map<int, Visitor> visitors;                    // by agent
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
   std::map<u32, Mbarrier> mbarriers;
@@ -170,9 +151,28 @@ struct Block {
   u32 unreleased_pc = ~0u;  // last atomic on global memory that published nothing, for the text of reports
   u64 polls = 0;
 
-  int bulk_agent() const { return n_warps; }
-  int bulk_global_agent() const { return n_warps + 1; }
+  int bulk_agent() const { return first_agent + n_warps; }
+  int bulk_global_agent() const { return first_agent + n_warps + 1; }
+  int agents() const { return n_warps + 2; }
   int shared_agents() const { return n_warps + (bulk_used ? 1 : 0); }
+  bool owns(int agent) const { return agent >= first_agent && agent < first_agent + agents(); }
+  bool is_engine(int agent) const { return agent % agents() >= n_warps; }
+};
+
+struct Cluster {
+  u32 number;                  // linear
+  std::vector<Block*> blocks;  // by rank
+  u32 clock = 1;
+  // barrier.cluster: threads that live and have not arrived in this phase
+  u32 missing = 0, phase = 0;
+  u32 trips = 0;
+  SyncState arriving, completed;
+
+  u32 live() const {
+    u32 threads = 0;
+    for (const Block* b : blocks) threads += b->live;
+    return threads;
+  }
 };
 
 // ---- results
@@ -200,6 +200,7 @@ struct Report {
 // Counters of one instruction
 struct Counters {
   u64 executed, lanes, requests, sectors, bytes, wavefronts, ideal_wavefronts;
+  u64 delivered;  // bulk copies: bytes of shared memory, in all blocks that a multicast reaches
 };
 
 enum AllocationKind : s32 { kReadWrite = 0, kConstant = 1, kParameter = 2 };
@@ -215,9 +216,9 @@ struct Allocation {
 enum : u8 { kUninitialised = 1, kWasRead = 2, kWasWritten = 4 };
 
 struct Reader {
-  u32 block1, stamp, pc;  // block1: block number + 1; 0: nobody
-  u16 bytes;              // which of the 16
-  u8 warp, unused;
+  u32 cluster1, stamp, pc;  // cluster1: cluster number + 1; 0: nobody
+  u16 bytes;                // which of the 16
+  u16 agent;
 };
 struct ReadRecord {
   Reader last, before;  // two different readers
@@ -243,6 +244,9 @@ struct Machine {
 
   // The launch
   u32 grid[3], block_dim[3], shared_bytes = 0;
+  u32 cluster_dim[3], cluster_blocks = 1;
+  bool explicit_cluster = false;
+  bool clustered = false;  // several blocks, or a barrier of the cluster
   std::vector<Allocation> allocations;
   size_t last_allocation = 0;
   bool races = true, strict = false;
@@ -262,7 +266,7 @@ struct Machine {
   u64 instructions = 0, blocks_done = 0, barriers = 0, progress = 0;
   u32 trips_before = 0, trips_after = 0;  // products, the most of any warp
 
-  // Ordering between blocks
+  // Ordering between clusters
   std::vector<WriteRecord> write_records;
   std::vector<VectorClock> snapshots;
   std::unordered_map<u64, Knowledge> released;  // by address / 4
@@ -288,6 +292,7 @@ struct Context {
 [[noreturn]] void fault(Context& c, int lane, const std::string& message);
 void report(Context& c, ReportKind kind, int lane, u32 other_pc, const std::string& message);
 std::string agent_name(const Block& block, int agent);
+void block_index(const Machine& m, u32 cluster, u32 rank, u32* id);  // cluster.cpp
 inline int line_of(const Context& c, u32 pc) { return c.machine->program[pc].line; }
 
 }  // namespace ptxsim

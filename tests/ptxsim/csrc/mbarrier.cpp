@@ -1,4 +1,6 @@
 // mbarrier: phases of arrivals and of bytes to come.
+#include <cstdlib>
+
 #include "families.hpp"
 #include "memory.hpp"
 
@@ -11,29 +13,59 @@ constexpr u32 kLargestCount = (1u << 20) - 1;
 // The token of an arrival: the phase above, the pending count before it below.
 u64 token(const Mbarrier& b) { return u64(b.phase) << 32 | b.pending; }
 
-// Arrivals and waits must be ordered after the initialisation.
-void check_use(Context& c, u32 mask, const u64* address) {
-  u32 previous = ~0u;
-  for_lanes(mask, [&](int l) {
-    u32 x = u32(address[l]);
-    if (x == previous) return;
-    previous = x;
-    mbarrier_at(c, l, x);
-    check_shared(c, l, x, 8, kRead | kAtomic, c.warp->id);
-  });
+// Where an operand's mbarrier is; only arrivals and changes of the count of bytes may name another block's.
+SharedPlace place_of(Context& c, int lane, u64 address) {
+  SharedPlace place = shared_place(c, lane, u32(address));
+  const Instruction& in = c.machine->program[c.pc];
+  bool anywhere = in.op == Op::MbarrierTx || (in.op == Op::MbarrierArrive && !in.n_dst);
+  if (place.block != c.block && !anywhere)
+    fault(c, lane, "this form of mbarrier operation is for the block's own mbarriers only");
+  return place;
 }
+
+// The mbarriers that lanes use. Uses must be ordered after the initialisation, which the cluster knows of
+// once it was fenced and a barrier of any kind has followed.
+class Uses {
+ public:
+  Uses(Context& c, const Instruction& in) : c_(c) { addresses(c, source_code(c, in, 0), in.imm, address_); }
+
+  Mbarrier& operator[](int lane) {
+    if (bar_ && address_[lane] == address_[last_]) return *bar_;  // lanes mostly use the same one
+    last_ = lane;
+    place_ = place_of(c_, lane, address_[lane]);
+    Block& b = *place_.block;
+    bar_ = &mbarrier_at(c_, b, lane, place_.offset);
+    const SyncState& sync = c_.warp->sync;
+    u32 known = std::max(sync.seen[bar_->init_agent], sync.reached[bar_->init_agent]);
+    if (!bar_->init_fenced || bar_->init_stamp > known)
+      check_shared(c_, b, lane, place_.offset, 8, kRead | kAtomic, c_.warp->agent);
+    else if (&b != c_.block)
+      note_visit(c_, b, c_.warp->agent);
+    return *bar_;
+  }
+  const Block& owner() const { return *place_.block; }  // of the last one
+
+ private:
+  Context& c_;
+  u64 address_[32];
+  Mbarrier* bar_ = nullptr;
+  SharedPlace place_{};
+  int last_ = 0;
+};
 
 void init(Context& c, const Instruction& in) {
   u64 address[32];
   addresses(c, source_code(c, in, 0), in.imm, address);
   for_lanes(c.mask, [&](int l) {
-    u32 x = u32(address[l]), count = u32(lane_source(c, in, 1, l));
-    if (x & 7 || x + 8 > c.machine->shared_bytes)
+    u32 x = place_of(c, l, address[l]).offset, count = u32(lane_source(c, in, 1, l));
+    if (x & 7 || u64(x) + 8 > c.machine->shared_bytes)
       fault(c, l, format("bad mbarrier address: shared byte %u", x));
     if (count == 0 || count > kLargestCount) fault(c, l, format("mbarrier.init with a count of %u", count));
     Mbarrier b;
     b.expected = b.pending = count;
-    check_shared(c, l, x, 8, kWrite, c.warp->id);
+    b.init_agent = c.warp->agent;
+    b.init_stamp = c.block->cluster->clock;
+    check_shared(c, *c.block, l, x, 8, kWrite, c.warp->agent);
     c.block->mbarriers[x] = b;
   });
 }
@@ -42,25 +74,41 @@ void inval(Context& c, const Instruction& in) {
   u64 address[32];
   addresses(c, source_code(c, in, 0), in.imm, address);
   for_lanes(c.mask, [&](int l) {
-    mbarrier_at(c, l, u32(address[l]));
-    c.block->mbarriers.erase(u32(address[l]));
+    u32 x = place_of(c, l, address[l]).offset;
+    mbarrier_at(c, *c.block, l, x);
+    c.block->mbarriers.erase(x);
   });
+}
+
+void change_bytes(Context& c, int lane, Mbarrier& b, s64 by) {
+  b.tx += by;
+  if (std::llabs(b.tx) > s64(kLargestCount))
+    fault(c, lane, format("an mbarrier's count of bytes to come becomes %lld", (long long)b.tx));
+}
+
+// What the thread has done becomes visible to those who wait: in its own block, or in another one if both
+// name the scope of the cluster.
+void publish_arrival(Context& c, const Instruction& in, const Block& owner, Mbarrier& b) {
+  if (&owner == c.block) return publish(c, b.arriving);
+  if (!b.arriving_remote) b.arriving_remote.emplace();
+  if (in.has(mod::ClusterScope) && !in.has(mod::Relaxed))
+    publish(c, *b.arriving_remote);
+  else
+    publish_relaxed(c, *b.arriving_remote);
 }
 
 // Sources: address, and a count or (ExpectTx) a number of bytes. Drop: the thread also leaves later phases.
 void arrive(Context& c, const Instruction& in) {
   c.machine->progress++;
-  u64 address[32];
-  addresses(c, source_code(c, in, 0), in.imm, address);
-  check_use(c, c.mask, address);
+  Uses uses(c, in);
   for_lanes(c.mask, [&](int l) {
-    Mbarrier& b = mbarrier_at(c, l, u32(address[l]));
+    Mbarrier& b = uses[l];
     u32 value = in.has(mod::HasOperand) ? u32(lane_source(c, in, 1, l)) : 1;
     u32 count = in.has(mod::ExpectTx) ? 1 : value;
     if (in.n_dst) set_lane(c, operand(c, in, 0), l, token(b));
-    if (in.has(mod::ExpectTx)) b.tx += value;
+    if (in.has(mod::ExpectTx)) change_bytes(c, l, b, value);
     if (b.pending < count) fault(c, l, "mbarrier arrive: more arrivals than expected in this phase");
-    publish(c, b.arriving);
+    publish_arrival(c, in, uses.owner(), b);
     b.pending -= count;
     if (in.has(mod::Drop)) b.expected -= count;
     mbarrier_try_complete(c, b);
@@ -70,31 +118,32 @@ void arrive(Context& c, const Instruction& in) {
 
 // mbarrier.expect_tx and, with Subtract, mbarrier.complete_tx
 void change_tx(Context& c, const Instruction& in) {
-  u64 address[32];
-  addresses(c, source_code(c, in, 0), in.imm, address);
-  check_use(c, c.mask, address);
+  Uses uses(c, in);
   for_lanes(c.mask, [&](int l) {
-    Mbarrier& b = mbarrier_at(c, l, u32(address[l]));
+    Mbarrier& b = uses[l];
     s64 bytes = s64(lane_source(c, in, 1, l));
-    b.tx += in.has(mod::Subtract) ? -bytes : bytes;
+    change_bytes(c, l, b, in.has(mod::Subtract) ? -bytes : bytes);
     mbarrier_try_complete(c, b);
   });
 }
 
 // Sources: address and a token, or (Parity) the parity of the phase that must be over
 void wait(Context& c, const Instruction& in) {
-  u64 address[32];
-  addresses(c, source_code(c, in, 0), in.imm, address);
-  check_use(c, c.mask, address);
+  Uses uses(c, in);
   u32 over = 0;
   for_lanes(c.mask, [&](int l) {
-    Mbarrier& b = mbarrier_at(c, l, u32(address[l]));
+    Mbarrier& b = uses[l];
     u64 state = lane_source(c, in, 1, l);
     u32 phase = in.has(mod::Parity) ? u32(state) & 1 : u32(state >> 32) & 1;
     if ((b.phase & 1) == phase) return;
     c.machine->progress++;
     over |= 1u << l;
     absorb(c, b.completed);
+    if (!b.completed_remote) return;
+    if (in.has(mod::ClusterScope) && !in.has(mod::Relaxed))
+      absorb(c, *b.completed_remote);
+    else
+      c.warp->sync.reached.join(b.completed_remote->reached);
   });
   set_predicate(c, operand(c, in, 0), over);
   c.block->polls++;
@@ -107,11 +156,14 @@ void pending_count(Context& c, const Instruction& in) {
 
 }  // namespace
 
-Mbarrier& mbarrier_at(Context& c, int lane, u32 address) {
-  auto it = c.block->mbarriers.find(address);
-  if (it == c.block->mbarriers.end())
+Mbarrier& mbarrier_at(Context& c, Block& b, int lane, u32 address) {
+  auto it = b.mbarriers.find(address);
+  if (it == b.mbarriers.end()) {
+    std::string where = &b == c.block ? "" : format(" of block %u", b.number);
     fault(c, lane,
-          format("mbarrier operation on shared byte %u, which holds no initialised mbarrier", address));
+          format("mbarrier operation on shared byte %u%s, which holds no initialised mbarrier", address,
+                 where.c_str()));
+  }
   return it->second;
 }
 
@@ -120,6 +172,7 @@ void mbarrier_try_complete(Context& c, Mbarrier& b) {
   b.phase++;
   b.pending = b.expected;
   b.completed = b.arriving;
+  b.completed_remote = b.arriving_remote;
   c.machine->progress++;
 }
 

@@ -23,13 +23,15 @@ void global_access(Context& c, const u64* address, u32 mask, int size, int flags
 u8* global_range(Context& c, int lane, u64 address, u32 bytes, int flags, int agent);
 void count_global_request(Context& c, const u64* address, u32 mask, int size);
 
-// ---- ordering between blocks (ordering.cpp)
-// ------------------------------------------------------------------- The warp now knows what `from` holds.
+// ---- ordering (ordering.cpp)
+// -------------------------------------------------------------------------------- The warp now knows what
+// `from` holds.
 void absorb(Context& c, const SyncState& from);
-Knowledge merge(Machine& m, const Knowledge& a, const Knowledge& b);
 // Everything the warp has done and seen becomes visible to whoever joins `into`.
 void publish(Context& c, SyncState& into);
-inline void advance_clock(Block& b) { b.clock++; }
+void publish_relaxed(Context& c, SyncState& into);  // ... only what a fence of the cluster's scope covers
+void fence_gpu(Context& c);
+inline void advance_clock(Block& b) { b.cluster->clock++; }
 // Effects of a strong access to global memory on ordering. An atomic both reads and writes.
 void synchronise(Context& c, const Instruction& in, u64 address, bool reads, bool writes);
 void check_global_order(Context& c, Allocation& a, u64 address, int size, int lane, int flags, int agent,
@@ -37,11 +39,30 @@ void check_global_order(Context& c, Allocation& a, u64 address, int size, int la
 
 // ---- shared memory (shared_memory.cpp)
 // ------------------------------------------------------------------------
+// `b` is the block whose shared memory it is, the warp's own or another of its cluster.
 void shared_access(Context& c, const u32* address, u32 mask, int size, int flags, u8** pointer);
-void check_shared(Context& c, int lane, u32 address, int size, int flags, int agent);
-void note_shared_write(Context& c, u32 address, int size, int agent, u32 pc);
+void check_shared(Context& c, Block& b, int lane, u32 address, int size, int flags, int agent);
+void note_shared_write(Block& b, u32 address, int size, int agent, u32 pc);
 void count_wavefronts(Context& c, const u32* address, u32 mask, int size);
 void check_proxy(Context& c, int lane, u32 address, int size);
+
+// ---- clusters (cluster.cpp)
+// ------------------------------------------------------------------------------------
+// A shared::cluster address: a byte of a block, and in the bits above it the block's rank + 1. Without the
+// latter it is the own block's.
+constexpr int kRankShift = 24;
+struct SharedPlace {
+  Block* block;
+  u32 offset;
+};
+inline int rank_of(const Context& c, u32 address) {  // in the cluster; the own one's without a rank
+  u32 field = address >> kRankShift;
+  return field >= 1 && field <= c.machine->cluster_blocks ? int(field - 1) : c.block->rank;
+}
+SharedPlace shared_place(Context& c, int lane, u32 address);
+void remote_access(Context& c, const SharedPlace* place, u32 mask, int size, int flags, u8** pointer);
+void note_visit(Context& c, Block& b, int agent);
+void check_visits(Context& c);  // when the block has exited
 
 // ---- any space (load_store.cpp)
 // -------------------------------------------------------------------------------
@@ -50,11 +71,12 @@ void resolve(Context& c, Space space, const u64* address, u32 mask, int size, in
 // ---- asynchronous copies and mbarriers
 // ------------------------------------------------------------------------
 void complete_copies(Context& c, u32 mask, u32 newest_kept, bool all);  // cp_async.cpp
-Mbarrier& mbarrier_at(Context& c, int lane, u32 address);               // mbarrier.cpp
+Mbarrier& mbarrier_at(Context& c, Block& b, int lane, u32 address);     // mbarrier.cpp
 void mbarrier_try_complete(Context& c, Mbarrier& b);
 bool bulk_step(Context& c);                  // bulk_copy.cpp: time passes; true if a copy was completed
 void bulk_finish(Context& c, bool exiting);  // all of them
 bool bulk_force_one(Context& c);
+void bulk_drop_target(Context& c);  // copies of other blocks to this one, which has exited
 
 // ---- atomics (atomics.cpp)
 // ------------------------------------------------------------------------------------ The value after `op`.
@@ -67,7 +89,7 @@ bool stores_same_byte(const Context& c, int lane, int offset, u8 current);
 
 inline VectorClock view_of(const Context& c) {  // what the warp has seen, itself included
   VectorClock v = c.warp->sync.seen;
-  v.t[c.warp->id] = c.block->clock;
+  v.raise(c.warp->agent, c.block->cluster->clock);
   return v;
 }
 

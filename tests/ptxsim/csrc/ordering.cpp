@@ -1,8 +1,9 @@
-// Which accesses to global memory are ordered, within a block and between blocks, after the PTX memory model.
+// Which accesses to global memory are ordered, within a cluster and between clusters, after the PTX memory
+// model. A block that is in no cluster is one of its own.
 //
-// Within a block: barriers and mbarriers (vector clocks of stamps, one entry a warp). Between blocks: a
-// release (a .release/.acq_rel access, or a GPU-scope fence and then any strong write) publishes a snapshot
-// of the releasing block's clock at an address; an acquire that reads this address (.acquire/.acq_rel, or a
+// Within: barriers and mbarriers (vector clocks of stamps, one entry a warp). Between: a release (a
+// .release/.acq_rel access, or a GPU-scope fence and then any strong write) publishes a snapshot of the
+// releasing cluster's clock at an address; an acquire that reads this address (.acquire/.acq_rel, or a
 // relaxed read and then a fence) takes it over. Lanes of one warp count as ordered.
 #include "memory.hpp"
 
@@ -23,39 +24,48 @@ u32 join_snapshots(Machine& m, u32 a, u32 b) {
   return new_snapshot(m, both);
 }
 
-const VectorClock* find_known(Machine& m, const Knowledge& k, u32 block) {
+const VectorClock* find_known(Machine& m, const Knowledge& k, u32 cluster) {
   if (!k) return nullptr;
-  auto it =
-      std::lower_bound(k->begin(), k->end(), block, [](const KnownBlock& x, u32 y) { return x.block < y; });
-  return it != k->end() && it->block == block ? &m.snapshots[it->snapshot] : nullptr;
+  auto it = std::lower_bound(k->begin(), k->end(), cluster,
+                             [](const KnownCluster& x, u32 y) { return x.cluster < y; });
+  return it != k->end() && it->cluster == cluster ? &m.snapshots[it->snapshot] : nullptr;
 }
 
-// Is `stamp` of `agent` in `block` ordered before what the warp does now? lenient: relaxed observations count
-// too.
-bool is_ordered(Context& c, u32 block, int agent, u32 stamp, int self, bool lenient) {
+// Is `stamp` of `agent` in `cluster` ordered before what the warp does now? lenient: relaxed observations
+// count too.
+bool is_ordered(Context& c, u32 cluster, int agent, u32 stamp, int self, bool lenient) {
   const SyncState& sync = c.warp->sync;
-  if (block == c.block->number) return agent == self || agent == c.warp->id || stamp <= sync.seen.t[agent];
-  const VectorClock* known = find_known(*c.machine, sync.acquired, block);
-  if (known && stamp <= known->t[agent]) return true;
-  known = lenient ? find_known(*c.machine, sync.pending, block) : nullptr;
-  return known && stamp <= known->t[agent];
+  if (cluster == c.block->cluster->number) {
+    if (agent == self || agent == c.warp->agent || stamp <= sync.seen[agent]) return true;
+    if (c.machine->cluster_blocks == 1) return false;
+  }
+  const VectorClock* known = find_known(*c.machine, sync.acquired, cluster);
+  if (known && stamp <= (*known)[agent]) return true;
+  known = lenient ? find_known(*c.machine, sync.pending, cluster) : nullptr;
+  return known && stamp <= (*known)[agent];
 }
 
-std::string whose(Context& c, u32 block, int agent) {
-  std::string who = agent_name(*c.block, agent);
-  return block == c.block->number ? who : format("%s of block %u", who.c_str(), block);
+std::string whose(Context& c, u32 cluster, int agent) {
+  if (cluster == c.block->cluster->number) return agent_name(*c.block, agent);
+  const Machine& m = *c.machine;
+  u32 id[3];
+  block_index(m, cluster, u32(agent / c.block->agents()), id);
+  return format("%s of block %u",
+                agent_name(*c.block, c.block->first_agent + agent % c.block->agents()).c_str(),
+                id[0] + m.grid[0] * (id[1] + m.grid[1] * id[2]));
 }
 
-// Why an access of another block is not ordered
-std::string missing_order(Context& c, u32 block, int agent, u32 stamp) {
-  if (block == c.block->number) return "with no barrier in between";
+// Why an access of another warp is not ordered
+std::string missing_order(Context& c, u32 cluster, int agent, u32 stamp) {
+  if (cluster == c.block->cluster->number)
+    return c.block->owns(agent) ? "with no barrier in between" : "with no barrier of the cluster in between";
   Machine& m = *c.machine;
   const SyncState& sync = c.warp->sync;
-  const VectorClock* pending = find_known(m, sync.pending, block);
-  if (pending && stamp <= pending->t[agent])
+  const VectorClock* pending = find_known(m, sync.pending, cluster);
+  if (pending && stamp <= (*pending)[agent])
     return "observed through a relaxed access only: a fence (__threadfence) must follow it before the data "
            "are read";
-  if (pending || find_known(m, sync.acquired, block))
+  if (pending || find_known(m, sync.acquired, cluster))
     return "and what that block released since does not cover it: no barrier between it and the fence or "
            "release";
   if (c.block->unreleased_pc != ~0u)
@@ -67,12 +77,13 @@ std::string missing_order(Context& c, u32 block, int agent, u32 stamp) {
 // A warp's stores by one instruction at one time share a record.
 u32 record_write(Context& c, int agent, bool strong) {
   Machine& m = *c.machine;
+  const Cluster& cluster = *c.block->cluster;
   auto append = [&] {
-    m.write_records.push_back({c.block->number, c.block->clock, c.pc, u8(agent), strong});
+    m.write_records.push_back({cluster.number, cluster.clock, c.pc, u16(agent), strong});
     return u32(m.write_records.size() - 1);
   };
   Warp& w = *c.warp;
-  if (agent != w.id) return append();
+  if (agent != w.agent) return append();
   if (w.recent_record >= w.records.size() || w.records[w.recent_record].first != c.pc) {
     auto found =
         std::find_if(w.records.begin(), w.records.end(), [&](auto& entry) { return entry.first == c.pc; });
@@ -80,33 +91,41 @@ u32 record_write(Context& c, int agent, bool strong) {
     if (found == w.records.end()) w.records.push_back({c.pc, append()});
   }
   u32& number = w.records[w.recent_record].second;
-  if (m.write_records[number].stamp != c.block->clock) number = append();
+  if (m.write_records[number].stamp != cluster.clock) number = append();
   return number;
 }
 
 void report_race(Context& c, const Allocation& a, u64 address, int lane, bool write, const char* other,
-                 u32 block, int agent, u32 pc, u32 stamp) {
+                 u32 cluster, int agent, u32 pc, u32 stamp) {
   std::string where = a.id >= 0    ? format("buffer #%d", a.id)
                       : a.id == -1 ? "a module variable"
                                    : "a registered buffer";
   report(c, ReportKind::GlobalRace, lane, pc,
          format("%s of %s + %llu, which %s %s at line %d, %s", write ? "write" : "read", where.c_str(),
-                (unsigned long long)(address - a.base), whose(c, block, agent).c_str(), other, line_of(c, pc),
-                missing_order(c, block, agent, stamp).c_str()));
+                (unsigned long long)(address - a.base), whose(c, cluster, agent).c_str(), other,
+                line_of(c, pc), missing_order(c, cluster, agent, stamp).c_str()));
 }
 
 void note_reader(Context& c, ReadRecord& record, u32 bytes, int agent) {
-  u32 me = c.block->number + 1;
+  u32 me = c.block->cluster->number + 1, now = c.block->cluster->clock;
   Reader& last = record.last;
-  if (last.block1 != me || last.warp != agent) {
+  if (last.cluster1 != me || last.agent != agent) {
     record.before = last;
-    last = {me, c.block->clock, c.pc, u16(bytes), u8(agent), 0};
-  } else if (last.stamp != c.block->clock) {
-    last = {me, c.block->clock, c.pc, u16(bytes), u8(agent), 0};
+    last = {me, now, c.pc, u16(bytes), u16(agent)};
+  } else if (last.stamp != now) {
+    last = {me, now, c.pc, u16(bytes), u16(agent)};
   } else {
     last.bytes |= u16(bytes);
     last.pc = c.pc;
   }
+}
+
+// What the blocks of one cluster released to each other through global memory orders all else, too.
+void take_from_own_cluster(Context& c) {
+  if (c.machine->cluster_blocks == 1) return;
+  SyncState& sync = c.warp->sync;
+  if (const VectorClock* own = find_known(*c.machine, sync.acquired, c.block->cluster->number))
+    sync.seen.join(*own);
 }
 
 }  // namespace
@@ -114,16 +133,16 @@ void note_reader(Context& c, ReadRecord& record, u32 bytes, int agent) {
 Knowledge merge(Machine& m, const Knowledge& a, const Knowledge& b) {
   if (!b || a == b) return a;
   if (!a) return b;
-  auto out = std::make_shared<std::vector<KnownBlock>>();
+  auto out = std::make_shared<std::vector<KnownCluster>>();
   out->reserve(a->size() + b->size());
   auto x = a->begin(), y = b->begin();
   while (x != a->end() && y != b->end()) {
-    if (x->block < y->block)
+    if (x->cluster < y->cluster)
       out->push_back(*x++);
-    else if (y->block < x->block)
+    else if (y->cluster < x->cluster)
       out->push_back(*y++);
     else {
-      out->push_back({x->block, join_snapshots(m, x->snapshot, y->snapshot)});
+      out->push_back({x->cluster, join_snapshots(m, x->snapshot, y->snapshot)});
       x++, y++;
     }
   }
@@ -139,15 +158,33 @@ static void join(Machine& m, SyncState& into, const SyncState& from) {
   into.acquired = merge(m, into.acquired, from.acquired);
   into.pending = merge(m, into.pending, from.pending);
   into.fenced_known = merge(m, into.fenced_known, from.fenced_known);
+  if (!m.clustered) return;
+  into.cluster_fenced.join(from.cluster_fenced);
+  into.reached.join(from.reached);
 }
 
 void publish(Context& c, SyncState& into) {
   join(*c.machine, into, c.warp->sync);
-  u32& own = into.seen.t[c.warp->id];
-  own = std::max(own, c.block->clock);
+  into.seen.raise(c.warp->agent, c.block->cluster->clock);
+}
+
+void publish_relaxed(Context& c, SyncState& into) {
+  const SyncState& sync = c.warp->sync;
+  into.seen.join(sync.cluster_fenced);
+  into.reached.join(sync.reached);
+  into.reached.join(view_of(c));
 }
 
 void absorb(Context& c, const SyncState& from) { join(*c.machine, c.warp->sync, from); }
+
+void fence_gpu(Context& c) {
+  SyncState& sync = c.warp->sync;
+  sync.acquired = merge(*c.machine, sync.acquired, sync.pending);
+  sync.pending = nullptr;
+  take_from_own_cluster(c);
+  sync.fenced.join(view_of(c));
+  sync.fenced_known = sync.acquired;
+}
 
 void synchronise(Context& c, const Instruction& in, u64 address, bool reads, bool writes) {
   if (!c.machine->races || !in.has(mod::GpuScope)) return;
@@ -161,6 +198,7 @@ void synchronise(Context& c, const Instruction& in, u64 address, bool reads, boo
   if (reads && found) {
     Knowledge& into = in.has(mod::Acquire) ? sync.acquired : sync.pending;
     into = merge(m, into, found);
+    if (in.has(mod::Acquire)) take_from_own_cluster(c);
   }
   if (!writes) return;
   Knowledge out = reads ? found : nullptr;  // a read-modify-write carries on what it read
@@ -169,8 +207,8 @@ void synchronise(Context& c, const Instruction& in, u64 address, bool reads, boo
   if (!release && clock.empty()) {
     c.block->unreleased_pc = c.pc;
   } else {
-    auto own =
-        std::make_shared<std::vector<KnownBlock>>(1, KnownBlock{c.block->number, new_snapshot(m, clock)});
+    KnownCluster known{c.block->cluster->number, new_snapshot(m, clock)};
+    auto own = std::make_shared<std::vector<KnownCluster>>(1, known);
     out = merge(m, merge(m, out, release ? sync.acquired : sync.fenced_known), own);
     if (release) advance_clock(*c.block);
   }
@@ -200,23 +238,23 @@ void check_global_order(Context& c, Allocation& a, u64 address, int size, int la
     for (int i = 0; i < size; i++) {
       if (!owner[i] || owner[i] == checked) continue;
       const WriteRecord& w = m.write_records[owner[i]];
-      if ((strong && w.strong) || is_ordered(c, w.block, w.agent, w.stamp, agent, strong)) {
+      if ((strong && w.strong) || is_ordered(c, w.cluster, w.agent, w.stamp, agent, strong)) {
         checked = owner[i];
         continue;
       }
       if (writes && stores_same_byte(c, lane, i, host[i])) continue;
-      report_race(c, a, address + i, lane, writes, "wrote", w.block, w.agent, w.pc, w.stamp);
+      report_race(c, a, address + i, lane, writes, "wrote", w.cluster, w.agent, w.pc, w.stamp);
       break;
     }
   }
   if (writes) {
     if (!strong)
       for (const Reader* r : {&readers.last, &readers.before}) {
-        u32 common = r->block1 ? r->bytes & bytes : 0;
-        if (!common || is_ordered(c, r->block1 - 1, r->warp, r->stamp, agent, false)) continue;
+        u32 common = r->cluster1 ? r->bytes & bytes : 0;
+        if (!common || is_ordered(c, r->cluster1 - 1, r->agent, r->stamp, agent, false)) continue;
         int i = first_lane(common) - int(address & 15);
         if (stores_same_byte(c, lane, i, host[i])) continue;
-        report_race(c, a, address + i, lane, true, "read", r->block1 - 1, r->warp, r->pc, r->stamp);
+        report_race(c, a, address + i, lane, true, "read", r->cluster1 - 1, r->agent, r->pc, r->stamp);
         break;
       }
     u32 number = record_write(c, agent, strong);

@@ -1,4 +1,4 @@
-// How warps and blocks take turns.
+// How warps, blocks and clusters take turns.
 #pragma once
 #include "machine.hpp"
 
@@ -18,6 +18,10 @@ Handler resolve_handler(const Instruction& in, u8& lane_class);  // dispatch.cpp
 bool barrier_arrive(Context& c, const Instruction& in, Group& group);  // true: the group waits now
 void barriers_after_exit(Context& c);
 
+// cluster.cpp
+bool cluster_wait(Context& c, Group& group);  // true: the group waits now
+void cluster_after_exit(Context& c, u32 mask);
+
 // round_trips.cpp
 void count_trips(Context& c, const Instruction& in);  // before the instruction runs
 void finish_trips(Machine& m, const Warp& w);         // when the warp has ended
@@ -28,8 +32,8 @@ std::string where_are(const Machine& m, const Block& b);
 
 // block_scheduler.cpp
 struct LaunchOptions {
-  int resident = 1;
-  std::vector<u32> order;  // of the blocks; empty: ascending
+  int resident = 1;        // clusters
+  std::vector<u32> order;  // of the clusters; empty: ascending
 };
 void run_grid(Machine& m, const LaunchOptions& options);
 

@@ -5,81 +5,102 @@ namespace ptxsim {
 
 namespace {
 
-constexpr u8 kStrongWriter = 0x80;
+constexpr u16 kStrongWriter = 0x8000;
 
 const char* verb(int flags) { return flags & kWrite ? "write" : "read"; }
 
-u32 oldest_seen(const Context& c, int self) {  // every other agent is known at least up to here
+// Every other agent that has accessed the block's shared memory is known at least up to here.
+u32 oldest_seen(const Context& c, const Block& b, int self) {
+  const VectorClock& seen = c.warp->sync.seen;
   u32 least = ~0u;
-  for (int r = 0; r < c.block->shared_agents(); r++)
-    if (r != self) least = std::min(least, c.warp->sync.seen.t[r]);
+  for (int r = b.first_agent; r < b.first_agent + b.shared_agents(); r++)
+    if (r != self) least = std::min(least, seen[r]);
+  for (const auto& [r, visitor] : b.visitors)
+    if (r != self) least = std::min(least, seen[r]);
   return least;
 }
 
-void check_in_flight(Context& c, int lane, u32 address, int size) {
-  Block& b = *c.block;
+std::string byte_name(const Context& c, const Block& b, u32 byte) {
+  std::string name = format("shared byte %u", byte);
+  return &b == c.block ? name : name + format(" of block %u", b.number);
+}
+
+void check_in_flight(Context& c, const Block& b, int lane, u32 address, int size) {
   for (int i = 0; i < size; i++)
     if (b.in_flight[address + i]) {
       u32 pc = b.write_pc[address + i];
       report(c, ReportKind::AsyncHazard, lane, pc,
-             format("shared byte %u accessed while an async copy (line %d) into it is still in flight",
-                    address + i, line_of(c, pc)));
+             format("%s accessed while an async copy (line %d) into it is still in flight",
+                    byte_name(c, b, address + i).c_str(), line_of(c, pc)));
       return;
     }
 }
 
-void check_initialised(Context& c, int lane, u32 address, int size) {
-  Block& b = *c.block;
+void check_initialised(Context& c, const Block& b, int lane, u32 address, int size) {
   for (int i = 0; i < size; i++)
     if (!b.initialised[address + i] && !b.in_flight[address + i]) {
+      std::string where = &b == c.block ? "" : format(" of block %u", b.number);
       report(c, ReportKind::UninitShared, lane, 0,
-             format("read of uninitialised shared memory at byte %u", address + i));
+             format("read of uninitialised shared memory%s at byte %u", where.c_str(), address + i));
       return;
     }
 }
 
-bool report_race(Context& c, int lane, u32 byte, int flags, int agent, u32 pc, const char* did,
-                 const char* about) {
-  report(
-      c, ReportKind::Race, lane, pc,
-      format("race on shared byte %u: %s by warp %d, %s by %s at %sline %d with no barrier in between", byte,
-             verb(flags), c.warp->id, did, agent_name(*c.block, agent).c_str(), about, line_of(c, pc)));
+bool report_race(Context& c, const Block& b, int lane, u32 byte, int flags, int agent, u32 pc,
+                 const char* did, const char* about) {
+  bool same = c.block->owns(agent);
+  report(c, ReportKind::Race, lane, pc,
+         format("race on %s: %s by warp %d, %s by %s at %sline %d with no barrier%s in between",
+                byte_name(c, b, byte).c_str(), verb(flags), c.warp->id, did,
+                agent_name(*c.block, agent).c_str(), about, line_of(c, pc), same ? "" : " of the cluster"));
   return true;
 }
 
-bool race_with_writer(Context& c, int lane, u32 begin, u32 end, u32 access, int flags, int self) {
-  Block& b = *c.block;
+bool race_with_writer(Context& c, const Block& b, int lane, u32 begin, u32 end, u32 access, int flags,
+                      int self) {
   bool strong = flags & (kAtomic | kStrongAccess);
   for (u32 x = begin; x < end; x++) {
-    int writer = b.writer[x] & 0x7f;
-    if (!b.write_stamp[x] || writer == self || writer == c.warp->id) continue;
+    int writer = b.writer[x] & ~kStrongWriter;
+    if (!b.write_stamp[x] || writer == self || writer == c.warp->agent) continue;
     if (strong && b.writer[x] & kStrongWriter) continue;
-    if (b.write_stamp[x] <= c.warp->sync.seen.t[writer]) continue;
+    if (b.write_stamp[x] <= c.warp->sync.seen[writer]) continue;
     if (flags & kWrite && b.initialised[x] && stores_same_byte(c, lane, int(x - access), b.smem[x])) continue;
-    return report_race(c, lane, x, flags, writer, b.write_pc[x], "written", "");
+    return report_race(c, b, lane, x, flags, writer, b.write_pc[x], "written", "");
   }
   return false;
 }
 
-bool race_with_reader(Context& c, int lane, u32 begin, u32 end, u32 access, int flags, int self) {
-  Block& b = *c.block;
-  for (int r = 0; r < b.shared_agents(); r++) {
-    if (r == self || r == c.warp->id) continue;
-    const u32* stamps = b.read_stamp + size_t(r) * c.machine->shared_bytes;
-    u32 seen = c.warp->sync.seen.t[r];
+bool race_with_reader(Context& c, const Block& b, int lane, u32 begin, u32 end, u32 access, int flags,
+                      int self) {
+  auto raced = [&](int r, const u32* stamps) {
+    if (r == self || r == c.warp->agent) return false;
+    u32 seen = c.warp->sync.seen[r];
     for (u32 x = begin; x < end; x++)
       if (stamps[x] > seen && !(b.initialised[x] && stores_same_byte(c, lane, int(x - access), b.smem[x])))
-        return report_race(c, lane, x, flags, r, b.read_pc[x], "read", "about ");
-  }
+        return report_race(c, b, lane, x, flags, r, b.read_pc[x], "read", "about ");
+    return false;
+  };
+  for (int r = 0; r < b.shared_agents(); r++)
+    if (raced(b.first_agent + r, b.read_stamp + size_t(r) * c.machine->shared_bytes)) return true;
+  for (const auto& [r, visitor] : b.visitors)
+    if (!visitor.reads.empty() && raced(r, visitor.reads.data())) return true;
   return false;
+}
+
+// Where the stamps of the agent's reads of this block's shared memory are
+u32* read_stamps(Context& c, Block& b, int agent) {
+  if (b.owns(agent)) return b.read_stamp + size_t(agent - b.first_agent) * c.machine->shared_bytes;
+  std::vector<u32>& reads = b.visitors[agent].reads;
+  if (reads.empty()) reads.resize(c.machine->shared_bytes);
+  return reads.data();
 }
 
 // The usual case of check_shared for an aligned access of at most 16 bytes by a warp; false: look closer.
 template <class W>
 inline bool quick_check(Block& b, u32 address, int size, int flags, u32 oldest, u32 pc, u32* read_stamps,
-                        u8 self) {
+                        u16 self) {
   const W ones = W(0x0101010101010101ull);
-  u32 chunk = address >> 4, now = b.clock;
+  u32 chunk = address >> 4, now = b.cluster->clock;
   if (b.chunk_write[chunk] > oldest || (flags & kWrite && b.chunk_read[chunk] > oldest)) return false;
   for (int i = 0; i < size; i += int(sizeof(W))) {
     W in_flight, initialised;
@@ -90,7 +111,7 @@ inline bool quick_check(Block& b, u32 address, int size, int flags, u32 oldest, 
   if (flags & kWrite) {
     b.chunk_write[chunk] = now;
     std::memset(b.initialised + address, 1, size);
-    std::memset(b.writer + address, self, size);
+    std::fill_n(b.writer + address, size, self);
     for (int i = 0; i < size; i++) {
       b.write_stamp[address + i] = now;
       b.write_pc[address + i] = pc;
@@ -106,7 +127,7 @@ inline bool quick_check(Block& b, u32 address, int size, int flags, u32 oldest, 
 }
 
 inline bool quick_check_any(Block& b, u32 address, int size, int flags, u32 oldest, u32 pc, u32* stamps,
-                            u8 self) {
+                            u16 self) {
   switch (size) {
     case 16:
       return quick_check<u64>(b, address, 16, flags, oldest, pc, stamps, self);
@@ -131,21 +152,20 @@ bool stores_same_byte(const Context& c, int lane, int offset, u8 current) {
   return u8(lane_value(c, code, lane) >> 8 * (within % 8)) == current;
 }
 
-void note_shared_write(Context& c, u32 address, int size, int agent, u32 pc) {
-  Block& b = *c.block;
-  std::memset(b.writer + address, agent, size);
+void note_shared_write(Block& b, u32 address, int size, int agent, u32 pc) {
+  u32 now = b.cluster->clock;
+  std::fill_n(b.writer + address, size, u16(agent));
   for (int i = 0; i < size; i++) {
-    b.write_stamp[address + i] = b.clock;
+    b.write_stamp[address + i] = now;
     b.write_pc[address + i] = pc;
   }
-  for (u32 chunk = address >> 4; chunk <= (address + size - 1) >> 4; chunk++) b.chunk_write[chunk] = b.clock;
+  for (u32 chunk = address >> 4; chunk <= (address + size - 1) >> 4; chunk++) b.chunk_write[chunk] = now;
 }
 
 // Bytes [address, +size) accessed by `agent`: the warp itself or the bulk engine on its behalf
-void check_shared(Context& c, int lane, u32 address, int size, int flags, int agent) {
-  Block& b = *c.block;
-  if (!(flags & kAsync)) check_in_flight(c, lane, address, size);
-  if (flags & kRead) check_initialised(c, lane, address, size);
+void check_shared(Context& c, Block& b, int lane, u32 address, int size, int flags, int agent) {
+  if (!(flags & kAsync)) check_in_flight(c, b, lane, address, size);
+  if (flags & kRead) check_initialised(c, b, lane, address, size);
   if (!c.machine->races) {
     if (flags & kWrite) {
       std::memset(b.initialised + address, 1, size);
@@ -154,21 +174,22 @@ void check_shared(Context& c, int lane, u32 address, int size, int flags, int ag
     return;
   }
   bool strong = flags & (kAtomic | kStrongAccess);
-  u32 oldest = oldest_seen(c, agent);
+  u32 oldest = oldest_seen(c, b, agent), now = b.cluster->clock;
+  if (!b.owns(agent)) note_visit(c, b, agent);
   for (u32 chunk = address >> 4; chunk <= (address + size - 1) >> 4; chunk++) {
     u32 begin = std::max(address, chunk << 4), end = std::min(address + size, (chunk + 1) << 4);
     bool raced =
-        b.chunk_write[chunk] > oldest && race_with_writer(c, lane, begin, end, address, flags, agent);
+        b.chunk_write[chunk] > oldest && race_with_writer(c, b, lane, begin, end, address, flags, agent);
     if (!raced && flags & kWrite && b.chunk_read[chunk] > oldest)
-      race_with_reader(c, lane, begin, end, address, flags, agent);
+      race_with_reader(c, b, lane, begin, end, address, flags, agent);
     if (flags & kWrite) {
       std::memset(b.initialised + begin, 1, end - begin);
-      note_shared_write(c, begin, int(end - begin), agent | (strong ? kStrongWriter : 0), c.pc);
+      note_shared_write(b, begin, int(end - begin), agent | (strong ? kStrongWriter : 0), c.pc);
     } else if (!strong) {
-      b.chunk_read[chunk] = b.clock;
-      u32* stamps = b.read_stamp + size_t(agent) * c.machine->shared_bytes;
+      b.chunk_read[chunk] = now;
+      u32* stamps = read_stamps(c, b, agent);
       for (u32 x = begin; x < end; x++) {
-        stamps[x] = b.clock;
+        stamps[x] = now;
         b.read_pc[x] = c.pc;
       }
     }
@@ -180,8 +201,8 @@ void check_proxy(Context& c, int lane, u32 address, int size) {
   Block& b = *c.block;
   if (!c.machine->races) return;
   for (u32 x = address; x < address + size; x++) {
-    int writer = b.writer[x] & 0x7f;
-    if (!b.write_stamp[x] || writer >= b.n_warps || b.write_stamp[x] <= c.warp->sync.proxied.t[writer])
+    int writer = b.writer[x] & ~kStrongWriter;
+    if (!b.write_stamp[x] || b.is_engine(writer) || b.write_stamp[x] <= c.warp->sync.proxied[writer])
       continue;
     report(c, ReportKind::Proxy, lane, b.write_pc[x],
            format("shared byte %u is read through the async proxy, but no fence.proxy.async follows the "
@@ -233,19 +254,20 @@ void shared_access(Context& c, const u32* address, u32 mask, int size, int flags
   Block& b = *c.block;
   u32 limit = c.machine->shared_bytes;
   bool quick = c.machine->races && !(flags & (kAtomic | kStrongAccess)) && size <= 16;
-  u32 oldest = quick ? oldest_seen(c, c.warp->id) : 0;
+  u32 oldest = quick ? oldest_seen(c, b, c.warp->agent) : 0;
   u32* stamps = quick ? b.read_stamp + size_t(c.warp->id) * limit : nullptr;
   for (u32 left = mask; left; left &= left - 1) {
     int l = first_lane(left);
     u32 x = address[l];
     if (x & (size - 1)) fault(c, l, format("misaligned %d-byte shared access at byte 0x%x", size, x));
+    if (u64(x) + size > limit) x = shared_place(c, l, x).offset;  // may name this block
     if (u64(x) + size > limit)
       fault(c, l,
             format("out-of-bounds shared %s of %d bytes at byte %u (block has %u)", verb(flags), size, x,
                    limit));
     if (pointer) pointer[l] = b.smem + x;
-    if (quick && quick_check_any(b, x, size, flags, oldest, c.pc, stamps, u8(c.warp->id))) continue;
-    check_shared(c, l, x, size, flags, c.warp->id);
+    if (quick && quick_check_any(b, x, size, flags, oldest, c.pc, stamps, u16(c.warp->agent))) continue;
+    check_shared(c, b, l, x, size, flags, c.warp->agent);
   }
   if (mask && !(flags & kUncounted)) {
     c.counters->requests++;

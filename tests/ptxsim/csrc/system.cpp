@@ -47,8 +47,12 @@ void report(Context& c, ReportKind kind, int lane, u32 other_pc, const std::stri
   m.reports.push_back(r);
 }
 
+// As seen from `block`; the agent is of its cluster.
 std::string agent_name(const Block& block, int agent) {
-  return agent >= block.n_warps ? "the bulk-copy engine" : format("warp %d", agent);
+  int rank = agent / block.agents(), in_block = agent % block.agents();
+  std::string name = block.is_engine(agent) ? "the bulk-copy engine" : format("warp %d", in_block);
+  return rank == block.rank ? name
+                            : name + format(" of block %u", block.cluster->blocks[size_t(rank)]->number);
 }
 
 namespace {

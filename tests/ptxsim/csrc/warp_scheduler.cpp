@@ -58,8 +58,15 @@ void exit_lanes(Context& c, u32 mask) {
   c.warp->live &= ~mask;
   if (!c.warp->live) finish_trips(*c.machine, *c.warp);
   b.live -= __builtin_popcount(mask);
-  if (!b.live) bulk_finish(c, true);
+  if (!b.live) {
+    bulk_finish(c, true);
+    if (c.machine->cluster_blocks > 1) {
+      bulk_drop_target(c);
+      check_visits(c);
+    }
+  }
   barriers_after_exit(c);
+  cluster_after_exit(c, mask);
 }
 
 // One warp's turn
@@ -152,6 +159,16 @@ class WarpRun {
       case Op::Bar:
         group().pc = pc_;
         if (barrier_arrive(c_, in, group())) return Next::Switch;
+        pc_ = group().pc;
+        return Next::Continue;
+      case Op::ClusterWait:
+        if (in.has(mod::Aligned) && w_.live & ~lanes_) {
+          uncount(count, mask);
+          wait_for(w_.live, lanes_, false);
+          return Next::Switch;
+        }
+        group().pc = pc_;
+        if (cluster_wait(c_, group())) return Next::Switch;
         pc_ = group().pc;
         return Next::Continue;
       case Op::BarWarp:
@@ -314,7 +331,9 @@ std::string where_are(const Machine& m, const Block& b) {
   for (const Warp& w : b.warps)
     for (const Group& g : w.groups) {
       if (n++ == kShown) return text + " ...";
-      std::string state = g.state == GroupState::AtBarrier    ? format("waits at barrier %d", g.barrier)
+      std::string state = g.state == GroupState::AtBarrier && g.barrier == kClusterBarrier
+                              ? std::string("waits at the cluster's barrier")
+                          : g.state == GroupState::AtBarrier  ? format("waits at barrier %d", g.barrier)
                           : g.state == GroupState::AtWarpSync ? std::string("waits for warp lanes")
                                                               : std::string("runs");
       text += format(" [warp %d mask 0x%08x line %d %s]", w.id, g.mask, m.program[g.pc].line, state.c_str());

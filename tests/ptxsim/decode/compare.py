@@ -97,14 +97,23 @@ def cvta(program: Program, opcode: Opcode) -> None:
 @handles("isspacep")
 def isspacep(program: Program, opcode: Opcode) -> None:
     dst = program.operand(opcode.args[0], "pred")
-    program.emit("Isspacep", [dst], [program.operand(opcode.args[1], "b64")], aux=opcode.require(isa.SPACES))
+    flags = ["Cluster"] if opcode.has("shared::cluster") else []
+    space = opcode.require(isa.SPACES)
+    program.emit("Isspacep", [dst], [program.operand(opcode.args[1], "b64")], flags=flags, aux=space)
 
 
 @handles("mapa")
 def mapa(program: Program, opcode: Opcode) -> None:
-    opcode.ignore(isa.SPACES)
+    flags = ["Cluster"] if opcode.has("shared::cluster") else []  # without: generic addresses
     dst, address = (program.operand(arg, opcode.type) for arg in opcode.args[:2])
-    program.emit("Mapa", [dst], [address, program.operand(opcode.args[2])], opcode.type)
+    program.emit("Mapa", [dst], [address, program.operand(opcode.args[2])], opcode.type, flags=flags)
+
+
+@handles("getctarank")
+def getctarank(program: Program, opcode: Opcode) -> None:
+    opcode.ignore(["shared::cluster"])
+    dst, address = program.operand(opcode.args[0]), program.operand(opcode.args[1], opcode.type)
+    program.emit("CtaRank", [dst], [address])
 
 
 @handles("createpolicy")

@@ -56,12 +56,15 @@ def barrier(program: Program, opcode: Opcode) -> None:
         return
     opcode.ignore(["cta", "sync", "aligned"])
     if opcode.has("cluster"):
-        waits = opcode.has("wait")
-        opcode.ignore(["arrive", "acquire", "release", "relaxed"])
-        if waits:
-            program.emit("Bar", [], [program.immediate(0)], flags=["Cluster"])
+        flags = ["Aligned"] if "aligned" in opcode.modifiers else []
+        if opcode.has("wait"):
+            opcode.ignore(["acquire"])
+            program.emit("ClusterWait", flags=flags)
         else:
-            program.emit("Nop")  # one block: arriving and waiting are one
+            opcode.require({"arrive": 0})
+            flags += ["Relaxed"] if opcode.has("relaxed") else []
+            opcode.ignore(["release"])
+            program.emit("ClusterArrive", flags=flags)
         return
     flags = ["ArriveOnly"] if opcode.has("arrive") else []
     args = opcode.args

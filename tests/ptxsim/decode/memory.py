@@ -26,13 +26,17 @@ def access_space(opcode: Opcode, symbol_space: str | None) -> int:
     return space
 
 
-def ordering_flags(opcode: Opcode, atomic: bool = False) -> list[str]:
-    """Strength, semantics and scope. Atomics are strong and of GPU scope unless they say otherwise."""
+def access_flags(opcode: Opcode, atomic: bool = False) -> list[str]:
+    """Whether other blocks' shared memory is meant, too; strength, semantics and scope.
+
+    Atomics are strong and of GPU scope unless they say otherwise.
+    """
+    reach = ["Cluster"] if opcode.has("shared::cluster") else []
     volatile = opcode.has("volatile", "mmio")
     strong = opcode.has("relaxed", "acquire", "release", "acq_rel", "sc") or volatile or atomic
     if not strong:
-        return []
-    flags = ["Strong"]
+        return reach
+    flags = [*reach, "Strong"]
     flags += ["Acquire"] if opcode.has("acquire", "acq_rel") else []
     flags += ["Release"] if opcode.has("release", "acq_rel") else []
     narrow = opcode.has("cta", "cluster")
@@ -52,7 +56,7 @@ def ld(program: Program, opcode: Opcode) -> None:
         dst = [program.operand(opcode.args[0], type)]
     if len(dst) != count:
         opcode.fail("vector length mismatch")
-    flags, space = ordering_flags(opcode), access_space(opcode, symbol_space)
+    flags, space = access_flags(opcode), access_space(opcode, symbol_space)
     program.emit("Ld", dst, [base], type, flags=flags, space=space, imm=offset, vec=count)
 
 
@@ -64,7 +68,7 @@ def st(program: Program, opcode: Opcode) -> None:
     values = program.vector(opcode.args[1], type)
     if len(values) != count:
         opcode.fail("vector length mismatch")
-    flags, space = ordering_flags(opcode), access_space(opcode, symbol_space)
+    flags, space = access_flags(opcode), access_space(opcode, symbol_space)
     program.emit("St", [], [base, *values], type, flags=flags, space=space, imm=offset, vec=count)
 
 
@@ -83,7 +87,7 @@ def atom(program: Program, opcode: Opcode) -> None:
     src = program.vector(args[1], type)
     if kind == isa.ATOMICS["cas"]:
         src += program.vector(args[2], type)
-    flags, space = ordering_flags(opcode, atomic=True), access_space(opcode, symbol_space)
+    flags, space = access_flags(opcode, atomic=True), access_space(opcode, symbol_space)
     op = opcode.name.capitalize()
     program.emit(op, dst, [base, *src], type, flags=flags, space=space, imm=offset, vec=count, aux=kind)
 
@@ -96,12 +100,13 @@ def fence(program: Program, opcode: Opcode) -> None:
         return
     if opcode.has("mbarrier_init"):
         opcode.ignore(opcode.modifiers)
-        program.emit("Nop")
+        program.emit("Fence", flags=["MbarrierInit"])
         return
     wide = opcode.has("gl", "gpu", "sys")
-    opcode.ignore(["cta", "cluster", "acq_rel", "sc", "acquire", "release", "sync_restrict"])
+    flags = ["GpuScope", "ClusterScope"] if wide else ["ClusterScope"] if opcode.has("cluster") else []
+    opcode.ignore(["cta", "acq_rel", "sc", "acquire", "release", "sync_restrict"])
     opcode.ignore(isa.SPACES)
-    program.emit("Fence", flags=["GpuScope"] if wide else [])
+    program.emit("Fence", flags=flags)
 
 
 @handles("prefetch", "prefetchu", "discard", "applypriority")
