@@ -241,7 +241,8 @@ class PtxModule:
         """The blocks of a cluster by dimension; None: the launch is without clusters."""
         kernel, directives = program.entry.name, program.entry.directives
         required = directives.get("reqnctapercluster")
-        cluster = three_dimensions(asked if asked is not None else required) if asked or required else None
+        wanted = required if asked is None else asked
+        cluster = None if wanted is None else three_dimensions(wanted)
         if required and cluster != three_dimensions(required):
             raise PtxError(f"{kernel} requires clusters of {required} blocks, launched with {cluster}")
         if cluster is None:

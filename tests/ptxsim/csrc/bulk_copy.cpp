@@ -85,7 +85,7 @@ void check_shared_side(Context& c, const BulkCopy& copy) {
   Block& b = *copy.target;
   check_shared(c, b, copy.lane, copy.smem, copy.bytes, copy.load ? kWrite : kRead, c.block->bulk_agent());
   if (!copy.load) return check_proxy(c, copy.lane, copy.smem, copy.bytes);
-  mbarrier_at(c, b, copy.lane, copy.mbar);
+  use_mbarrier(c, b, copy.lane, copy.mbar);
   for (u32 i = 0; i < copy.bytes; i++) b.in_flight[copy.smem + i]++;
 }
 
@@ -115,6 +115,7 @@ void issue(Context& c, BulkCopy copy, u32 targets) {
     check_bounds(c, copy, copy.global);
     check_shared(c, b, copy.lane, u32(copy.global), copy.bytes, kRead, b.bulk_agent());
     check_proxy(c, copy.lane, u32(copy.global), copy.bytes);
+    note_visit(c, b, b.bulk_agent());  // its end is only known where the copy goes
     count(c, copy, copy.bytes, 0, n_targets);
   } else {
     count(c, copy, copy.bytes, touch_global(c, copy, copy.global, copy.bytes), n_targets);

@@ -23,8 +23,7 @@ SharedPlace place_of(Context& c, int lane, u64 address) {
   return place;
 }
 
-// The mbarriers that lanes use. Uses must be ordered after the initialisation, which the cluster knows of
-// once it was fenced and a barrier of any kind has followed.
+// The mbarriers that lanes use
 class Uses {
  public:
   Uses(Context& c, const Instruction& in) : c_(c) { addresses(c, source_code(c, in, 0), in.imm, address_); }
@@ -33,14 +32,7 @@ class Uses {
     if (bar_ && address_[lane] == address_[last_]) return *bar_;  // lanes mostly use the same one
     last_ = lane;
     place_ = place_of(c_, lane, address_[lane]);
-    Block& b = *place_.block;
-    bar_ = &mbarrier_at(c_, b, lane, place_.offset);
-    const SyncState& sync = c_.warp->sync;
-    u32 known = std::max(sync.seen[bar_->init_agent], sync.reached[bar_->init_agent]);
-    if (!bar_->init_fenced || bar_->init_stamp > known)
-      check_shared(c_, b, lane, place_.offset, 8, kRead | kAtomic, c_.warp->agent);
-    else if (&b != c_.block)
-      note_visit(c_, b, c_.warp->agent);
+    bar_ = &use_mbarrier(c_, *place_.block, lane, place_.offset);
     return *bar_;
   }
   const Block& owner() const { return *place_.block; }  // of the last one
@@ -165,6 +157,19 @@ Mbarrier& mbarrier_at(Context& c, Block& b, int lane, u32 address) {
                  where.c_str()));
   }
   return it->second;
+}
+
+// Uses must be ordered after the initialisation, which the cluster knows of once it was fenced and a barrier
+// of any kind has followed.
+Mbarrier& use_mbarrier(Context& c, Block& b, int lane, u32 address) {
+  Mbarrier& bar = mbarrier_at(c, b, lane, address);
+  const SyncState& sync = c.warp->sync;
+  u32 known = std::max(sync.seen[bar.init_agent], sync.reached[bar.init_agent]);
+  if (!bar.init_fenced || bar.init_stamp > known)
+    check_shared(c, b, lane, address, 8, kRead | kAtomic, c.warp->agent);
+  else if (&b != c.block)
+    note_visit(c, b, c.warp->agent);
+  return bar;
 }
 
 void mbarrier_try_complete(Context& c, Mbarrier& b) {

@@ -72,6 +72,7 @@ void resolve(Context& c, Space space, const u64* address, u32 mask, int size, in
 // ------------------------------------------------------------------------
 void complete_copies(Context& c, u32 mask, u32 newest_kept, bool all);  // cp_async.cpp
 Mbarrier& mbarrier_at(Context& c, Block& b, int lane, u32 address);     // mbarrier.cpp
+Mbarrier& use_mbarrier(Context& c, Block& b, int lane, u32 address);    // ... checks that it may be
 void mbarrier_try_complete(Context& c, Mbarrier& b);
 bool bulk_step(Context& c);                  // bulk_copy.cpp: time passes; true if a copy was completed
 void bulk_finish(Context& c, bool exiting);  // all of them

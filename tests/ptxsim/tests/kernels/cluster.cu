@@ -230,6 +230,25 @@ extern "C" __global__ void push(const int* x, int* y) {
 #if BUG != 3
   wait(&full, 0);
 #endif
-  y[64 * blockIdx.x + t] = BUG == 7 ? 0 : in[t];
+  y[64 * blockIdx.x + t] = in[t];
   before_exit();
+}
+
+// The last block of a cluster reads from the first one.
+extern "C" __global__ void peek(int* y) {
+  __shared__ int mine[32];
+  u32 t = threadIdx.x, size = cluster_size();
+  mine[t] = t;
+  cg::this_cluster().sync();
+  if (cluster_rank() == size - 1) y[t] = cg::this_cluster().map_shared_rank(mine, 0)[t];
+  before_exit();
+}
+
+// The second block of a cluster reads what the first has written to global memory.
+extern "C" __global__ void through_global(int* x, int* y) {
+  if (cluster_rank() == 0) x[threadIdx.x] = threadIdx.x;
+#if BUG != 1
+  cg::this_cluster().sync();
+#endif
+  if (cluster_rank() == 1) y[threadIdx.x] = x[threadIdx.x];
 }
