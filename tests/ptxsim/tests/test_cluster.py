@@ -204,7 +204,6 @@ def run_pair(body):
          [6, 5]),
         ("getctarank.shared::cluster.u32 %r4, %r3;", [1, 0]),
         ("getctarank.shared::cluster.u32 %r4, %r0;", [0, 1]),
-        ("cvta.shared.u64 %d1, 0; cvta.shared.u64 %d1, %d1; mov.u32 %r4, 3;", [3, 3]),
         ("cvt.u64.u32 %d1, %r0; cvta.shared.u64 %d1, %d1; mapa.u64 %d2, %d1, %r2; isspacep.shared::cta %p0, %d2;"
          "isspacep.shared::cluster %p1, %d2; selp.u32 %r4, 1, 0, %p0; selp.u32 %r5, 2, 0, %p1; add.u32 %r4, %r4, %r5;",
          [2, 2]),

@@ -125,6 +125,8 @@ def test_gpu_launch():
             device.launch(module, "scale", 1, 64, args)
     with pytest.raises(PtxError, match="no kernel named nothing"):
         device.launch(module, "nothing", 1, 64, [])
+    with pytest.raises(PtxError, match="on a GPU, clusters are launched by kernels that say their size"):
+        device.launch(module, "scale", 2, 64, [x, y, 2.5, 7], cluster=2)
 
 
 def test_gpu_errors_and_architectures():
