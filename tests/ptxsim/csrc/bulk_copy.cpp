@@ -211,6 +211,13 @@ u32 place_load(Context& c, const Instruction& in, BulkCopy& copy, u32 smem, u32 
   return mask;
 }
 
+// What is read from shared memory is the block's own.
+u32 own_offset(Context& c, int lane, u32 address) {
+  SharedPlace place = shared_place(c, lane, address);
+  if (place.block != c.block) fault(c, lane, "the source of a bulk copy is shared memory of another block");
+  return place.offset;
+}
+
 // Sources of a load: shared, global (FromShared: shared), bytes, mbarrier; of a store: global, shared, bytes.
 // imm, imm2, aux: offsets of the two addresses and of the mbarrier
 void bulk(Context& c, const Instruction& in) {
@@ -220,9 +227,9 @@ void bulk(Context& c, const Instruction& in) {
     BulkCopy copy{};
     copy.lane = u32(l);
     copy.from_shared = in.has(mod::FromShared);
-    copy.global = copy.from_shared ? u32(second) : load ? second : first;
+    copy.global = copy.from_shared ? own_offset(c, l, u32(second)) : load ? second : first;
     copy.bytes = u32(lane_source(c, in, 2, l));
-    copy.smem = u32(second);
+    copy.smem = load ? 0 : own_offset(c, l, u32(second));
     u32 targets = load ? place_load(c, in, copy, u32(first), u32(lane_source(c, in, 3, l)) + u32(in.aux))
                        : 1u << c.block->rank;
     if (copy.global & 15 || copy.bytes & 15 || copy.smem & 15 || !copy.bytes)

@@ -231,6 +231,7 @@ def test_instructions(body, expected):
          "1048576;", "count of bytes"),
         ("mbarrier.init.shared.b64 [smem], 1; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
          ".multicast::cluster [smem+16], [%d0], 16, [smem], 4;", "multicast mask 0x4 for a cluster of 2 blocks"),
+        ("cp.async.bulk.global.shared::cta.bulk_group [%d0], [%r3], 16;", "shared memory of another block"),
         ("setp.eq.u32 %p0, %r1, 0; @%p0 bar.sync 1, 64; @!%p0 bra E; E:", "deadlock in the cluster from block"),
     ],
 )  # fmt: skip
