@@ -27,7 +27,8 @@ ISA_FLAGS = {
     "isa_avx2.cpp": "-mavx2 -mfma -mf16c",
     "isa_avx512.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c",
 }
-CUDA_ARCHS = os.environ.get("PARNET_CUDA_ARCHS", "80 86 89 90 100 120").split()
+CUDA_ARCHS = os.environ.get("PARNET_CUDA_ARCHS", "80 86 89 90 90a 100 120").split()
+HOPPER = "90a"  # for hopper_*.cu, and for nothing else
 
 
 def find_cuda() -> tuple[Path, Path] | None:
@@ -98,17 +99,26 @@ class NinjaBuild(build_ext):
             print(f"parnet_kernels: no CUDA library ({'PARNET_CUDA=0' if wanted == '0' else 'no nvcc found'})")
             return
         nvcc, toolkit = cuda
-        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS)
-        gencode += f" -gencode arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"
+        archs = [a for a in CUDA_ARCHS if a != HOPPER]
+        hopper = HOPPER in CUDA_ARCHS and knows(nvcc, HOPPER)
+        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        define = " -DPARNET_HOPPER" if hopper else ""
         yield (f"rule nvcc\n  command = {nvcc} -MD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc")
         objects = []
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            targets = gencode
+            if source.name.startswith("hopper_"):
+                if not hopper:
+                    continue
+                targets = f"-gencode arch=compute_{HOPPER},code=sm_{HOPPER}"
             objects.append(f"cuda/{source.stem}.o")
-            flags = f"-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -cudart static {gencode}"
+            flags = f"-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -cudart static {targets}{define}"
             yield f"build {objects[-1]}: nvcc {source}\n  flags = {flags}"
         objects.append("cuda/bind.o")
-        archs = f"-DPARNET_CUDA_ARCHS='\"{' '.join(CUDA_ARCHS)}\"'"
-        yield f"build cuda/bind.o: cxx {ROOT / 'csrc/cuda/bind.cpp'}\n  flags = {common} {torch_flags} {abi} {archs}"
+        built = " ".join(a for a in CUDA_ARCHS if a in archs or hopper)
+        flags = f"{common} {torch_flags} {abi} -DPARNET_CUDA_ARCHS='\"{built}\"'"
+        yield f"build cuda/bind.o: cxx {ROOT / 'csrc/cuda/bind.cpp'}\n  flags = {flags}"
         lib = next(p for p in (toolkit / "lib64", toolkit / "lib", toolkit / "targets/x86_64-linux/lib") if p.is_dir())
         yield f"build _C_cuda.so: link {' '.join(objects)}"
         yield f"  flags = {torch_link} -L{lib} -lcudart_static -ldl -lrt -lpthread"
@@ -120,6 +130,12 @@ class NinjaBuild(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
+
+
+def knows(nvcc: Path, arch: str) -> bool:
+    """Whether this nvcc compiles for an architecture; an older one refuses before it does anything."""
+    command = [str(nvcc), "-dryrun", f"-arch=sm_{arch}", "-x", "cu", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def is_x86() -> bool:

@@ -49,10 +49,11 @@ class Model:
     """What a GPU is modelled by.
 
     tflops: dense fp16 with fp32 accumulation, data sheet. mma: the share of it that mma.sync reaches; on Hopper 0.63,
-    the rest needs wgmma (arXiv 2402.13499). memory: GB/s, data sheet. l2: GB/s from L2 to the multiprocessors; A100
-    5120 bytes a clock (NVIDIA's white paper); H100 5700 measured on the PCIe card's 114 multiprocessors (Chips and
-    Cheese, "Nvidia's H100: Funny L2"), so 6600 for the 132 here; the others are estimates. clock: GHz,
-    boost. start: µs of a launch inside a CUDA graph; with dependent launches, an estimate of what they leave of it.
+    the rest needs wgmma (arXiv 2402.13499), see `share`. memory: GB/s, data sheet. l2: GB/s from L2 to the
+    multiprocessors; A100 5120 bytes a clock (NVIDIA's white paper); H100 5700 measured on the PCIe card's 114
+    multiprocessors (Chips and Cheese, "Nvidia's H100: Funny L2"), so 6600 for the 132 here; the others are estimates.
+    clock: GHz, boost. start: µs of a launch inside a CUDA graph; with dependent launches, an estimate of what they
+    leave of it.
     """
 
     gpu: Gpu
@@ -130,6 +131,21 @@ def count(weights: Weights, low: Lowered, architecture: int) -> list[int]:
     return [r.global_load["bytes"] + r.global_store["bytes"] - w for r, w in zip(results, waits, strict=True)]
 
 
+def share(c: Any, m: Model) -> float:
+    """The share of the data sheet's rate that a layer's matrix instructions reach.
+
+    wgmma's: at the data sheet's rate 64 rows, 64 columns and 16 channels take 32 clocks. Shared memory, 128 bytes a
+    clock (32 banks of 4, CUDA programming guide), hands out the 4 KB that these multiply in as many, and what copies
+    write into it, weights and halo, comes on top.
+    """
+    shape = policy(m.gpu.architecture).shapes[c.tile]
+    if not shape.warpgroup:
+        return m.mma
+    read = 9 * 2 * (shape.rows // 64) * 4096  # of a chunk: taps, halves, products
+    written = 9 * 64 * 64 + c.slots * 64
+    return read / (read + written)
+
+
 def layer_terms(c: Any, rows: int) -> tuple[float, int, int, float]:
     """Of a level's layer: FLOPs, needed bytes, asked bytes, FLOPs that a block's matrix instructions do for a chunk."""
     tiles = c.out.tiles_down * c.out.tiles_across * c.groups * c.column_tiles
@@ -156,16 +172,19 @@ def round_trips(c: Any, m: Model) -> tuple[int, int]:
 
     Before: the chunk table, unless the launch is dependent and can read it early; then the channel sums of each pass of
     the gate. After: the skip; or of a split layer the flag, then the others' partial sums, as many as fit into shared
-    memory at a time.
+    memory at a time, in a warpgroup tile by 64 rows.
     """
     p = policy(m.gpu.architecture)
     batches = -(-c.inputs[0].sum_tiles // (p.threads // 32 * SUMS_AT_ONCE))
     passes = -(-c.chunks // c.splits // PASS_CHUNKS)
     before = batches * passes + (m.gpu.architecture < 90)
-    room = (p.stages * p.weight_stage_bytes + 2 * c.slots * p.slot_bytes) // (p.shapes[c.tile].rows * p.columns * 4)
-    if c.splits > 1:
-        return before, 1 + -(-(c.splits - 1) // room)
-    return before, c.out.flags & SKIP
+    shape = p.shapes[c.tile]
+    pipeline = p.stages * p.weight_stage_bytes + 2 * c.slots * shape.slot_bytes
+    parts = shape.rows // 64 if shape.warpgroup else 1
+    room = (shape.exchange_bytes if shape.warpgroup else pipeline) // (shape.rows // parts * p.columns * 4)
+    others = 1 + -(-parts * (c.splits - 1) // room) if c.splits > 1 else 0
+    # A warpgroup tile has registers for the skip only after that.
+    return before, others + (c.out.flags & SKIP if shape.warpgroup or not others else 0)
 
 
 def classifier_trips(c: Any, m: Model) -> int:
@@ -190,9 +209,9 @@ def analyse(launch: Any, m: Model, counted: int | None) -> Level:
         for split in range(c.splits):
             chunks = c.chunks // c.splits + (split < c.chunks % c.splits)
             for _ in range(tiles):
-                heapq.heapreplace(work, work[0] + terms[3] * chunks)
+                heapq.heapreplace(work, work[0] + terms[3] * chunks / share(c, m))
     asked = counted if counted is not None else asked
-    busiest = max(work) / (1e6 * m.tflops * m.mma / m.gpu.multiprocessors)
+    busiest = max(work) / (1e6 * m.tflops / m.gpu.multiprocessors)
     fixed = m.start + latency(m, trips)
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (m.gpu.multiprocessors * blocks_per_sm(m.gpu, launch.shared))
@@ -217,7 +236,7 @@ def levels(name: str, m: Model, counting: bool) -> list[Level]:
     config = VARIANTS[name]
     rows = []
     for launch, asked in zip(found, counted, strict=True):
-        if "level" in launch.kernel:
+        if "level" in launch.kernel or "hopper" in launch.kernel:
             rows.append(analyse(launch, m, asked))
         elif "stem" in launch.kernel:
             needed = 3 * 224 * 224 * HALF + 112 * 112 * config.stem * HALF

@@ -214,10 +214,10 @@ class CudaNetwork:
 
     def lowered(self, network: DeployedParNet, weights: Weights, x: Tensor, precision: str, result: str) -> Lowered:
         aligned = x.data_ptr() % 16 == 0
-        key = (tuple(x.shape), x.stride(), aligned, x.dtype, x.device, precision, result)
+        gpu = Gpu.of(x.device)  # changes when warpgroup tiles are disabled
+        key = (tuple(x.shape), x.stride(), aligned, x.dtype, x.device, gpu.wgmma, precision, result)
         found = self._lowered.get(key)
         if found is None:
-            gpu = Gpu.of(x.device)
             shape = tuple(x.shape)
             found = lower(network.config, weights, shape, x.stride(), x.dtype, precision, gpu, result, aligned)
             with self._lock:

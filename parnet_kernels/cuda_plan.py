@@ -10,10 +10,11 @@ import functools
 import heapq
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from parnet_kernels import environment
 from parnet_kernels.cuda_pack import CHUNK_BYTES
 
 SPLITS = range(1, 9)
@@ -24,15 +25,19 @@ SPLITS = range(1, 9)
 # of a few values of STAGE_COST, ALONE and L2_REACHED those for which bench/cuda_levels.py models the least time.
 STAGE_COST, BLOCK_COST, SPLIT_COST = 16, 150, 75
 ALONE, L2_REACHED = 1.1, 0.625
+WGMMA_ROW = 0.9  # a row of a warpgroup tile; 0.63 / 0.82 by the rates, chosen like the others
 CANDIDATES = 48  # combinations whose schedule is simulated
 #: Bytes that L2 gives a multiprocessor at most while it does a unit: their rates are in bench/cuda_levels.py.
-L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 127, 100: 127, 120: 300}
+L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 136, 100: 127, 120: 300}
 
 
 class TileShape(NamedTuple):
     rows: int
     max_slots: int
     stride: int
+    slot_bytes: int
+    exchange_bytes: int
+    warpgroup: bool
 
 
 class Policy(NamedTuple):
@@ -49,7 +54,6 @@ class Policy(NamedTuple):
     stem_rows: int
     stem_cols: int
     enter_pixels: int
-    odd_slots: int
     shapes: tuple[TileShape, ...]
 
 
@@ -58,8 +62,28 @@ def policy(architecture: int) -> Policy:
     """architecture: 10·major + minor."""
     values = list(torch.ops.parnet._cuda_policy(architecture))
     constants = dict(zip(Policy._fields, values, strict=False))
-    triples = zip(*[iter(values[len(Policy._fields) - 1 :])] * 3, strict=True)
-    return Policy(**{**constants, "shapes": tuple(TileShape(*t) for t in triples)})
+    shapes = zip(*[iter(values[len(Policy._fields) - 1 :])] * len(TileShape._fields), strict=True)
+    return Policy(**{**constants, "shapes": tuple(TileShape(*s) for s in shapes)})
+
+
+#: Whether plans for Hopper use warpgroup tiles: where they pay, in every layer (for tests), or not at all.
+Wgmma = Literal["planned", "always", "never"]
+_wgmma: Wgmma = "planned" if environment.WGMMA else "never"
+
+
+def use_wgmma(when: Wgmma) -> None:
+    """For the plans that this process makes from now on. A failed self-test says "never"."""
+    global _wgmma
+    _wgmma = when
+
+
+def wgmma() -> Wgmma:
+    return _wgmma if "90a" in _built_for() else "never"
+
+
+@functools.cache
+def _built_for() -> list[str]:
+    return torch.ops.parnet._cuda_info().split()
 
 
 @dataclass(frozen=True)
@@ -70,22 +94,29 @@ class Gpu:
     multiprocessors: int
     shared_per_sm: int
     shared_per_block: int
+    wgmma: Wgmma = "never"
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        return cls._of(device, wgmma())
 
     @classmethod
     @functools.cache
-    def of(cls, device: torch.device) -> Gpu:
+    def _of(cls, device: torch.device, wgmma: Wgmma) -> Gpu:
         p: Any = torch.cuda.get_device_properties(device)
+        architecture = 10 * p.major + p.minor
         return cls(
-            10 * p.major + p.minor,
+            architecture,
             p.multi_processor_count,
             p.shared_memory_per_multiprocessor,
             p.shared_memory_per_block_optin,
+            wgmma if architecture == 90 else "never",
         )
 
 
 #: For tests and models; from NVIDIA's tuning guides.
 A100 = Gpu(80, 108, 164 << 10, 163 << 10)
-H100 = Gpu(90, 132, 228 << 10, 227 << 10)
+H100 = Gpu(90, 132, 228 << 10, 227 << 10, "planned")
 L4 = Gpu(89, 58, 100 << 10, 99 << 10)
 RTX4090 = Gpu(89, 128, 100 << 10, 99 << 10)
 
@@ -162,9 +193,10 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
             down, across = -(-s.out_h // rows), -(-s.out_w // cols)
             halo_rows, halo_cols = s.stride * (rows - 1) + 3, s.stride * (cols - 1) + 3
             plane = (halo_rows - 1) * pitch + (halo_cols if s.stride == 1 else cols + 1)
-            slots = plane if s.stride == 1 else p.odd_slots + plane - 1
-            exchange = shape.rows * p.columns * 4
-            shared = max(p.stages * p.weight_stage_bytes + 2 * slots * p.slot_bytes, exchange)
+            slots = plane if s.stride == 1 else shape.max_slots + plane - 1
+            if shape.warpgroup:
+                slots = -(-slots // 8) * 8  # after which its swizzle repeats
+            shared = max(p.stages * p.weight_stage_bytes + 2 * slots * shape.slot_bytes, shape.exchange_bytes)
             if plane > shape.max_slots or shared + p.static_shared > gpu.shared_per_block:
                 continue
             # Two blocks on a multiprocessor are worth more than a few tiles.
@@ -176,8 +208,9 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
 
 def block_costs(s: Shape, t: Tiling, p: Policy) -> list[tuple[float, int]]:
     """Modelled durations of a layer's blocks, longest first, and how many there are of each."""
+    shape = p.shapes[t.tile]
     extra = BLOCK_COST + (SPLIT_COST * t.splits if t.splits > 1 else 0)
-    row = p.shapes[t.tile].rows + STAGE_COST
+    row = shape.rows * (WGMMA_ROW if shape.warpgroup else 1) + STAGE_COST
     most, longer = -(-s.chunks // t.splits), s.chunks % t.splits or t.splits  # blocks with the most chunks
     costs = [(3.0 * most * row + extra, longer * t.tiles(s))]
     if longer < t.splits:
@@ -205,37 +238,63 @@ def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
     for cost, blocks in costs:
         for _ in range(blocks):
             heapq.heapreplace(work, work[0] + cost)
-    return max(max(work) * (1.0 if per_sm == 2 else ALONE), ALONE * costs[0][0]) * _idle(costs, gpu)
+    return max(max(work) * (1.0 if per_sm == 2 else ALONE), ALONE * costs[0][0]) * _idle(sum(b for _, b in costs), gpu)
 
 
-def _idle(costs: list[tuple[float, int]], gpu: Gpu) -> float:
+def _idle(blocks: int, gpu: Gpu) -> float:
     """A penalty for fewer blocks than multiprocessors: it takes all of them to use the memory's bandwidth."""
-    missing = gpu.multiprocessors / sum(blocks for _, blocks in costs)
+    missing = gpu.multiprocessors / blocks
     return 1.0 if missing <= 1 else 1.5 * missing
 
 
-@functools.lru_cache(maxsize=1024)
-def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, exact: bool = False) -> tuple[Tiling, ...]:
-    """A tiling for each layer of one launch. exact: float32 kernels, which have no 112-row tile."""
+class _Option(NamedTuple):
+    """One way to cut a layer, and what ranking needs of it."""
+
+    tiling: Tiling
+    costs: list[tuple[float, int]]  # of `block_costs`
+    total: float
+    blocks: int
+    asked: int
+
+
+def _options(s: Shape, gpu: Gpu, math: str) -> list[_Option]:
     p = policy(gpu.architecture)
-    options: list[list[Tiling]] = []
-    for s in shapes:
-        tilings = [_spatial(s, tile, gpu) for tile in range(int(exact), len(p.shapes))]
-        splits = [k for k in SPLITS if k <= s.chunks]
-        options.append([replace(t, splits=k) for t in tilings if t is not None for k in splits])
+    wgmma = gpu.wgmma if math in ("f16", "bf16") else "never"
+    found = []
+    for tile, shape in enumerate(p.shapes):
+        if tile == 0 and math == "f32":
+            continue  # the exact kernel has no 112-row tile
+        if wgmma == ("never" if shape.warpgroup else "always"):
+            continue
+        tiling = _spatial(s, tile, gpu)
+        if tiling is None:
+            continue
+        for splits in SPLITS:
+            if splits <= s.chunks:
+                t = replace(tiling, splits=splits)
+                costs = block_costs(s, t, p)
+                total, blocks = sum(c * b for c, b in costs), sum(b for _, b in costs)
+                found.append(_Option(t, costs, total, blocks, asked_bytes(s, t, p)))
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, math: str) -> tuple[Tiling, ...]:
+    """A tiling for each layer of one launch. math: as in `cuda_program.math_of`."""
+    rate = gpu.multiprocessors * L2_REACHED * L2_BYTES.get(gpu.architecture, L2_BYTES[90])
     ranked = []
-    for choice in itertools.product(*options):
-        layers = [block_costs(s, t, p) for s, t in zip(shapes, choice, strict=True)]
-        layers.sort(key=lambda of_layer: -of_layer[0][0])  # as they are launched
-        costs = list(itertools.chain(*layers))
-        per_sm = blocks_per_sm(gpu, max(t.shared for t in choice))
-        total, longest = sum(c * b for c, b in costs), max(c for c, _ in costs)
-        asked = sum(asked_bytes(s, t, p) for s, t in zip(shapes, choice, strict=True))
-        rate = L2_REACHED * L2_BYTES.get(gpu.architecture, L2_BYTES[90])
-        traffic = asked / (gpu.multiprocessors * rate)
-        busy = total / gpu.multiprocessors * (1.0 if per_sm == 2 else ALONE)
+    for choice in itertools.product(*(_options(s, gpu, math) for s in shapes)):
+        per_sm = blocks_per_sm(gpu, max(o.tiling.shared for o in choice))
+        longest = max(o.costs[0][0] for o in choice)
+        traffic = sum(o.asked for o in choice) / rate
+        busy = sum(o.total for o in choice) / gpu.multiprocessors * (1.0 if per_sm == 2 else ALONE)
         bound = max(busy, longest * ALONE, traffic) + longest / 4
-        ranked.append((bound * _idle(costs, gpu), traffic, per_sm, costs, choice))
-    ranked.sort(key=lambda r: r[0])
-    # Traffic breaks ties, and lengthens everything a little even where it does not bound.
-    return min(ranked[:CANDIDATES], key=lambda r: max(makespan(r[3], gpu, r[2]), r[1]) + r[1] / 6)[4]
+        ranked.append((bound * _idle(sum(o.blocks for o in choice), gpu), traffic, per_sm, choice))
+    candidates = heapq.nsmallest(CANDIDATES, ranked, key=lambda r: r[0])
+
+    def time(traffic: float, per_sm: int, choice: tuple[_Option, ...]) -> float:
+        layers = sorted((o.costs for o in choice), key=lambda costs: -costs[0][0])  # as they are launched
+        # Traffic breaks ties, and lengthens everything a little even where it does not bound.
+        return max(makespan(list(itertools.chain(*layers)), gpu, per_sm), traffic) + traffic / 6
+
+    return tuple(o.tiling for o in min(candidates, key=lambda r: time(*r[1:]))[3])

@@ -28,7 +28,7 @@ _MATHS = ("f16", "bf16", "tf32", "f32")
 
 
 class Kind(IntEnum):
-    LEVEL, STEM, ENTER, CLASSIFIER = range(4)
+    LEVEL, STEM, ENTER, CLASSIFIER, HOPPER = range(5)
 
 
 class Output(ctypes.Structure):

@@ -156,7 +156,7 @@ class Recorder:
 
     def _launch_layers(self, steps: Sequence[Step]) -> list[Map]:
         shapes = tuple(s.shape() for s in steps)
-        tilings = plan_level(shapes, self.gpu, self.program.math == "f32")
+        tilings = plan_level(shapes, self.gpu, self.program.math)
         call = LevelCall(len(steps))
         results: dict[int, Map] = {}
         blocks = 0
@@ -167,7 +167,9 @@ class Recorder:
             call.layer[position] = layer
             blocks += tilings[i].blocks(shapes[i])
         label = " + ".join(s.label for s in steps)
-        self.program.launch(Kind.LEVEL, blocks, max(t.shared for t in tilings), call, label, self._flags())
+        warpgroups = any(self.policy.shapes[t.tile].warpgroup for t in tilings)
+        kind = Kind.HOPPER if warpgroups else Kind.LEVEL
+        self.program.launch(kind, blocks, max(t.shared for t in tilings), call, label, self._flags())
         return [results[i] for i in range(len(steps))]
 
     def _layer_call(self, step: Step, s: Shape, t: Tiling) -> tuple[LayerCall, Map]:

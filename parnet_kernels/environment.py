@@ -5,11 +5,13 @@
 | PARNET_BACKEND | run operators on this backend or raise: cuda, triton, cpu, reference; default: the first that can |
 | PARNET_CPU_ISA | lower the instruction set of the CPU kernels: portable16, portable, avx2, avx512 |
 | PARNET_CPU_POISON | 1: the CPU kernels fill their scratch memory with NaN before each run, to find reads of it |
+| PARNET_WGMMA | 0: the CUDA kernels multiply by mma.sync on Hopper too |
 | PARNET_CUDA | building: 0 leaves the CUDA library out, 1 fails without nvcc, auto (default) builds it where nvcc is |
-| PARNET_CUDA_ARCHS | building: CUDA architectures, default "80 86 89 90 100 120" (PTX of the last is included) |
+| PARNET_CUDA_ARCHS | building: CUDA architectures, default "80 86 89 90 90a 100 120" (PTX of the last is included) |
 | MAX_JOBS | building: number of compilations at a time |
 """
 
 import os
 
 BACKEND: str | None = os.environ.get("PARNET_BACKEND") or None
+WGMMA: bool = os.environ.get("PARNET_WGMMA") != "0"

@@ -1,6 +1,7 @@
 """The start-up self-test: every GPU kernel against the reference in float64, on the user's own GPU.
 
-`parnet info --selftest` prints its rows. A failure of the CUDA kernels turns that backend off for the process.
+`parnet info --selftest` prints its rows. A failure of the CUDA kernels turns that backend off for the process; one of
+those that use wgmma, which only Hopper has, leaves their work to the others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parnet_kernels import cuda, ops, reference
+from parnet_kernels import cuda, cuda_plan, ops, reference
 from parnet_kernels.config import ParNetConfig
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.triton.precision import float32_precision
@@ -24,6 +25,7 @@ ARITHMETICS = [
 ]
 NETWORK_LAYERS = 5  # a network may be off by so many layers' errors
 BACKENDS = ("cuda", "triton")
+WGMMA = "wgmma "  # rows of kernels that only Hopper has, which others can take the place of
 
 
 class Row(NamedTuple):
@@ -39,33 +41,49 @@ class Row(NamedTuple):
 
 
 def selftest(device: torch.device | str = "cuda") -> list[Row]:
-    """One row a kernel; none without a GPU. Disables the CUDA backend if one of its rows failed."""
+    """One row a kernel; none without a GPU. Disables the CUDA backend, or its use of wgmma, if such a row failed."""
     if not torch.cuda.is_available():
         return []
     device = torch.device(device)
-    rows = [row for backend in BACKENDS for row in _backend_rows(backend, device)]
-    failed = [row.what for row in rows if row.backend == "cuda" and not row.passed]
-    if failed:
-        cuda.disable(f"the self-test failed: {', '.join(failed)}")
+    before = cuda_plan.wgmma()
+    try:
+        cuda_plan.use_wgmma("never")
+        rows = [row for backend in BACKENDS for row in _backend_rows(backend, device)]
+        cuda_plan.use_wgmma("always")
+        if before != "never" and cuda_plan.Gpu.of(device).wgmma == "always":
+            rows += _backend_rows("cuda", device, WGMMA)
+    finally:
+        cuda_plan.use_wgmma(before)
+    _disable_failed(rows)
     return rows
 
 
-def _backend_rows(backend: str, device: torch.device) -> list[Row]:
+def _disable_failed(rows: list[Row]) -> None:
+    failed = [row for row in rows if row.backend == "cuda" and not row.passed]
+    if any(row.what.startswith(WGMMA) for row in failed):
+        cuda_plan.use_wgmma("never")
+    others = [row.what for row in failed if not row.what.startswith(WGMMA)]
+    if others:
+        cuda.disable(f"the self-test failed: {', '.join(others)}")
+
+
+def _backend_rows(backend: str, device: torch.device, prefix: str = "") -> list[Row]:
     rows = []
     for name, dtype, precision, allowed in ARITHMETICS:
         x = torch.empty(1, 8, 4, 4, dtype=dtype, device=device)
-        if ops.BACKENDS[backend].why_not("repvgg_sse", x) is not None:
+        if ops.BACKENDS[backend].why_not("repvgg_sse", x) is not None or (prefix == WGMMA and dtype == torch.float32):
             continue
         with ops.use_backend(backend), float32_precision(precision), torch.no_grad():
             for op, strides in (("repvgg_sse", (1,)), ("downsample_se", (1, 2)), ("fusion_se", (1, 2))):
                 for stride in strides:
                     call, exact = _layer(op, stride, dtype, device)
-                    rows.append(_row(backend, f"{op} {name} stride {stride}", call, exact, allowed))
+                    rows.append(_row(backend, f"{prefix}{op} {name} stride {stride}", call, exact, allowed))
             if backend == "cuda":
-                rows += [
-                    _row(backend, f"network {name} batch {n}", *_network(n, dtype, device), NETWORK_LAYERS * allowed)
-                    for n in (1, 3)
-                ]
+                for n in (1, 3):
+                    call, exact = _network(n, dtype, device)
+                    rows.append(
+                        _row(backend, f"{prefix}network {name} batch {n}", call, exact, NETWORK_LAYERS * allowed)
+                    )
     return rows
 
 

@@ -54,9 +54,10 @@ std::vector<int64_t> policy(int64_t architecture) {
                                  cuda::kMaxBatch,
                                  cuda::kStemRows,
                                  cuda::kStemCols,
-                                 cuda::kEnterPixels,
-                                 cuda::kOddSlots};
-  for (const cuda::TileShape& t : cuda::kTiles) values.insert(values.end(), {t.rows, t.max_slots, t.stride});
+                                 cuda::kEnterPixels};
+  for (const cuda::TileShape& t : cuda::kTiles)
+    values.insert(values.end(),
+                  {t.rows, t.max_slots, t.stride, cuda::slot_bytes(t), cuda::exchange_bytes(t), t.warpgroup});
   return values;
 }
 

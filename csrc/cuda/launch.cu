@@ -22,7 +22,12 @@ struct Kernels {
       address[static_cast<int>(Kind::stem) * kMaths + math] = t.stem;
       address[static_cast<int>(Kind::enter) * kMaths + math] = maps.enter;
       address[static_cast<int>(Kind::classifier) * kMaths + math] = maps.classifier;
+      address[static_cast<int>(Kind::hopper) * kMaths + math] = nullptr;
     }
+#if defined(PARNET_HOPPER)
+    address[static_cast<int>(Kind::hopper) * kMaths + static_cast<int>(Math::f16)] = hopper_f16();
+    address[static_cast<int>(Kind::hopper) * kMaths + static_cast<int>(Math::bf16)] = hopper_bf16();
+#endif
   }
 };
 
@@ -65,6 +70,7 @@ cudaError_t start(const Launch& l, cudaStream_t stream) {
   if (const auto e = cudaGetDevice(&index)) return e;
   if (l.kernel < 0 || l.kernel >= kKernels || index >= kMaxDevices) return cudaErrorInvalidValue;
   const void* kernel = kernels.address[l.kernel];
+  if (!kernel) return cudaErrorInvalidDeviceFunction;
   if (const auto e = prepare(devices[index], index, kernel, l)) return e;
   cudaLaunchAttribute attribute[2];
   cudaLaunchConfig_t config{};

@@ -9,10 +9,11 @@
 
 namespace parnet::cuda {
 
-template <int kFragments, int kKept>
+// kRows: from a warp's fragment of rows to its next.
+template <int kFragments, int kKept, int kRows = 16>
 struct Splits {
   using Sums = float4[kFragments][kKept];
-  static constexpr int kThreadVectors = kFragments * kKept;
+  static constexpr int kThreadVectors = kFragments * kKept, kFragmentVectors = kKept * kThreads;
 
   const LayerCall& p;
   const int tile, split;
@@ -26,7 +27,8 @@ struct Splits {
   }
   // Whether the lane's rows in fragment i are of the tile: 7x14 pixels leave most of the last one empty.
   __device__ __forceinline__ bool used(int i) const {
-    return i * 16 + (lane_id() >> 2) < p.tile_rows * p.tile_cols;
+    const int first = kRows == 16 ? 0 : threadIdx.x / 32 * 16;
+    return i * kRows + first + (lane_id() >> 2) < p.tile_rows * p.tile_cols;
   }
 
   __device__ __forceinline__ void leave(const Sums& sums, float logit) const {
@@ -43,9 +45,9 @@ struct Splits {
     if (threadIdx.x == 0) atomicAdd(p.arrivals + tile, kLeft);
   }
 
-  // The others' sums come by way of `shared`, as many splits' at a time as its `bytes` hold.
+  // The others' sums come by way of `shared`: `bytes`, or exchange_bytes of the tile if these are more.
   __device__ __forceinline__ void add_others(Sums& sums, float& logit, void* shared, int bytes) const {
-    const int others = p.splits - 1, room = max(1, bytes / (kThreadVectors * kThreads * 16));
+    const int others = p.splits - 1;
     if (threadIdx.x == 0) {
       uint32_t* arrivals = p.arrivals + tile;
       while (load_acquire(arrivals) != others * kLeft + p.splits) {
@@ -59,48 +61,90 @@ struct Splits {
       logits[s] = s == split ? logit : 0.0f;
       if (threadIdx.x < kColumns && s < p.splits && s != split) logits[s] = __ldcg(partial_logit(s));
     }
-    Sums own;
-#pragma unroll
-    for (int i = 0; i < kFragments; i++)
-#pragma unroll
-      for (int j = 0; j < kKept; j++) own[i][j] = sums[i][j], sums[i][j] = make_float4(0, 0, 0, 0);
-    auto add_own = [&] {
-#pragma unroll
-      for (int i = 0; i < kFragments; i++)
-#pragma unroll
-        for (int j = 0; j < kKept; j++) add(sums[i][j], own[i][j]);
-    };
-    float4* const area = static_cast<float4*>(shared) + threadIdx.x;
-    for (int first = 0; first < others; first += room) {
-      const int last = min(first + room, others);
-      for (int other = first; other < last; other++) {
-        const float4* from = partial(other + (other >= split));
-        const uint32_t to = shared_address(area + (other - first) * (kThreadVectors * kThreads));
-#pragma unroll
-        for (int i = 0; i < kFragments; i++)
-          if (used(i)) {
-#pragma unroll
-            for (int j = 0; j < kKept; j++)
-              copy_async(to + (i * kKept + j) * (kThreads * 16), from + (i * kKept + j) * kThreads);
-          }
-      }
-      commit_copies();
-      wait_copies<0>();  // a thread reads only what it has copied
-      for (int other = first; other < last; other++) {
-        if (other == split) add_own();
-        const float4* from = area + (other - first) * (kThreadVectors * kThreads);
-#pragma unroll
-        for (int i = 0; i < kFragments; i++)
-          if (used(i)) {
-#pragma unroll
-            for (int j = 0; j < kKept; j++) add(sums[i][j], from[(i * kKept + j) * kThreads]);
-          }
-      }
+    if constexpr (kRows == 64) {
+      add_fragments(sums, static_cast<float4*>(shared) + threadIdx.x);
+    } else {
+      add_splits(sums, static_cast<float4*>(shared) + threadIdx.x, bytes);
     }
-    if (split == others) add_own();
     logit = 0.0f;
 #pragma unroll
     for (int s = 0; s < kMaxSplits; s++) logit += logits[s];
+  }
+
+  // A thread reads only what it has copied. Whole splits, as many at a time as there is room for.
+  __device__ __forceinline__ void add_splits(Sums& sums, float4* area, int bytes) const {
+    const int others = p.splits - 1, room = max(1, bytes / (kThreadVectors * kThreads * 16));
+    Sums own;
+#pragma unroll
+    for (int i = 0; i < kFragments; i++) take(own[i], sums[i]);
+    auto add_all_own = [&] {
+#pragma unroll
+      for (int i = 0; i < kFragments; i++) add_own(sums[i], own[i]);
+    };
+    for (int first = 0; first < others; first += room) {
+      const int last = min(first + room, others);
+      for (int other = first; other < last; other++) {
+#pragma unroll
+        for (int i = 0; i < kFragments; i++)
+          copy_fragment(area + ((other - first) * kFragments + i) * kFragmentVectors, other, i);
+      }
+      commit_copies();
+      wait_copies<0>();
+      for (int other = first; other < last; other++) {
+        if (other == split) add_all_own();
+#pragma unroll
+        for (int i = 0; i < kFragments; i++)
+          add_fragment(sums[i], area + ((other - first) * kFragments + i) * kFragmentVectors, i);
+      }
+    }
+    if (split == others) add_all_own();
+  }
+
+  // One fragment after the other, since there are no registers for all sums twice: kSplitRing fragments of
+  // some split are on their way.
+  __device__ __forceinline__ void add_fragments(Sums& sums, float4* area) const {
+    const int others = p.splits - 1;
+    int next = 0, next_other = 0, to = 0, from = 0;
+    auto copy_next = [&] {
+      if (next < kFragments) copy_fragment(area + to * kFragmentVectors, next_other, next);
+      commit_copies();
+      to = to + 1 == kSplitRing ? 0 : to + 1;
+      if (++next_other == others) next_other = 0, next++;
+    };
+    for (int i = 0; i < kSplitRing; i++) copy_next();
+#pragma unroll
+    for (int i = 0; i < kFragments; i++) {
+      float4 own[kKept];
+      take(own, sums[i]);
+      for (int other = 0; other < others; other++) {
+        wait_copies<kSplitRing - 1>();
+        if (other == split) add_own(sums[i], own);
+        add_fragment(sums[i], area + from * kFragmentVectors, i);
+        from = from + 1 == kSplitRing ? 0 : from + 1;
+        copy_next();
+      }
+      if (split == others) add_own(sums[i], own);
+    }
+  }
+
+  static __device__ __forceinline__ void take(float4 (&own)[kKept], float4 (&sums)[kKept]) {
+#pragma unroll
+    for (int j = 0; j < kKept; j++) own[j] = sums[j], sums[j] = make_float4(0, 0, 0, 0);
+  }
+  static __device__ __forceinline__ void add_own(float4 (&sums)[kKept], const float4 (&own)[kKept]) {
+#pragma unroll
+    for (int j = 0; j < kKept; j++) add(sums[j], own[j]);
+  }
+  __device__ __forceinline__ void copy_fragment(float4* to, int other, int i) const {
+    if (!used(i)) return;
+    const float4* from = partial(other + (other >= split)) + i * kFragmentVectors;
+#pragma unroll
+    for (int j = 0; j < kKept; j++) copy_async(shared_address(to) + j * (kThreads * 16), from + j * kThreads);
+  }
+  __device__ __forceinline__ void add_fragment(float4 (&sums)[kKept], const float4* from, int i) const {
+    if (!used(i)) return;
+#pragma unroll
+    for (int j = 0; j < kKept; j++) add(sums[j], from[j * kThreads]);
   }
 };
 

@@ -14,7 +14,7 @@ struct Runtime {
   std::string log;
 } runtime;
 
-// Kernels are told apart by address.
+// Kernels are told apart by address: the last of an arithmetic is Hopper's level.
 char kernels[parnet::cuda::kMaths][parnet::cuda::kKinds];
 
 parnet::cuda::KernelTable table(int math) {
@@ -34,6 +34,8 @@ KernelTable kernels_f16() { return table(0); }
 KernelTable kernels_bf16() { return table(1); }
 KernelTable kernels_tf32() { return table(2); }
 KernelTable kernels_f32() { return table(3); }
+const void* hopper_f16() { return kernels[0] + kKinds - 1; }
+const void* hopper_bf16() { return kernels[1] + kKinds - 1; }
 }  // namespace parnet::cuda
 
 extern "C" {

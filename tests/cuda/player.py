@@ -82,7 +82,10 @@ def decode(program: Tensor, buffers: Sequence[tuple[int, int]], error_at: int | 
 
 
 @functools.cache
-def module(device: Device, math: str, architecture: int) -> Any:
+def module(device: Device, kernel: str, architecture: int) -> Any:
+    kind, math = kernel.split("_")[1:]
+    if kind == "hopper":
+        return device.cuda(CUDA / f"hopper_{math}.cu", f"compute_{architecture}a", ["-std=c++20"])
     return device.cuda(CUDA / f"level_{math}.cu", f"compute_{architecture}", ["-std=c++20"])
 
 
@@ -112,7 +115,7 @@ def play(
     for i, launch in enumerate(decode(program, addresses)):
         if only not in (None, i):
             continue
-        compiled = module(device, launch.kernel.rsplit("_", 1)[1], architecture)
+        compiled = module(device, launch.kernel, architecture)
         extra = {"resident": launch.grid} if launch.flags & COOPERATIVE else {}
         extra = {**options, **extra} if device.simulated else {}
         arguments = [launch.arguments]

@@ -55,8 +55,8 @@ def run(
     maps, packed = pack(op, args, options, precision)
     maps = [device.tensor(layout(m)) for m in maps]
 
-    def plan(shapes: Any, gpu: Gpu, exact: bool) -> Any:
-        tilings = plan_level(shapes, gpu, exact)
+    def plan(shapes: Any, gpu: Gpu, math: str) -> Any:
+        tilings = plan_level(shapes, gpu, math)
         if tile is not None:
             tilings = tuple(cuda_plan._spatial(s, tile, gpu) for s in shapes)
         return tuple(replace(t, splits=splits or t.splits) for t in tilings)

@@ -11,7 +11,7 @@ from cases import arguments, to
 from oracle import error
 from single import MATHS
 
-from parnet_kernels import cuda, cuda_network, ops, reference, selftest
+from parnet_kernels import cuda, cuda_network, cuda_plan, ops, reference, selftest
 from parnet_kernels.config import ParNetConfig
 from parnet_kernels.cuda_plan import A100
 from parnet_kernels.cuda_program import EnterCall
@@ -220,6 +220,24 @@ def test_selftest_measures_errors():
     assert row.message == "launch failed"
     call, exact = selftest._network(1, torch.float32, torch.device("cpu"))
     assert selftest._row("cpu", "network", call, exact, 1e-4).passed
+
+
+@pytest.mark.parametrize(
+    ("failing", "wgmma", "off"),
+    [
+        ("wgmma fusion_se", "never", None),
+        ("fusion_se", "planned", "the self-test failed: fusion_se"),
+        ("", "planned", None),
+    ],
+    ids=["wgmma", "others", "none"],
+)
+def test_what_a_failed_selftest_turns_off(monkeypatch, failing, wgmma, off):
+    turned = {"wgmma": "planned", "cuda": None}
+    monkeypatch.setattr(cuda_plan, "use_wgmma", lambda when: turned.update(wgmma=when))
+    monkeypatch.setattr(cuda, "disable", lambda reason: turned.update(cuda=reason))
+    rows = [selftest.Row("cuda", what, float(what == failing), 0.5, "") for what in ("fusion_se", "wgmma fusion_se")]
+    selftest._disable_failed([*rows, selftest.Row("triton", "fusion_se", 1.0, 0.5, "")])
+    assert turned == {"wgmma": wgmma, "cuda": off}
 
 
 def test_selftest_without_a_gpu(monkeypatch):

@@ -101,9 +101,7 @@ def count(device, lowered, tensors, index, architecture):
 
 def level_calls(lowered, tensors):
     launches = decode(lowered.program, [(1 << 40, 1 << 40)] * (3 + len(tensors)))
-    return {
-        i: LevelCall.from_buffer_copy(launch.arguments) for i, launch in enumerate(launches) if "level" in launch.kernel
-    }
+    return {i: LevelCall.from_buffer_copy(launch.arguments) for i, launch in enumerate(launches[:-1]) if i > 0}
 
 
 @pytest.mark.parametrize("gpu", [A100, H100], ids=["A100", "H100"])
@@ -112,7 +110,7 @@ def test_three_streams_of_parnet_m(device, gpu):
     lowered, tensors = networks.variant("m", gpu)
     run = count(device, lowered, tensors, 5, gpu.architecture)
     requested = run.global_load["bytes"] + run.global_store["bytes"]
-    assert run.mma_count * 4096 >= 2 * 3 * 462e6 * 0.99  # every product, on tensor cores
+    assert run.mma_flops >= 2 * 3 * 462e6 * 0.99  # every product, on tensor cores
     assert run.ldmatrix["bank_conflict"] <= 1.10
     assert run.shared_store["bank_conflict"] <= 1.15
     assert run.shared_load["bank_conflict"] <= 1.02
@@ -173,7 +171,7 @@ def test_round_trips_in_a_row(device, name, gpu):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_modelled_time(name):
     """Of a whole forward pass, and the least that a dozen launches can take in the model."""
-    for gpu, most in (("A100", 2.0), ("H100", {"s": 3.05, "m": 2.55, "l": 2.3, "xl": 2.3}[name])):
+    for gpu, most in (("A100", 2.0), ("H100", {"s": 2.95, "m": 2.35, "l": 2.0, "xl": 1.85}[name])):
         rows = cuda_levels.levels(name, cuda_levels.GPUS[gpu], counting=False)
         roofline = sum(row.roofline for row in rows)
         assert sum(row.modelled for row in rows) <= most * roofline

@@ -11,11 +11,17 @@ from ptxsim.toolchain import find_tool
 from parnet_kernels.cuda_program import COOPERATIVE, DEPENDENT
 
 LEVEL_F16, STEM_F16, ENTER_F16, LEVEL_BF16, LEVEL_TF32, ENTER_TF32 = 0, 4, 8, 1, 2, 10
+HOPPER_F16, HOPPER_BF16, HOPPER_TF32 = 16, 17, 18
 MAX_SHARED, CARVEOUT = 8, 9  # cudaFuncAttribute
 
 
+@pytest.fixture(params=[["-DPARNET_HOPPER"], []], ids=["with sm_90a", "without"])
+def hopper(request):
+    return request.param
+
+
 @pytest.fixture
-def runtime(tmp_path):
+def runtime(tmp_path, hopper):
     """A fresh launcher: it remembers what it has told each device."""
     try:
         nvcc = find_tool("nvcc")
@@ -23,7 +29,7 @@ def runtime(tmp_path):
         pytest.skip(str(reason))
     library = tmp_path / "launch.so"
     source = Path(__file__).with_name("host_launch.cpp")
-    command = [nvcc, "-std=c++20", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", source, "-o", library]
+    command = [nvcc, "-std=c++20", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", source, *hopper, "-o", library]
     subprocess.run(command, check=True)
     stub = ctypes.CDLL(str(library))
     stub.stub_launch.restype = stub.stub_log.restype = ctypes.c_char_p
@@ -37,7 +43,7 @@ def launch(stub, kernel, grid=10, shared=0, flags=0, stream=5):
     return error and error.decode(), stub.stub_log().decode().splitlines()
 
 
-def test_launcher(runtime):
+def test_launcher(runtime, hopper):
     # Shared memory beyond the default is allowed once for each kernel and device, on the device of the launch.
     allow = [f"set 0.0 {MAX_SHARED} 98000 on 0", f"set 0.0 {CARVEOUT} 100 on 0"]
     plain = "launch 0.0 10x128 shared 70000 stream 5 first 7"
@@ -59,6 +65,13 @@ def test_launcher(runtime):
     assert launch(runtime, LEVEL_TF32)[1][-1].startswith("launch 2.0 ")
     assert launch(runtime, ENTER_TF32)[1][-1].startswith("launch 3.2 ")
 
+    # Levels for wgmma are there if they were built, and in two arithmetics.
+    for kernel, name in ((HOPPER_F16, "0.4"), (HOPPER_BF16, "1.4")):
+        error, log = launch(runtime, kernel)
+        assert (error, len(log)) == ((None, 1) if hopper else ("stub error", 0))
+        assert not log or log[-1].startswith(f"launch {name} ")
+    assert launch(runtime, HOPPER_TF32) == ("stub error", [])
+
     # A failure is told, and not left behind; an error that was there before is neither ours nor taken away.
     runtime.stub_set(0, 80, 701, 0)
     assert launch(runtime, LEVEL_F16, shared=70000)[0] == "stub error"
@@ -68,6 +81,6 @@ def test_launcher(runtime):
     assert runtime.stub_pending() == 700
 
     # What is no kernel, or no device that can be, is refused.
-    assert launch(runtime, 16)[0] == "stub error"
+    assert launch(runtime, 20)[0] == "stub error"
     runtime.stub_set(64, 80, 0, 0)
     assert launch(runtime, LEVEL_F16)[0] == "stub error"

@@ -1,0 +1,167 @@
+// What the tiles of all kinds have in common: where a block works, which pixels its halo holds, its weights
+// on their way to L2, and the gate.
+#pragma once
+#include <utility>
+
+#include "channel_gate.cuh"
+#include "epilogue.cuh"
+
+namespace parnet::cuda {
+
+#if defined(__CUDA_ARCH__)
+constexpr int kStages = stages(__CUDA_ARCH__ / 10);
+#else
+constexpr int kStages = 3;
+#endif
+
+struct Scratch {
+  union {
+    float4 sums[4][32];  // the gate's, while the pipeline fills
+    Columns vectors;     // and then the columns'
+  };
+  float logits[kColumns];
+  int finishes;              // whether this block is the one of its tile's splits that goes on
+  uint64_t filled[kStages];  // barriers of the stages that bulk copies fill
+};
+static_assert(sizeof(Scratch) <= kStaticSharedBytes);
+
+// Aligned as swizzled weights need it.
+extern __shared__ __align__(512) unsigned char dynamic_shared[];
+
+// Where a block works.
+struct Place {
+  int split, tile, column_tile, group, group_tile, image, image_tile, first_chunk, last_chunk, row, col;
+
+  __device__ __forceinline__ Place(const LayerCall& p, int block) {
+    const int tiles = p.out.tiles_down * p.out.tiles_across;
+    const int all_tiles = p.images * tiles * p.groups * p.column_tiles;
+    split = block / all_tiles;
+    tile = block % all_tiles;
+    column_tile = tile % p.column_tiles;
+    int rest = tile / p.column_tiles;
+    group = rest % p.groups;
+    rest /= p.groups;
+    image_tile = rest % tiles;
+    image = rest / tiles;
+    group_tile = group * p.column_tiles + column_tile;
+    // The first splits have the odd chunks: longest blocks first. One without any still fills its pipeline.
+    const int chunks = p.chunks / p.splits, odd = p.chunks % p.splits;
+    first_chunk = min(split * chunks + min(split, odd), p.chunks - 1);
+    last_chunk = first_chunk + chunks + (split < odd);
+    row = image_tile / p.out.tiles_across * p.tile_rows;
+    col = image_tile % p.out.tiles_across * p.tile_cols;
+  }
+};
+
+template <class M, int kShape>
+struct TileBase {
+  using T = typename M::T;
+  static constexpr TileShape kTile = kTiles[kShape];
+  static constexpr int kWeightBytes = weight_stage_bytes();
+  static constexpr int kStride = kTile.stride;
+  static constexpr int kPixelBytes = slot_bytes(kTile);
+  static constexpr int kSlots = kStride * kTile.max_slots;
+  static constexpr int kSlotRounds = (kSlots + 31) / 32;
+  static constexpr int kLaneChannels = 16 / sizeof(T);
+
+  const LayerCall& p;
+  Scratch& scratch;
+  const Place place;
+  const uint32_t weights = shared_address(dynamic_shared), halo = weights + kStages * kWeightBytes;
+  const int warp = threadIdx.x / 32;
+
+  __device__ __forceinline__ TileBase(const LayerCall& call, Scratch& s, int block)
+      : p(call), scratch(s), place(p, block) {}
+
+  // a / b, exact for a * b < 2^16; the inner division is done once for all a.
+  static __device__ __forceinline__ int quotient(int a, int b) { return (a * (65536 / b + 1)) >> 16; }
+  __device__ __forceinline__ int row_of(int m) const { return quotient(m, p.tile_cols); }
+  __device__ __forceinline__ int chunks() const { return place.last_chunk - place.first_chunk; }
+
+  // Into L2 before the producer is waited for, by one block of those that share them: weights past what the
+  // first stages load, and gate weights.
+  __device__ __forceinline__ void prefetch_weights() const {
+#if __CUDA_ARCH__ >= 900
+    if (place.image_tile == 0 && place.image == 0) {
+      const char* from = weight_source();
+      const int bytes = 3 * chunks() * kWeightBytes;
+      for (int i = (kStages - 1) * kWeightBytes + threadIdx.x * 128; i < bytes; i += kThreads * 128)
+        prefetch_l2(from + i);
+      const char* gate = static_cast<const char*>(p.gate_weight) + place.first_chunk * kChunkBytes;
+      const int64_t row = static_cast<int64_t>(place.group_tile) * kColumns + threadIdx.x % kColumns;
+      for (int i = threadIdx.x / kColumns * 128; i < chunks() * kChunkBytes; i += kThreads / kColumns * 128)
+        prefetch_l2(gate + row * p.chunks * kChunkBytes + i);
+    }
+#endif
+  }
+
+  __device__ __forceinline__ const char* weight_source() const {
+    return static_cast<const char*>(p.weight) +
+           (static_cast<int64_t>(place.group_tile) * p.chunks + place.first_chunk) * (3 * kWeightBytes);
+  }
+
+  // For each of the lane's slots, 32 apart: the pixel in the image, in units of 16 bytes, or -1. Zeros those
+  // outside the image, once: no copy writes there. `part`: the lane's 16 bytes of every slot.
+  __device__ __forceinline__ void find_pixels(int (&pixel)[kSlotRounds], int first_slot, int part,
+                                              int halo_bytes) const {
+    const int pixel_parts = p.in[0].pitch / kLaneChannels;  // the same for both inputs
+#pragma unroll
+    for (int j = 0; j < kSlotRounds; j++) {
+      const int slot = first_slot + 32 * j;
+      const bool odd = kStride == 2 && slot >= kTile.max_slots;
+      const int of_plane = odd ? slot - kTile.max_slots : slot;
+      const int r = quotient(of_plane, p.slot_pitch), q = of_plane - r * p.slot_pitch;
+      const int column = kStride == 1 ? q : 2 * q + odd;
+      const int ih = place.row * kStride + r - 1, iw = place.col * kStride + column - 1;
+      const bool inside = slot < p.slots && column < kStride * (p.tile_cols - 1) + 3 &&
+                          r < kStride * (p.tile_rows - 1) + 3 && ih >= 0 && ih < p.h && iw >= 0 && iw < p.w;
+      pixel[j] = inside ? (ih * p.w + iw) * pixel_parts : -1;
+      if (!inside && slot < p.slots) {
+        unsigned char* to = dynamic_shared + kStages * kWeightBytes + slot * kPixelBytes + part * 16;
+        *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(to + halo_bytes) = make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  // `x` is the lane's part of the chunk in the image's first pixel.
+  template <int... kRound>
+  static __device__ __forceinline__ void copy_pixels(uint32_t to, uint64_t x, const int (&pixel)[kSlotRounds],
+                                                     std::integer_sequence<int, kRound...>) {
+    (copy_async_unless_negative<kRound * 32 * kPixelBytes>(to, x, pixel[kRound]), ...);
+  }
+
+  // The lane's entry of the chunk table in the gate's first pass.
+  __device__ __forceinline__ int gate_entry(const int32_t* first_entry) const {
+    return place.first_chunk + chunk_of_lane<T>() < place.last_chunk ? __ldg(first_entry + chunk_of_lane<T>())
+                                                                     : 0;
+  }
+
+  // The gate's logits, whether this block will finish its tile, and the columns' vectors on their way.
+  __device__ __forceinline__ void gate(int entry) {
+    unsigned began = 0;  // of the tile's splits, before this one
+    if (p.splits > 1 && threadIdx.x == 0) began = atomicAdd(p.arrivals + place.tile, 1u);
+    gate_logits<T>(p, place.image, place.group, place.group_tile, place.first_chunk, place.last_chunk, entry,
+                   scratch.sums, scratch.logits);
+    pin(began);  // or the compiler would wait for the atomic where it is issued
+    if (threadIdx.x == 0) scratch.finishes = began % kLeft + 1 == static_cast<unsigned>(p.splits);
+    __syncthreads();  // the sums in the scratch memory have been read
+    if (threadIdx.x < kVectors * kColumns / 4)
+      copy_async(shared_address(scratch.vectors) + 16 * threadIdx.x,
+                 column_vectors(p.out, place.group_tile) + 4 * threadIdx.x);
+  }
+
+  // Of row m of the tile: the pixel of the result's image, or -1.
+  __device__ __forceinline__ int pixel_of_row(int m) const {
+    const int r = row_of(m), oh = place.row + r, ow = place.col + m - r * p.tile_cols;
+    return r < p.tile_rows && oh < p.out.out_h && ow < p.out.out_w ? oh * p.out.out_w + ow : -1;
+  }
+  __device__ __forceinline__ int64_t image_pixels() const {
+    return place.image * (static_cast<int64_t>(p.out.out_h) * p.out.out_w);
+  }
+  __device__ __forceinline__ int64_t sums_tile() const {
+    return static_cast<int64_t>(place.image) * p.out.tiles_down * p.out.tiles_across + place.image_tile;
+  }
+};
+
+}  // namespace parnet::cuda
