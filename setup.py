@@ -100,6 +100,8 @@ class NinjaBuild(build_ext):
             return
         nvcc, toolkit = cuda
         archs = [a for a in CUDA_ARCHS if a != HOPPER]
+        if not archs:
+            raise RuntimeError(f"PARNET_CUDA_ARCHS must name an architecture besides {HOPPER}")
         hopper = HOPPER in CUDA_ARCHS and knows(nvcc, HOPPER)
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
