@@ -207,7 +207,7 @@ Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
       torch::stable::empty(size, inputs[0].scalar_type(), std::nullopt, inputs[0].device(), std::nullopt,
                            last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (shape[0] == 0) return {result, true};
-  request.direct = last && views[0].dtype == Dtype::kFloat && shape[1] % k.lanes == 0;
+  request.direct = last && views[0].dtype == Dtype::kFloat;
   const int64_t c = shape[1], h = shape[2], w = shape[3];
   Strided out{result.mutable_data_ptr(), views[0].dtype, {shape[0], c, h, w}, {c * h * w, h * w, w, 1}};
   if (last) out.stride[1] = 1, out.stride[2] = w * c, out.stride[3] = c;

@@ -67,6 +67,12 @@ Vec enter_pixels(const T* from, int64_t stride, int channels, int width, float* 
   Vec sum = zero();
   alignas(64) float pixel[kLanes] = {};
   for (int w = 0; w < width; w++, from += stride, to += kLanes) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const Vec v = channels == kLanes ? load_unaligned(from) : load_first(from, channels);
+      sum = sum + v;
+      store(to, v);
+      continue;
+    }
     if (channels == kLanes) {
       PARNET_UNROLL for (int c = 0; c < kLanes; c++) pixel[c] = widen(from[c]);
     } else {

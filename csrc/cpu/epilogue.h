@@ -27,9 +27,9 @@ PARNET_INLINE Vec activate(Vec x) {
 }
 
 // Affine, store and sum of one block of result channels; value(i, j) is phi(...) of one pixel. Sizes of 0 are
-// run-time.
-template <bool Affine, int Rows, int Cols, class Value>
-PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block, Value value) {
+// run-time; of `Whole` blocks all channels are stored.
+template <bool Affine, bool Whole, int Rows, int Cols, class Value>
+PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block, int channels, Value value) {
   const PackedHeader& h = *a.packed;
   const int rows = Rows ? Rows : tile.rows, cols = Cols ? Cols : tile.cols;
   const int64_t pixel = a.out.pixel;
@@ -45,7 +45,7 @@ PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block
       Vec v = value(i, j);
       if (Affine) v = fma(v, scale, shift);
       sum = sum + v;
-      store_unaligned(y + j * pixel, v);
+      Whole ? store_unaligned(y + j * pixel, v) : store_first(y + j * pixel, v, channels);
       prefetch_to_write(y + (j + kTile) * pixel);  // of the next tile, most likely
     };
     if constexpr (Cols) {
@@ -60,10 +60,15 @@ PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block
 
 template <bool Affine, class Value>
 PARNET_INLINE void emit(const ConvArgs& a, const Tile& tile, int out_block, Value value) {
-  if (tile.rows == 4 && tile.cols == 4) {
-    emit_sized<Affine, 4, 4>(a, tile, out_block, value);
+  // A user's tensor has no padding behind the last channel.
+  const int left = a.packed->out_channels - out_block * kLanes;
+  const int channels = a.out.pixel == kLanes ? kLanes : least(kLanes, left);
+  if (channels < kLanes) {
+    emit_sized<Affine, false, 0, 0>(a, tile, out_block, channels, value);
+  } else if (tile.rows == 4 && tile.cols == 4) {
+    emit_sized<Affine, true, 4, 4>(a, tile, out_block, channels, value);
   } else {
-    emit_sized<Affine, 0, 0>(a, tile, out_block, value);
+    emit_sized<Affine, true, 0, 0>(a, tile, out_block, channels, value);
   }
 }
 

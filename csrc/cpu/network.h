@@ -31,8 +31,7 @@ struct Request {
   std::vector<std::array<int64_t, 4>> inputs;  // N, C, H, W
   int threads;
   bool pooled;  // the result is [N, K, 1, 1]: channel means, or the classifier's logits
-  bool direct;  // the result is stored by the last layer itself: float, channels_last, whole blocks of
-                // channels
+  bool direct;  // the result is stored by the last layer itself: float, channels_last
   bool operator==(const Request&) const = default;
 };
 

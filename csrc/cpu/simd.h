@@ -27,6 +27,8 @@ constexpr int kPanel = 2 * kLanes;     // output channels of a weight panel
 constexpr int kMaxRows = PARNET_ROWS;  // tiles of a row panel: 2*kMaxRows accumulators must fit the registers
 constexpr int kRowPitch = kMaxRows * kLanes;
 
+static_assert(kParts == 1 || kNative == 4, "masked loads and stores are of one part");
+
 typedef float Native __attribute__((vector_size(kNative * 4), may_alias));
 typedef float NativeUnaligned __attribute__((vector_size(kNative * 4), aligned(4), may_alias));
 typedef int32_t NativeInt __attribute__((vector_size(kNative * 4), may_alias));
@@ -49,6 +51,31 @@ PARNET_INLINE void store(float* to, Vec v) {
 }
 PARNET_INLINE void store_unaligned(float* to, Vec v) {
   PARNET_UNROLL for (int p = 0; p < kParts; p++) reinterpret_cast<NativeUnaligned*>(to)[p] = v.part[p];
+}
+// The first `count` lanes, at most kLanes; the others are zero, and not touched in memory.
+PARNET_INLINE Vec load_first(const float* from, int count) {
+#if defined(__AVX512F__)
+  PARNET_EACH(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from));
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  PARNET_EACH(_mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)));
+#else
+  alignas(64) float lanes[kLanes] = {};
+  for (int i = 0; i < count; i++) lanes[i] = from[i];
+  return load(lanes);
+#endif
+}
+PARNET_INLINE void store_first(float* to, Vec v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), v.part[0]);
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  _mm256_maskstore_ps(to, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane), v.part[0]);
+#else
+  alignas(64) float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < count; i++) to[i] = lanes[i];
+#endif
 }
 PARNET_INLINE Vec splat(float x) { PARNET_EACH(x - Native{}); }
 PARNET_INLINE Vec zero() { PARNET_EACH(Native{}); }

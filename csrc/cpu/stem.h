@@ -13,6 +13,7 @@ struct StemRow {
   float* y;
   int64_t block, pixel;
   int32_t num_lines, halves;
+  int32_t channels[2];  // of each half that are stored: a user's tensor has no padding behind the last one
   bool affine;
   Vec scale[2], offset[2], out_scale[2], out_shift[2], sum[2];
 };
@@ -42,7 +43,8 @@ __attribute__((noinline)) void stem_pixels(StemRow& row, int start, int groups) 
         Vec v = activate<SiLU>(fma(row.scale[half], acc[half][p], row.offset[half]));
         if (row.affine) v = fma(v, row.out_scale[half], row.out_shift[half]);
         row.sum[half] = row.sum[half] + v;
-        store_unaligned(y + p * row.pixel, v);
+        row.channels[half] == kLanes ? store_unaligned(y + p * row.pixel, v)
+                                     : store_first(y + p * row.pixel, v, row.channels[half]);
       }
     }
   }
@@ -84,6 +86,8 @@ void stem_rows(const StemArgs& a, int image, int first_row, int last_row) {
           row.out_shift[half] = load(section<float>(h, h.out_shift) + (2 * k + half) * kLanes);
         }
         row.sum[half] = zero();
+        row.channels[half] =
+            row.pixel == kLanes ? kLanes : least(kLanes, h.out_channels - (2 * k + half) * kLanes);
       }
       const int groups = a.out_cols / kMaxRows, done = groups * kMaxRows;
       stem_pixels<Stride, SiLU, kMaxRows>(row, 0, groups);
