@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from parnet_kernels.checks import DTYPES
 from parnet_kernels.config import VARIANTS, ParNetConfig
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
@@ -46,6 +47,7 @@ def load_checkpoint(
         FileNotFoundError: no such file.
         CheckpointError: the file or dict is truncated, of another kind or of another network, holds classes that may
             not be loaded, has no EMA weights, or contradicts `activation`.
+        ValueError: for another `activation`.
     """
     if activation not in (None, "silu", "relu"):
         raise ValueError(f"load_checkpoint: `activation` must be 'silu', 'relu' or None, got {activation!r}")
@@ -75,8 +77,14 @@ def load_deployed(path: str | Path) -> DeployedParNet:
     state, config = _read(Path(path), "deployed")
     if config is None:
         raise CheckpointError(f"{path} is not a deployed ParNet; make one with `parnet convert --deployed`")
-    model = DeployedParNet(config).to(state["head_weight"].dtype)
-    _load(model, dict(state), str(path))
+    checked = _checked(state, str(path))
+    if "head_weight" not in checked:
+        raise CheckpointError(f"{path} is not a deployed ParNet: it has no entry 'head_weight'")
+    dtype = checked["head_weight"].dtype
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: entry 'head_weight' must be one of {DTYPES}, got {dtype}")
+    model = DeployedParNet(config).to(dtype)
+    _load(model, checked, str(path))
     return model
 
 
@@ -88,19 +96,29 @@ def load_model(path: str | Path, ema: bool = False, activation: str | None = Non
 
 
 def save(model: ParNet | DeployedParNet, path: str | Path) -> None:
-    """Writes a model of either form as safetensors, with its configuration."""
+    """Writes a model of either form as safetensors, with its configuration.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     form = "deployed" if isinstance(model, DeployedParNet) else "training"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, path, {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config))})
+    try:
+        save_file(state, path, {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config))})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def infer_config(state: Mapping[str, Tensor], name: str = "the state dict") -> ParNetConfig:
     """The configuration, from the shapes of a training state dict; activation left at its default."""
 
-    def shape(key: str) -> torch.Size:
+    def shape(key: str, dims: int = 4) -> torch.Size:
         if key not in state:
             raise CheckpointError(f"{name} is not a ParNet checkpoint: it has no entry {key!r}")
-        return state[key].shape
+        found = state[key].shape
+        if len(found) != dims:
+            raise CheckpointError(f"{name}: entry {key!r} must have {dims} dimensions, got shape {list(found)}")
+        return found
 
     dense = "block.rbr_dense.conv.weight"
     streams = _count(state, r"inits\.(\d+)\.")
@@ -110,16 +128,20 @@ def infer_config(state: Mapping[str, Tensor], name: str = "the state dict") -> P
     planes += [shape(f"inits.{s}.{dense}")[0] for s in range(1, streams)]
     pointwise = "combine.3.block.dense.conv.weight" in state
     planes.append(shape("combine.3.block.dense.conv.weight" if pointwise else f"combine.3.{dense}")[0])
+    num_classes = shape("head.fc.weight", 2)[0] if "head.fc.weight" in state else 0
     stem_width, in_chans = shape(f"inits.0.0.{dense}")[:2]
-    config = ParNetConfig(
-        tuple(planes),
-        tuple(1 + _count(state, rf"streams\.{s}\.(\d+)\.") for s in range(streams)),
-        in_chans=in_chans,
-        stem_width=stem_width,
-        stem_stride=2 if "inits.0.0.block.rbr_1x1.1.conv.weight" in state else 1,
-        pointwise_head=pointwise,
-        num_classes=state["head.fc.weight"].shape[0] if "head.fc.weight" in state else 0,
-    )
+    try:
+        config = ParNetConfig(
+            tuple(planes),
+            tuple(1 + _count(state, rf"streams\.{s}\.(\d+)\.") for s in range(streams)),
+            in_chans=in_chans,
+            stem_width=stem_width,
+            stem_stride=2 if "inits.0.0.block.rbr_1x1.1.conv.weight" in state else 1,
+            pointwise_head=pointwise,
+            num_classes=num_classes,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not a ParNet checkpoint: {error}") from error
     for variant in VARIANTS.values():  # what shapes do not tell: how the variant was trained
         if (variant.planes, variant.num_blocks, variant.stem) == (config.planes, config.num_blocks, config.stem):
             config = config.replace(dropout=variant.dropout)
@@ -153,7 +175,18 @@ def _state_dict(content: Mapping[str, Any], ema: bool, name: str) -> dict[str, T
     state = content.get(key, content)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{name} holds no state dict: expected tensors by name, or a dict with `state_dict`")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return {key.removeprefix("module."): value for key, value in _checked(state, name).items()}
+
+
+def _checked(state: Mapping[Any, Tensor], name: str) -> dict[str, Tensor]:
+    """The state dict, if its entries have names and values that can be copied."""
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{name}: names of entries must be strings, got {key!r}")
+        if value.is_meta or value.layout != torch.strided or value.is_quantized or value.is_complex():
+            got = "a meta tensor" if value.is_meta else f"{value.dtype}, {value.layout}"
+            raise CheckpointError(f"{name}: entry {key!r} must be a dense tensor of real values, got {got}")
+    return dict(state)
 
 
 def _load(model: ParNet | DeployedParNet, state: dict[str, Tensor], name: str) -> None:
@@ -185,7 +218,7 @@ def _read(path: Path, form: str) -> tuple[Mapping[str, Any], ParNetConfig | None
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         config = metadata.get("parnet_config")
-        return state, ParNetConfig(**json.loads(config)) if config else None
+        return state, None if config is None else _config(config, path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -193,7 +226,7 @@ def _read(path: Path, form: str) -> tuple[Mapping[str, Any], ParNetConfig | None
         refused = re.search(r"Unsupported (?:global|class)[^\n]*|GLOBAL [\w.]+", str(error))
         reason = f"it needs {refused[0]}, which may not be loaded" if refused else "it is not a PyTorch checkpoint"
         raise CheckpointError(f"cannot read {path}: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"cannot read {path}: truncated, or not a PyTorch checkpoint ({error})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict or a dict with one")
@@ -208,3 +241,19 @@ def _metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"cannot read {path}: truncated, or not a safetensors file ({error})") from error
+
+
+def _config(text: str, path: Path) -> ParNetConfig:
+    """The configuration in the metadata of a file of ours."""
+    try:
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise TypeError(f"not an object but a {type(fields).__name__}")
+        config = ParNetConfig(**fields)
+        counts = (*config.planes, *config.num_blocks, config.in_chans, config.stem, config.stem_stride)
+        if any(type(n) is not int for n in (*counts, config.num_classes)) or type(config.pointwise_head) is not bool:
+            raise TypeError("widths and counts must be integers, `pointwise_head` true or false")
+        return config
+    except (TypeError, ValueError) as error:
+        requirement = "metadata `parnet_config` must hold the fields of a ParNetConfig as JSON"
+        raise CheckpointError(f"{path}: {requirement}, got {text[:200]!r}: {error}") from error

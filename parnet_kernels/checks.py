@@ -10,6 +10,8 @@ from torch import Tensor
 
 from parnet_kernels.reference import ACTIVATIONS
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def _error(argument: str, requirement: str, got: object) -> ValueError:
     return ValueError(f"parnet_kernels: `{argument}` must {requirement}, got {got}")

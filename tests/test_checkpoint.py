@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import OracleParNet, randomize
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from parnet_kernels import ParNet, ParNetConfig, load_checkpoint, load_deployed, parnet_cifar, save
 from parnet_kernels.checkpoint import CheckpointError, infer_config, load_model
@@ -170,3 +172,75 @@ def test_wrong_entries() -> None:
     state["extra.weight"] = weight
     with pytest.raises(CheckpointError, match=r"1 unexpected, the first is 'extra\.weight'"):
         load_checkpoint(state)
+
+
+DENSE = "inits.0.1.block.rbr_dense.conv.weight"
+BAD_ENTRIES = {
+    "number as name": ({7: torch.zeros(2)}, "names of entries must be strings, got 7"),
+    "0 dimensions": ({DENSE: torch.tensor(1.0)}, r"must have 4 dimensions, got shape \[\]"),
+    "1 dimension": (
+        {"inits.0.0.block.rbr_dense.conv.weight": torch.zeros(5)},
+        r"must have 4 dimensions, got shape \[5\]",
+    ),
+    "0-dimensional head": ({"head.fc.weight": torch.tensor(1.0)}, "must have 2 dimensions"),
+    "no planes": ({DENSE: torch.zeros(0, 5, 3, 3)}, "`planes` must"),
+    "odd planes": ({"inits.2.1.block.rbr_dense.conv.weight": torch.zeros(5, 7, 3, 3)}, ""),
+    "meta": ({DENSE: torch.zeros(5, 5, 3, 3, device="meta")}, f"{DENSE!r} must be a dense .* got a meta tensor"),
+    "sparse": ({DENSE: torch.zeros(5, 5, 3, 3).to_sparse()}, "dense .* got torch.float32, torch.sparse_coo"),
+    "complex": ({DENSE: torch.zeros(5, 5, 3, 3, dtype=torch.complex64)}, "of real values, got torch.complex64"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+def test_bad_entries(changes: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"the given dict.*{message}"):
+        load_checkpoint({**ParNet(CONFIG).state_dict(), **changes})
+
+
+def test_damaged_pickles(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pth"
+    for content in (b"\x80\x02]R.", b"\x80\x02NNb.", b"\x80\x02}K\x01s.", b"\x80\x02K\x01Ka."):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"cannot read .*damaged\.pth"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "",
+        "{",
+        "[1]",
+        "{}",
+        '{"planes": [4, 6, 8], "num_blocks": [1, 1], "depth": 3}',
+        '{"planes": 3, "num_blocks": [1]}',
+        '{"planes": [4.0, 6, 8], "num_blocks": [1, 1]}',
+        '{"planes": [4, 5, 8], "num_blocks": [1, 1]}',
+    ],
+)
+def test_bad_metadata(tmp_path: Path, config: str) -> None:
+    path = tmp_path / "net.safetensors"
+    for form, load in (("training", load_checkpoint), ("deployed", load_deployed)):
+        save_file({"head_weight": torch.zeros(2)}, path, {"parnet_form": form, "parnet_config": config})
+        with pytest.raises(CheckpointError, match=r"net\.safetensors: metadata `parnet_config` must"):
+            load(path)
+
+
+def test_bad_head_of_a_deployed_file(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save(ParNet(CONFIG).deploy(), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for state, message in (
+        ({"other": torch.zeros(1)}, "it has no entry 'head_weight'"),
+        ({"head_weight": torch.zeros(4, 9, dtype=torch.int32)}, r"'head_weight' must be .* got torch\.int32"),
+    ):
+        save_file(state, path, metadata)
+        with pytest.raises(CheckpointError, match=message):
+            load_deployed(path)
+
+
+def test_save_names_the_file_that_it_cannot_write(tmp_path: Path) -> None:
+    for path in (tmp_path / "none" / "net.safetensors", tmp_path):
+        with pytest.raises(OSError, match=f"cannot write {path}"):
+            save(ParNet(CONFIG), path)
