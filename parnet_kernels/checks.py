@@ -17,16 +17,26 @@ def _error(argument: str, requirement: str, got: object) -> ValueError:
     return ValueError(f"parnet_kernels: `{argument}` must {requirement}, got {got}")
 
 
-def _is_map(name: str, t: Tensor) -> None:
+def _is_dense(name: str, t: Tensor | None) -> None:
+    if t is None:
+        raise _error(name, "be a tensor", None)
+    if t.layout != torch.strided:
+        raise _error(name, "be a dense tensor", t.layout)
+
+
+def is_map(name: str, t: Tensor) -> None:
+    """Raises unless t is what an operator takes as x."""
+    _is_dense(name, t)
     if t.dim() != 4:
         raise _error(name, "have 4 dimensions [N, C, H, W]", f"shape {list(t.shape)}")
-    if not t.is_floating_point():
-        raise _error(name, "be a floating-point tensor", t.dtype)
+    if t.dtype not in DTYPES:
+        raise _error(name, "be a float64, float32, float16 or bfloat16 tensor", t.dtype)
     if 0 in t.shape[1:]:
         raise _error(name, "have C, H, W ≥ 1", f"shape {list(t.shape)}")
 
 
 def _like(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    _is_dense(name, t)
     if t.shape != shape:
         raise _error(name, f"have shape {list(shape)} ({meaning})", list(t.shape))
     if t.dtype != x.dtype:
@@ -37,6 +47,7 @@ def _like(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str)
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> int:
     """Checks the parameters that every operator has; returns K."""
+    _is_dense("weight", weight)
     if weight.dim() != 4:
         raise _error("weight", "have 4 dimensions [K, C, 3, 3]", f"shape {list(weight.shape)}")
     k, c = weight.shape[0], x.shape[1]
@@ -81,7 +92,7 @@ def repvgg_sse(
     out_scale: Tensor | None,
     out_shift: Tensor | None,
 ) -> None:
-    _is_map("x", x)
+    is_map("x", x)
     k = _convolution(x, weight, bias, gate_weight, gate_bias)
     if k != x.shape[1]:
         raise _error("weight", f"have K = C = {x.shape[1]}, the skip adds x", f"K = {k}")
@@ -102,7 +113,7 @@ def downsample_se(
     out_scale: Tensor | None,
     out_shift: Tensor | None,
 ) -> None:
-    _is_map("x", x)
+    is_map("x", x)
     _stride(stride)
     k = _convolution(x, weight, bias, gate_weight, gate_bias)
     _epilogue(x, k, activation, out_scale, out_shift)
@@ -121,8 +132,8 @@ def fusion_se(
     out_scale: Tensor | None,
     out_shift: Tensor | None,
 ) -> None:
-    _is_map("x", x)
-    _is_map("y", y)
+    is_map("x", x)
+    is_map("y", y)
     _like("y", y, x, x.shape, "that of `x`")
     _stride(stride)
     k = _convolution(x, weight, bias, gate_weight, gate_bias)

@@ -53,7 +53,7 @@ def why_not(op: str, x: Tensor) -> str | None:
 def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tensor | None:
     """One call of a public operator: `tensors` are its positional arguments, `options` the others.
 
-    None if x or y holds NaN or infinity, which the kernels' tiles would spread.
+    None if x, y or a parameter holds NaN or infinity, which the kernels' tiles would spread.
     """
     inputs = 2 if op == "fusion_se" else 1
     x, y = tensors[0], tensors[1] if inputs == 2 else None
@@ -61,6 +61,8 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
     parameters: Parameters = dict(zip(_PARAMETERS[op], tensors[inputs:], strict=True))
     parameters["out_scale"], parameters["out_shift"] = options["out_scale"], options["out_shift"]
     packed = packed_weights(op, options.get("stride", 1), options["activation"], parameters)
+    if packed is None:
+        return None
     result = torch.ops.parnet._cpu_layer(x, y, packed, is_channels_last(x))
     return result if result.numel() or not x.numel() else None
 
@@ -69,6 +71,11 @@ def pack(op: str, stride: int, activation: str, parameters: Parameters, storage:
     """The packed form of one layer; `storage` see `DeployedParNet.prepare`."""
     arguments = {**_OPTIONAL, **parameters}
     return torch.ops.parnet._cpu_pack(op, stride, **arguments, activation=activation, storage=storage)
+
+
+def are_finite(tensors: list[Tensor]) -> bool:
+    """Whether none of them holds NaN or infinity; asked once, before packing."""
+    return all(bool(t.isfinite().all()) for t in tensors)
 
 
 # ------------------------------------------------------------------ cache
@@ -85,7 +92,7 @@ class _State(NamedTuple):
 class _Entry(NamedTuple):
     references: list[weakref.ref[Tensor]]
     state: _State | list[Tensor]  # of inference tensors: copies
-    packed: Tensor
+    packed: Tensor | None  # None: a parameter is not finite
 
 
 _Key = tuple[int, str, int, str]
@@ -99,8 +106,8 @@ def clear_cache() -> None:
         _entries.clear()
 
 
-def packed_weights(op: str, stride: int, activation: str, parameters: Parameters) -> Tensor:
-    """The packed form of a layer, from the cache if it is still that of these parameters."""
+def packed_weights(op: str, stride: int, activation: str, parameters: Parameters) -> Tensor | None:
+    """The packed form of a layer, from the cache if still that of these parameters; None if they are not finite."""
     weight = parameters["weight"]
     assert weight is not None
     key = (id(weight), op, stride, activation)
@@ -113,7 +120,7 @@ def packed_weights(op: str, stride: int, activation: str, parameters: Parameters
             return entry.packed
     # State first: an update by another thread while packing must make the entry stale, not hide in it.
     state = [p.clone() for p in present] if inference else _state(present)
-    packed = pack(op, stride, activation, parameters)
+    packed = pack(op, stride, activation, parameters) if are_finite(present) else None
     forget = weakref.ref(weight, lambda _: _entries.pop(key, None))
     references = [forget if p is weight else weakref.ref(p) for p in present]
     with _lock:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from parnet_kernels import _native, ops
+from parnet_kernels import _native, cpu, ops
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import layers
 from parnet_kernels.watch import Watch
@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 class _Packed(NamedTuple):
     watch: Watch
-    weights: list[Tensor]
+    weights: list[Tensor]  # none if a buffer is not finite: the kernels' tiles would spread it
     classifier: Tensor | None
     program: list[int]  # four numbers a layer: index in `weights`, input slots (second: −1 if none), output slot
 
@@ -82,7 +82,9 @@ class CpuNetwork:
         self._packed = None
 
     def prepare(self, network: DeployedParNet) -> _Packed | None:
-        """Packs the weights if they are not, or have changed since; None if they cannot be watched or are elsewhere."""
+        """Packs the weights if they are not, or have changed since; None if they cannot be watched, are
+        elsewhere or not finite.
+        """
         modules = [*network.layers.values(), network]
         packed = self._packed
         if packed is None or not packed.watch.unchanged(modules):
@@ -92,9 +94,11 @@ class CpuNetwork:
                     # The watch first: a change while packing must be seen at the next call.
                     watch = Watch.of(modules, "cpu")
                     self._packed = packed = self._pack(network, watch) if watch else None
-        return packed
+        return packed if packed is not None and packed.weights else None
 
     def _pack(self, network: DeployedParNet, watch: Watch) -> _Packed:
+        if not cpu.are_finite(list(network.buffers())):
+            return _Packed(watch, [], None, [])
         modules = network.operators()
         optional = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
         weights = [

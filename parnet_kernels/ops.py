@@ -281,8 +281,8 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         *positional, out_scale, out_shift = tensors
         # Chosen here, since use_backend does not reach the threads of the autograd engine.
-        x = tensors[0]
-        assert x is not None
+        x: Any = tensors[0]
+        checks.is_map("x", x)
         ctx.own = getattr(_choose(operator.name, x), "backward", None)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.op(*positional, **options, out_scale=out_scale, out_shift=out_shift)

@@ -334,3 +334,20 @@ def test_transforms_never_lose_a_tangent() -> None:
         torch.func.jvp(deployed, (x,), (torch.ones_like(x),))
     both = torch.func.vmap(deployed)(torch.stack((x, 2 * x)))
     assert error(both[1], deployed(2 * x)) <= 5e-6
+
+
+@torch.no_grad()
+def test_weights_that_are_not_finite() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    x = image((33, 40))
+    weight = deployed.layers["combine_3"].weight
+    finite = deployed(x)
+    weight[1, 2, 0, 0] = float("inf")
+    with ops.use_backend("reference"):
+        expected = deployed.forward_features(x)
+    for _ in range(2):
+        found = deployed.forward_features(x)
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+    weight[1, 2, 0, 0] = 0
+    assert deployed(x).isfinite().all()
+    assert finite.isfinite().all()

@@ -101,6 +101,19 @@ def test_not_a_number_and_infinity_go_through(op: str) -> None:
         torch.testing.assert_close(run(op, args, options), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+@each_operator
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_parameters_that_are_not_finite(op: str, activation: str) -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        given, options = arguments(op, size=(9, 9), activation=activation)
+        for i in range(2 if op == "fusion_se" else 1, len(given)):
+            args = [t.clone() for t in given]
+            args[i].view(-1)[1] = value
+            expected = getattr(reference, op)(*args, **options)
+            for _ in range(2):
+                torch.testing.assert_close(run(op, args, options), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
 @each_stride
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_gradients(op: str, stride: int, activation: str) -> None:
@@ -222,8 +235,9 @@ def test_ahead_of_time_compilation(tmp_path) -> None:
 
 
 BAD_ARGUMENTS = [
+    ("repvgg_sse", {"x": lambda t: t.to(torch.float8_e4m3fn)}, "`x` must be a float64, .* got torch.float8_e4m3fn"),
     ("repvgg_sse", {"x": lambda t: t[0]}, "`x` must have 4 dimensions"),
-    ("repvgg_sse", {"x": lambda t: t.int()}, "`x` must be a floating-point tensor, got torch.int32"),
+    ("repvgg_sse", {"x": lambda t: t.int()}, "`x` must be a float64, .* tensor, got torch.int32"),
     ("repvgg_sse", {"x": lambda t: t[:, :0]}, "`x` must have C, H, W ≥ 1"),
     ("repvgg_sse", {"x": lambda t: t[:, :, :0]}, "`x` must have C, H, W ≥ 1"),
     ("repvgg_sse", {"x": lambda t: t[:, :3]}, r"`weight` must have shape \[4, 3, 3, 3\].*got \[4, 4, 3, 3\]"),
@@ -281,6 +295,26 @@ def test_bad_arguments(op: str, change: dict, message: str, traced: bool) -> Non
             }
         with pytest.raises(ValueError, match=message):
             run(op, [named.pop(n) for n in POSITIONAL[op]], named)
+
+
+@each_operator
+def test_missing_and_sparse_arguments(op: str) -> None:
+    args, options = arguments(op)
+    for i, name in enumerate(POSITIONAL[op]):
+        for value, message in (
+            (None, "a tensor, got None"),
+            (args[i].to_sparse(), "a dense tensor, got torch.sparse_coo"),
+        ):
+            if value is None and name == "gate_bias":
+                continue
+            with pytest.raises(ValueError, match=f"`{name}` must be {message}"):
+                run(op, [*args[:i], value, *args[i + 1 :]], options)
+
+
+def test_mkldnn_map() -> None:
+    args, options = arguments("repvgg_sse")
+    with pytest.raises(ValueError, match=r"`x` must be a dense tensor, got torch\._mkldnn"):
+        run("repvgg_sse", [args[0].to_mkldnn(), *args[1:]], options)
 
 
 def test_odd_output_channels_of_fusion() -> None:
