@@ -89,9 +89,20 @@ def load_deployed(path: str | Path) -> DeployedParNet:
 
 
 def load_model(path: str | Path, ema: bool = False, activation: str | None = None) -> DeployedParNet:
-    """A network for inference from either form: a deployed file as it is, a training checkpoint folded."""
+    """A network for inference from either form: a deployed file as it is, a training checkpoint folded.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: as `load_checkpoint`; or `ema` is asked of a deployed file, or an activation that it has not.
+    """
     if Path(path).suffix == ".safetensors" and _metadata(Path(path)).get("parnet_form") == "deployed":
-        return load_deployed(path)
+        if ema:
+            raise CheckpointError(f"{path} holds a deployed ParNet, which has no EMA weights")
+        network = load_deployed(path)
+        if activation not in (None, network.config.activation):
+            found = network.config.activation
+            raise CheckpointError(f"{path} was saved with activation {found!r}, asked for {activation!r}")
+        return network
     return load_checkpoint(path, ema, activation).deploy()
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from parnet_kernels import _native, ops
+from parnet_kernels import _native, checks, ops
 from parnet_kernels._version import __version__
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
 
@@ -67,7 +67,11 @@ def _choice(call: str) -> dict[str, Any]:
         raise typer.BadParameter(
             f"expected OP,NxCxHxW,DTYPE,DEVICE such as repvgg_sse,1x128x56x56,float32,cpu, got {call!r}"
         )
-    x = torch.empty([int(n) for n in match.groups()[1:5]], dtype=dtype, device=match[7])
+    try:
+        x = torch.empty([int(n) for n in match.groups()[1:5]], dtype=dtype, device=match[7])
+    except (RuntimeError, AssertionError, OverflowError) as error:  # no such device, or more than its memory
+        raise typer.BadParameter(f"no tensor for {call!r}: {str(error).splitlines()[0]}") from error
+    checks.is_map("x", x)
     reasons = ops.explain(match[1], x)
     chosen = next(name for name, reason in reasons.items() if reason is None)
     return {"runs on": chosen, **{name: reason or "can run it" for name, reason in reasons.items()}}
@@ -118,6 +122,7 @@ def demo(
         from parnet_kernels.demo import run
     except ImportError as error:
         raise typer.BadParameter(f"the demo needs `pip install parnet-kernels[demo]`: {error}") from error
+    out.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
     if not run(out, console):
         raise typer.Exit(1)
 
@@ -126,7 +131,7 @@ def demo(
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     checkpoint: Annotated[Path, typer.Option(help="Training checkpoint (.pth) or safetensors file.")],
-    size: Annotated[int, typer.Option(min=1, help="Pixels of the square the network sees.")] = 224,
+    size: Annotated[int, typer.Option(min=1, max=8192, help="Pixels of the square the network sees.")] = 224,
     crop: Annotated[float, typer.Option(min=0.01, max=1, help="That square's share of the resized image.")] = 0.875,
     top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 5,
     labels: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
@@ -136,6 +141,9 @@ def predict(
 ) -> None:
     """Classify images."""
     from parnet_kernels.images import load_image
+
+    if size / crop > 16384:
+        raise typer.BadParameter(f"size / crop must be at most 16384 pixels, got {size} / {crop}")
 
     network = load_model(checkpoint, ema, activation)
     if not network.num_classes:
@@ -199,4 +207,10 @@ def main() -> None:
         app()
     except (CheckpointError, OSError, ValueError) as error:
         print(f"parnet: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        told = re.search(r"PARNET_CPU_ISA must.*", str(error))
+        if told is None:
+            raise
+        print(f"parnet: {told[0]}", file=sys.stderr)
         sys.exit(1)

@@ -19,7 +19,7 @@ def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
     Three channels are normalised with ImageNet's mean and deviation; one channel is grey in 0…1.
 
     Raises:
-        OSError: no such file, or not an image.
+        OSError: no such file, not an image, or a damaged one.
         ValueError: for a number of channels other than 1 and 3.
     """
     if channels not in (1, 3):
@@ -29,6 +29,10 @@ def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
             image = ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
     except UnidentifiedImageError as error:
         raise OSError(f"{path} is not an image") from error
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"cannot read the image {path}: {error}") from error
     scale = size / crop / min(image.size)
     image = image.resize(
         (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR

@@ -123,6 +123,43 @@ def test_errors_are_one_line(folder: Path, arguments: tuple[str, ...], message: 
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "--why", "repvgg_sse,1x8x5x5,float32,foo"), "no tensor for"),
+        (("info", "--why", "repvgg_sse,1x8x99999999x99999999,float32,cpu"), "no tensor for"),
+        (("info", "--why", "repvgg_sse,1x8x5x5,complex64,cpu"), "`x` must be a float64,"),
+        (("info", "--why", "repvgg_sse,1x8x5x5,float8_e4m3fn,cpu"), "`x` must be a float64,"),
+        (("predict", "half.png", "--checkpoint", "grey.safetensors"), "half.png"),
+        (
+            ("predict", "photo.png", "--checkpoint", "grey.safetensors", "--size", "1000000"),
+            "less than or equal to 8192",
+        ),
+        (("predict", "photo.png", "--checkpoint", "grey.safetensors", "--ema"), "which has no EMA weights"),
+        (("predict", "photo.png", "--checkpoint", "grey.safetensors", "--activation", "relu"), "saved with activation"),
+        (("convert", "model.pth", "none/out.safetensors"), "cannot write"),
+        (("demo", "--out", "photo.png"), "File exists"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
+)
+def test_more_errors_are_one_line(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    whole = (folder / "photo.png").read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    result = parnet(*(folder / a if a.endswith((".png", ".pth", ".safetensors")) else a for a in arguments))
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+
+
+def test_bad_instruction_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARNET_CPU_ISA", "sse9")
+    for arguments in (("info",), ("predict", folder / "photo.png", "--checkpoint", folder / "grey.safetensors")):
+        result = parnet(*arguments)
+        assert result.returncode == 1
+        assert result.stderr.startswith("parnet: PARNET_CPU_ISA must be one of ")
+        assert result.stderr.count("\n") == 1
+
+
 def test_demo_checks_itself(tmp_path: Path) -> None:
     """One epoch is not enough for the accuracy: the demo's parts run, its other checks hold, and it says so."""
     code = (
