@@ -268,7 +268,7 @@ def test_cifar_form() -> None:
         (torch.zeros(3, 32, 32), "`x` must have 4 dimensions"),
         (torch.zeros(1, 4, 32, 32), "`weight` must have shape"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "`weight` must have the dtype of `x`"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "`x` must be a floating-point tensor"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "`x` must be a float64, float32"),
         (torch.zeros(1, 3, 0, 32), "`x` must have C, H, W ≥ 1"),
     ],
     ids=["rank", "channels", "dtype", "integers", "empty"],
