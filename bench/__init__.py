@@ -1,6 +1,6 @@
 """The benchmark: single layers and whole networks on the CPU, against the engines one would use instead.
 
-    make bench                              README's table and the blocks of ParNet-S and M: about half an hour
+    make bench                              README's table and the blocks of ParNet-S and M: twenty minutes
     make bench BENCH_ARGS=--quick           about a minute
     python -m bench --suite all --variants s,m,l,xl --minutes 300
     python -m bench --suite net --variants s,m --batch 1 --threads 1 --engines ours,onnxruntime,ncnn

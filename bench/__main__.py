@@ -122,7 +122,7 @@ def main(
     """Latency of ParNet on the CPU, or a GPU: this package against the engines one would use instead.
 
     An engine's result is compared with a float64 reference first; no time is given for a wrong one. Writes tables, CSV,
-    JSON and plots. The default, README's table and the blocks of ParNet-S and M, takes half an hour, --quick about a
+    JSON and plots. The default, README's table and the blocks of ParNet-S and M, takes twenty minutes, --quick about a
     minute, everything (--suite all --variants s,m,l,xl --minutes 300) several hours. Networks come first, then single
     layers. How to read the numbers: see the package's docstring, bench/__init__.py.
     """
