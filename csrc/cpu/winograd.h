@@ -10,7 +10,9 @@ namespace parnet::cpu {
 namespace {
 
 // Stride 1: F(4, 3) with the points 0, +-p, +-q, inf. p = 1/sqrt(2), q = sqrt(2) has half the error of the
-// textbook points +-1, +-2 (and p^2 q^2 = 1 saves a multiplication).
+// textbook points +-1, +-2 (and p^2 q^2 = 1 saves a multiplication). Larger tiles lose too much: at 128
+// channels F(6, 3) along both axes has 4 times, along one axis 2.6 times the error, for 18 and 10 % fewer
+// products.
 constexpr float kP = 0.70710678118654752f, kQ = 1.41421356237309505f;
 constexpr float kP2 = .5f, kQ2 = 2.f, kP3 = kP * kP2, kQ3 = kQ * kQ2;
 
