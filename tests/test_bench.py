@@ -71,6 +71,13 @@ def test_copies_differ_and_fill_the_cache() -> None:
     assert not torch.equal(first.nodes[0].parameters["weight"], second.nodes[0].parameters["weight"])
 
 
+def test_the_default_is_networks_and_a_block_of_each_stream() -> None:
+    chosen = select(["net", "blocks"], ["s", "m"], [1, 8])
+    assert [w.title for w in chosen if w.batch == 8][:3] == ["ParNet-S", "ParNet-M", "S block 92@56"]
+    assert len(chosen) == 2 * (2 + 2 * 3)
+    assert all(w.kind == "repvgg_sse" for w in chosen if w.layer)
+
+
 def test_selection_has_every_stream_and_each_shape_once() -> None:
     chosen = select(["net", "ops"], list(VARIANTS), [1, 8])
     titles = [w.title for w in chosen if w.batch == 1]

@@ -61,24 +61,28 @@ void read_line(const T* from, int64_t stride, int count, float* to) {
   }
 }
 
-// One row of one block of channels whose channels are adjacent in memory.
+// The channels of one pixel, adjacent in memory, and zeros.
 template <class T>
-Vec enter_pixels(const T* from, int64_t stride, int channels, int width, float* to) {
-  Vec sum = zero();
-  alignas(64) float pixel[kLanes] = {};
-  for (int w = 0; w < width; w++, from += stride, to += kLanes) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      const Vec v = channels == kLanes ? load_unaligned(from) : load_first(from, channels);
-      sum = sum + v;
-      store(to, v);
-      continue;
-    }
+PARNET_INLINE Vec read_pixel(const T* from, int channels) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return channels == kLanes ? load_unaligned(from) : load_first(from, channels);
+  } else {
+    alignas(64) float pixel[kLanes] = {};
     if (channels == kLanes) {
       PARNET_UNROLL for (int c = 0; c < kLanes; c++) pixel[c] = widen(from[c]);
     } else {
       for (int c = 0; c < channels; c++) pixel[c] = widen(from[c]);
     }
-    const Vec v = load(pixel);
+    return load(pixel);
+  }
+}
+
+// One row of one block of channels whose channels are adjacent in memory.
+template <class T>
+Vec enter_pixels(const T* from, int64_t stride, int channels, int width, float* to) {
+  Vec sum = zero();
+  for (int w = 0; w < width; w++, from += stride, to += kLanes) {
+    const Vec v = read_pixel(from, channels);
     sum = sum + v;
     store(to, v);
   }
