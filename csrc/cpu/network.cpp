@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <list>
-#include <stdexcept>
 
 #include "pack.h"
 
@@ -24,52 +23,9 @@ constexpr int64_t kCachedBytes = int64_t{1} << 30;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-[[noreturn]] void bad_program(const std::string& what) { throw std::runtime_error("program: " + what); }
-
-std::array<int64_t, 4> output_shape(const Geometry& g, const std::array<int64_t, 4>& in) {
-  return {in[0], g.out_channels, div_up(in[2], g.stride), div_up(in[3], g.stride)};
-}
-
 int sum_chunks(int64_t rows) { return div_up(rows, div_up(rows, kRowChunks)); }
 
 }  // namespace
-
-std::array<int64_t, 4> result_shape(const Request& r) {
-  std::vector<std::array<int64_t, 4>> slots = r.inputs;
-  std::array<int64_t, 4> last{};
-  if (r.steps.empty()) bad_program("no layers");
-  for (const Step& s : r.steps) {
-    if (s.packed < 0 || s.packed >= static_cast<int64_t>(r.layers.size()))
-      bad_program("no such packed layer");
-    const Geometry& g = r.layers[s.packed];
-    const auto known = [&](int64_t slot) -> const std::array<int64_t, 4>& {
-      if (slot < 0 || slot >= static_cast<int64_t>(slots.size()) || slots[slot][1] < 0)
-        bad_program("a slot is read before it is written");
-      if (slots[slot][1] != g.in_channels) {
-        bad_program("layer " + std::to_string(s.packed) + " takes " + std::to_string(g.in_channels) +
-                    " channels, got " + std::to_string(slots[slot][1]));
-      }
-      return slots[slot];
-    };
-    if ((s.other >= 0) != (g.kind == Kind::kFusion))
-      bad_program("a second input goes with fusion layers only");
-    if (s.other >= 0 && known(s.other) != known(s.input))
-      bad_program("the inputs of a fusion differ in shape");
-    last = output_shape(g, known(s.input));
-    if (s.output < static_cast<int64_t>(r.inputs.size())) bad_program("an input slot is overwritten");
-    if (s.output >= static_cast<int64_t>(slots.size())) slots.resize(s.output + 1, {0, -1, 0, 0});
-    slots[s.output] = last;
-  }
-  if (r.pooled) last[2] = last[3] = 1;
-  if (r.classifier) {
-    if (r.classifier->in_channels != last[1] || !r.pooled) {
-      bad_program("the classifier takes " + std::to_string(r.classifier->in_channels) +
-                  " channel means, got " + std::to_string(last[1]) + (r.pooled ? "" : " maps"));
-    }
-    last[1] = r.classifier->out_channels;
-  }
-  return last;
-}
 
 int64_t NetworkPlan::packed_of(const Stage& stage) const {
   switch (stage.work) {
@@ -119,15 +75,16 @@ void NetworkPlan::read_inputs(const Layer& l, int stage, int image) {
 }
 
 // A buffer with a halo of zeros: one row and column before the map, one after it, two where tiles overhang
-// odd sizes. Takes the buffer of a dead value of the same shape and returns that value, or -1.
-int NetworkPlan::reserve_activation(Value& v) {
+// odd sizes. Takes the buffer of a value of the same shape that died before `level` and returns that value,
+// or -1: the layers of a level do not wait for each other.
+int NetworkPlan::reserve_activation(Value& v, int level) {
   int reused = -1;
   const int64_t rows = v.shape[2] + 2 + v.shape[2] % 2, cols = v.shape[3] + 2 + v.shape[3] % 2;
   const int lanes = kernels_.lanes;
   v.view = {nullptr, v.blocks * rows * cols * lanes, rows * cols * lanes, cols * lanes, lanes};
   for (size_t i = idle_values_.size(); i-- > 0;) {  // the last one is most likely still in cache
     Value& dead = values_[idle_values_[i]];
-    if (dead.shape == v.shape) {
+    if (dead.shape == v.shape && layers_[dead.last_use].level < level) {
       v.start = dead.start;
       reused = idle_values_[i];
       idle_values_.erase(idle_values_.begin() + i);
@@ -197,7 +154,7 @@ void NetworkPlan::plan_inputs() {
       v.floats = v.shape[0] * v.view.image;
       v.start = v.offset = reserve(v.floats);
     } else {
-      reserve_activation(v);
+      reserve_activation(v, 0);
     }
   }
 }
@@ -210,8 +167,49 @@ void NetworkPlan::enter_inputs(int image) {
   }
 }
 
-// Tile plans, shared between layers of one shape, and who transforms the inputs.
+// The tile plan of a layer, shared between layers of one shape.
+std::shared_ptr<const TilePlan> NetworkPlan::tiles_for(const Layer& l, int threads) {
+  const Geometry& g = request_.layers[l.step.packed];
+  const auto& shape = values_[l.output].shape;
+  for (const Layer& other : layers_) {
+    if (other.tiles && other.tiles->threads == threads && request_.layers[other.step.packed] == g &&
+        values_[other.output].shape == shape) {
+      return other.tiles;
+    }
+  }
+  return std::make_shared<TilePlan>(g, kernels_, shape[0], shape[2], shape[3], threads);
+}
+
+// Tile plans, and which layers are one item: as many of a level's as leave it a quarter to be shared out,
+// each no more than a thread's part of the level, and with tiles that fit into one block. Their inputs are
+// transformed and their weights read by one thread only, while others have other layers.
 void NetworkPlan::plan_tiles() {
+  std::vector<int64_t> level_work(layers_.back().level + 1), undivided(level_work.size());
+  for (Layer& l : layers_) {
+    if (l.stem) continue;
+    const Geometry& g = request_.layers[l.step.packed];
+    l.tiles = tiles_for(l, request_.threads);
+    for (const TileBlock& b : l.tiles->blocks) l.work += int64_t{b.table->m_rows} * g.group_blocks * g.panels;
+    level_work[l.level] += l.work;
+  }
+  for (Layer& l : layers_) {
+    if (l.stem || request_.threads == 1) continue;
+    if (l.work * request_.threads > level_work[l.level]) continue;
+    if ((undivided[l.level] + l.work) * 4 > level_work[l.level] * 3) continue;
+    const auto tiles = tiles_for(l, 1);
+    if (tiles->blocks.size() > 1) continue;
+    l.tiles = tiles;
+    undivided[l.level] += l.work;
+    values_[l.output].undivided = true;
+  }
+  // They come first: what is shared out fills the gaps.
+  std::stable_sort(layers_.begin(), layers_.end(), [&](const Layer& a, const Layer& b) {
+    return a.level != b.level ? a.level < b.level : is_undivided(a) && !is_undivided(b);
+  });
+}
+
+// What is an item, and who transforms the inputs.
+void NetworkPlan::plan_items() {
   int64_t region = 0;
   for (size_t i = 0; i < layers_.size(); i++) {
     Layer& l = layers_[i];
@@ -222,21 +220,11 @@ void NetworkPlan::plan_tiles() {
       l.row_items = sum_chunks(values_[l.output].shape[2]);
       continue;
     }
-    const auto& shape = values_[l.output].shape;
-    for (size_t j = 0; j < i && !l.tiles; j++) {
-      if (layers_[j].tiles && request_.layers[layers_[j].step.packed] == g &&
-          values_[layers_[j].output].shape == shape) {
-        l.tiles = layers_[j].tiles;
-      }
-    }
-    if (!l.tiles) {
-      l.tiles = std::make_shared<TilePlan>(g, kernels_, shape[0], shape[2], shape[3], request_.threads);
-    }
     const int64_t blocks = l.tiles->blocks.size(), refs = int64_t{g.groups} * g.group_blocks;
     const int64_t shared = blocks * l.tiles->v_floats;
     const int threads = request_.threads;
     // With enough blocks for all threads, an item is a block. Else it is some panels of a block.
-    const bool whole = blocks % threads == 0 || blocks >= 2 * threads;
+    const bool whole = is_undivided(l) || blocks % threads == 0 || blocks >= 2 * threads;
     const bool fine = g.groups == 1 && blocks * g.panels < 32 * threads;
     l.panels_per_item = whole ? g.panels : fine ? 1 : std::min(2, g.panels);
     // A thread transforms the inputs of a block itself, into memory that stays in its cache. If several
@@ -326,7 +314,7 @@ void NetworkPlan::reserve_output(Layer& l) {
     const int64_t channels = out.shape[1], row = out.shape[3] * channels;
     out.view = {nullptr, out.shape[2] * row, kernels_.lanes, row, channels};
   } else {
-    l.reused = reserve_activation(out);
+    l.reused = reserve_activation(out, l.level);
   }
   release_inputs(l);
 }
@@ -348,6 +336,7 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
   plan_values();
   plan_inputs();
   plan_tiles();
+  plan_items();
   order_layers();
   for (Layer& l : layers_) reserve_output(l);
   const size_t by_image =
@@ -361,13 +350,15 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
     }
   }
   if (!images) enter_inputs(-1);
-  // The gates and transforms of a layer stand before the products of the layer before it, if they do not
-  // depend on it: threads that run out of products find these instead of waiting.
+  // The gates and transforms of a layer stand before the products of the layer before it, if they depend
+  // neither on it nor on a long item: threads that run out of products find these instead of waiting.
   size_t prepared = by_image;
   for (size_t i = by_image; i < layers_.size(); i++) {
     for (; prepared < layers_.size() && prepared <= i + 1; prepared++) {
       Layer& next = layers_[prepared];
       if (prepared > i && (next.input == layers_[i].output || next.other == layers_[i].output)) break;
+      const auto is_late = [&](int value) { return value >= 0 && values_[value].undivided; };
+      if (next.level > layers_[i].level && (is_late(next.input) || is_late(next.other))) break;
       plan_gate(next, -1);
       plan_transform(next);
     }

@@ -7,36 +7,13 @@
 // is running it: no deadlock, however many threads really take part (one, if the caller is already inside a
 // parallel region).
 #pragma once
-#include <array>
 #include <memory>
-#include <optional>
-#include <string>
 #include <vector>
 
-#include "plan.h"
+#include "program.h"
 #include "workspace.h"
 
 namespace parnet::cpu {
-
-// Slots hold activations; the first slots hold the user's tensors.
-struct Step {
-  int64_t packed, input, other, output;
-  bool operator==(const Step&) const = default;
-};
-
-struct Request {
-  std::vector<Geometry> layers;  // by packed index
-  std::optional<Geometry> classifier;
-  std::vector<Step> steps;  // in an order that respects dependencies; the last one gives the result
-  std::vector<std::array<int64_t, 4>> inputs;  // N, C, H, W
-  int threads;
-  bool pooled;  // the result is [N, K, 1, 1]: channel means, or the classifier's logits
-  bool direct;  // the result is stored by the last layer itself: float, channels_last
-  bool operator==(const Request&) const = default;
-};
-
-// Shape of the result. Throws std::runtime_error if the program is malformed.
-std::array<int64_t, 4> result_shape(const Request&);
 
 // bench/profile.py knows these numbers.
 enum class Work : int32_t {
@@ -94,12 +71,14 @@ class NetworkPlan {
     int sum_rows = 0;         // per image
     std::vector<int> stages;  // that complete it: one, or one for each image
     std::vector<Use> readers;
-    size_t last_use = 0;  // position in execution order
+    bool undivided = false;  // its layer is one item
+    size_t last_use = 0;     // position in execution order
   };
   struct Layer {
     Step step;
     int input, other, output;  // values
     int level;
+    int64_t work = 0;  // products, in some unit
     bool stem;
     bool by_image;  // it has a stage for each image
     std::shared_ptr<const TilePlan> tiles;
@@ -128,7 +107,10 @@ class NetworkPlan {
   void plan_values();
   void plan_inputs();
   void enter_inputs(int image);
+  std::shared_ptr<const TilePlan> tiles_for(const Layer&, int threads);
   void plan_tiles();
+  bool is_undivided(const Layer& l) const { return values_[l.output].undivided; }
+  void plan_items();
   void order_layers();
   // Of all images (-1) or one.
   void plan_gate(Layer&, int image);
@@ -138,7 +120,7 @@ class NetworkPlan {
   void release_inputs(const Layer&);
   int add_stage(Work, int index, int64_t images, int64_t items_per_image, int image, std::vector<int> after);
   int64_t reserve(int64_t floats);
-  int reserve_activation(Value&);
+  int reserve_activation(Value&, int level);
   int index_of(const Layer& l) const { return &l - layers_.data(); }
   int64_t packed_of(const Stage&) const;
   std::vector<int> input_stages(const Layer&, int image) const;

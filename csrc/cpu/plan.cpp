@@ -115,7 +115,8 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
 }
 
 TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_rows, int out_cols,
-                   int threads) {
+                   int threads)
+    : threads(threads) {
   const int largest = images * out_rows * out_cols <= kFewOutputs ? 2 : 4;
   const auto rows = segments(out_rows, g.stride, largest), cols = segments(out_cols, g.stride, largest);
   tiles_per_image = rows.size() * cols.size();
