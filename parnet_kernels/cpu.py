@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ _PARAMETERS = {
     "downsample_se": ("weight", "bias", "gate_weight", "gate_bias"),
     "fusion_se": ("weight", "bias", "gate_weight", "gate_bias"),
 }
-_OPTIONAL = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
+OPTIONAL = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
 
 Parameters = dict[str, Tensor | None]
 
@@ -67,10 +68,24 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
     return result if result.numel() or not x.numel() else None
 
 
+def pack_layers(layers: Sequence[dict[str, Any]]) -> tuple[Tensor, list[int]]:
+    """Layers, one behind the other in one tensor, and the bytes they start at. Each is given by arguments of
+    `_cpu_pack`.
+    """
+    pack = torch.ops.parnet._cpu_pack.default
+    measured, ends = torch.empty(0, dtype=torch.uint8), [0]
+    for layer in layers:
+        ends.append(pack(measured, ends[-1], **layer))
+    packed = torch.ops.parnet._cpu_bytes(ends.pop())
+    for start, layer in zip(ends, layers, strict=True):
+        pack(packed, start, **layer)
+    return packed, ends
+
+
 def pack(op: str, stride: int, activation: str, parameters: Parameters, storage: str = "auto") -> Tensor:
     """The packed form of one layer; `storage` see `DeployedParNet.prepare`."""
-    arguments = {**_OPTIONAL, **parameters}
-    return torch.ops.parnet._cpu_pack(op, stride, **arguments, activation=activation, storage=storage)
+    options = {"kind": op, "stride": stride, "activation": activation, "storage": storage}
+    return pack_layers([{**OPTIONAL, **parameters, **options}])[0]
 
 
 def are_finite(tensors: list[Tensor]) -> bool:

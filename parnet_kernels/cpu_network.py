@@ -24,9 +24,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 class _Packed(NamedTuple):
     watch: Watch
-    weights: list[Tensor]  # none if a buffer is not finite: the kernels' tiles would spread it
+    weights: Tensor | None  # of all layers; None if a buffer is not finite: the kernels' tiles would spread it
+    program: Tensor | None  # see schemas.inc
     classifier: Tensor | None
-    program: list[int]  # four numbers a layer: index in `weights`, input slots (second: −1 if none), output slot
 
 
 class CpuNetwork:
@@ -54,19 +54,20 @@ class CpuNetwork:
         if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return f"x is a {type(x).__name__}"
         head = network.head_weight
-        if x.device.type != "cpu" or head.device.type != "cpu":
+        if not (x.is_cpu and head.is_cpu):
             return "not on the CPU"
         if x.dtype not in _DTYPES or head.dtype != x.dtype:
             return f"x is {x.dtype} and the weights are {head.dtype}, not both one of {_DTYPES}"
-        if x.dim() != 4 or x.shape[1] != network.config.in_chans or 0 in x.shape[1:]:
-            return f"x has shape {list(x.shape)}"
+        shape = x.shape
+        if len(shape) != 4 or shape[1] != network.config.in_chans or 0 in shape[1:]:
+            return f"x has shape {list(shape)}"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         if torch.is_grad_enabled() and x.requires_grad:
             return "x needs a gradient"
         if unpack_dual(x).tangent is not None:
             return "x has a tangent"
-        if network.affines:
+        if network.has_affines:
             return "a stream without blocks feeds a fusion"
         return None
 
@@ -85,41 +86,36 @@ class CpuNetwork:
         """Packs the weights if they are not, or have changed since; None if they cannot be watched, are
         elsewhere or not finite.
         """
-        modules = [*network.layers.values(), network]
         packed = self._packed
-        if packed is None or not packed.watch.unchanged(modules):
+        if packed is None or not packed.watch.unchanged():
             with self._lock:
                 packed = self._packed
-                if packed is None or not packed.watch.unchanged(modules):
+                if packed is None or not packed.watch.unchanged():
                     # The watch first: a change while packing must be seen at the next call.
-                    watch = Watch.of(modules, "cpu")
+                    watch = Watch.of(network, "cpu")
                     self._packed = packed = self._pack(network, watch) if watch else None
-        return packed if packed is not None and packed.weights else None
+        return packed if packed is not None and packed.weights is not None else None
 
     def _pack(self, network: DeployedParNet, watch: Watch) -> _Packed:
         if not cpu.are_finite(list(network.buffers())):
-            return _Packed(watch, [], None, [])
+            return _Packed(watch, None, None, None)
         modules = network.operators()
-        optional = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
-        weights = [
-            torch.ops.parnet._cpu_pack(
-                m.kind,
-                m.stride,
-                **{**optional, **m.arguments()},
-                activation=m.activation,
-                storage=self.storage,
-            )
-            for m in modules
-        ]
+        names = ("kind", "stride", "activation")
+        weights, starts = cpu.pack_layers(
+            [
+                cpu.OPTIONAL | m.arguments() | {name: getattr(m, name) for name in names} | {"storage": self.storage}
+                for m in modules
+            ]
+        )
         slots, program = {"image": 0}, []
-        for index, layer in enumerate(layers(network.config)[: len(modules)]):
-            slots[layer.name] = index + 1
+        for start, layer in zip(starts, layers(network.config), strict=False):  # a pointwise head is not packed
             inputs = [slots[name] for name in layer.inputs]
-            program += [index, inputs[0], inputs[1] if len(inputs) == 2 else -1, index + 1]
+            slots[layer.name] = len(slots)
+            program.append([start, inputs[0], inputs[1] if len(inputs) == 2 else -1, slots[layer.name]])
         classifier = None
         if network.num_classes and not network.config.pointwise_head:
             classifier = torch.ops.parnet._cpu_pack_classifier(network.head_weight, network.head_bias)
-        return _Packed(watch, weights, classifier, program)
+        return _Packed(watch, weights, torch.tensor(program), classifier)
 
     def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor | None:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map. None: not with these weights."""
@@ -130,8 +126,8 @@ class CpuNetwork:
         last = is_channels_last(x)
         if not network.config.pointwise_head:
             classifier = packed.classifier if result == "logits" else None
-            return torch.ops.parnet._cpu_network(*arguments, result != "features", last, classifier)
-        features = network.layers["combine_3"](torch.ops.parnet._cpu_network(*arguments, False, last))
+            return torch.ops.parnet._cpu_network.default(*arguments, result != "features", last, classifier)
+        features = network.layers["combine_3"](torch.ops.parnet._cpu_network.default(*arguments, False, last))
         if result == "features":
             return features
         pooled = features.mean((2, 3))

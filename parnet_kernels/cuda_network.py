@@ -184,7 +184,7 @@ class CudaNetwork:
             return "x needs a gradient"
         if unpack_dual(x).tangent is not None:
             return "x has a tangent"
-        if network.affines:
+        if network.has_affines:
             return "a stream without blocks feeds a fusion"
         return None
 
@@ -196,13 +196,12 @@ class CudaNetwork:
         """The packed weights; packs them if they are not, or have changed since. None if they cannot be watched, or are
         elsewhere. Those packed while a graph is captured are not kept: they hold nothing before it is replayed.
         """
-        modules = [*network.layers.values(), network]
         watch, weights = self._weights.get(precision, (None, None))
-        if watch is None or weights is None or not watch.unchanged(modules):
+        if watch is None or weights is None or not watch.unchanged():
             with self._lock:
                 watch, weights = self._weights.get(precision, (None, None))
-                if watch is None or weights is None or not watch.unchanged(modules):
-                    watch = Watch.of(modules, network.head_weight.device.type)
+                if watch is None or weights is None or not watch.unchanged():
+                    watch = Watch.of(network, network.head_weight.device.type)
                     if watch is None:
                         return None
                     head = [network.head_weight, network.head_bias]

@@ -101,6 +101,7 @@ class DeployedParNet(nn.Module):
         )
         width = {layer.name: layer.out_channels for layer in graph}
         self.affines = nn.ModuleDict({_slot(n): AffineLayer(width[n]) for n in fused if n not in in_producer})
+        self.has_affines = len(self.affines) > 0
         self.register_buffer("head_weight", torch.zeros(config.num_classes, self.num_features))
         self.register_buffer("head_bias", torch.zeros(config.num_classes))
         self._native = CpuNetwork()

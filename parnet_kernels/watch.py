@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from parnet_kernels.deployed import DeployedParNet
 
 _version = operator.attrgetter("_version")
 
 
 class Watch:
-    """The buffers of `modules` as they are now. Holds them, so that none of them can be mistaken for a later one.
+    """The buffers of a network as they are now. Holds them, so that none of them can be mistaken for a later one.
 
-    Asked at every call of a network, when caches hold weights and activations: it touches as little memory as it can.
+    Asked at every call of the network, when caches hold weights and activations: it touches as little memory as it can.
     What bypasses autograd's version counter (`weight.data.mul_(2)`, NumPy views) is not seen.
     """
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module], device_type: str) -> Watch | None:
+    def of(cls, network: DeployedParNet, device_type: str) -> Watch | None:
         """None if some buffers are on other devices, or inference tensors, whose changes cannot be seen."""
-        buffers = (b for module in modules for b in module._buffers.values() if b is not None)
-        if any(b.is_inference() or b.device.type != device_type for b in buffers):
+        if any(b.is_inference() or b.device.type != device_type for b in network.buffers()):
             return None
-        return cls(modules)
+        return cls(network)
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = list(modules)
-        self._dicts = [module._buffers for module in modules]
-        self._buffers = [*chain.from_iterable(map(dict.values, self._dicts))]
-        self._tensors: list[Tensor] = [b for b in self._buffers if b is not None]
+    def __init__(self, network: DeployedParNet) -> None:
+        modules = [network, *network.layers.values()]
+        # What can be replaced: the layers as a whole, each of them, and their buffers.
+        self._dicts: list[dict[str, Any]] = [network._modules, network.layers._modules, *(m._buffers for m in modules)]
+        self._objects = self._current()
+        self._tensors = [b for b in self._objects if isinstance(b, Tensor)]
         self._versions = [*map(_version, self._tensors)]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]  # `weight.data = …` keeps the version
 
-    def unchanged(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether `modules` are the same ones, and no buffer was replaced, added, removed or changed in place."""
-        buffers = [*chain.from_iterable(map(dict.values, self._dicts))]
+    def _current(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._dicts))]
+
+    def unchanged(self) -> bool:
+        """Whether no layer or buffer was replaced, added, removed or changed in place."""
+        objects = self._current()
         return (
-            len(modules) == len(self._modules)
-            and all(map(operator.is_, modules, self._modules))
-            and len(buffers) == len(self._buffers)
-            and all(map(operator.is_, buffers, self._buffers))
+            len(objects) == len(self._objects)
+            and all(map(operator.is_, objects, self._objects))
             and [*map(_version, self._tensors)] == self._versions
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
         )

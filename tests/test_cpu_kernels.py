@@ -198,19 +198,19 @@ class Chain:
             self.parameters.append((args[len(inputs) :], options))
         names = {"repvgg_sse": ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias")}
         other = ("weight", "bias", "gate_weight", "gate_bias")
-        self.packed = [
-            cpu.pack(
-                op,
-                stride,
-                options["activation"],
-                dict(zip(names.get(op, other), args, strict=True))
-                | {name: options[name] for name in ("out_scale", "out_shift")},
-            )
-            for (op, _, stride, _, _), (args, options) in zip(self.layers, self.parameters, strict=True)
-        ]
-        self.program: list[int] = []
-        for i, (_, inputs, *_) in enumerate(self.layers):
-            self.program += [i, inputs[0], inputs[1] if len(inputs) == 2 else -1, i + 1]
+        self.packed, self.starts = cpu.pack_layers(
+            [
+                cpu.OPTIONAL
+                | dict(zip(names.get(op, other), args, strict=True))
+                | {name: options[name] for name in ("activation", "out_scale", "out_shift")}
+                | {"kind": op, "stride": stride, "storage": "auto"}
+                for (op, _, stride, _, _), (args, options) in zip(self.layers, self.parameters, strict=True)
+            ]
+        )
+        rows = zip(self.starts, [inputs for _, inputs, *_ in self.layers], strict=True)
+        self.program = torch.tensor(
+            [[start, i[0], i[1] if len(i) == 2 else -1, slot + 1] for slot, (start, i) in enumerate(rows)]
+        )
 
     def __call__(self, x: torch.Tensor, pooled: bool = False, channels_last: bool = False) -> torch.Tensor:
         return torch.ops.parnet._cpu_network(x, self.packed, self.program, pooled, channels_last)
@@ -259,7 +259,7 @@ def test_profile_of_a_network() -> None:
     network, x = Chain(), torch.randn(2, 3, 64, 64)
     rows = torch.ops.parnet._cpu_profile(x, network.packed, network.program, True, False)
     assert rows.dtype == torch.float64
-    assert rows[:, 1].unique().tolist() == [-1, *range(len(network.packed))]
+    assert rows[:, 1].unique().tolist() == [-1, *range(len(network.layers))]
     assert (rows[:, 2] >= 0).all()
     assert rows[:, 2].sum() > 0
 
@@ -319,24 +319,44 @@ def test_network_from_several_threads() -> None:
 
 def test_bad_programs() -> None:
     network, x = Chain(), torch.randn(1, 3, 8, 8)
-    bad = {
-        "no layers": [],
-        "no such packed layer": [99, 0, -1, 1],
-        "read before it is written": [0, 4, -1, 1],
-        "takes 12 channels, got 3": [1, 0, -1, 1],
-        "a second input goes with fusion layers only": [0, 0, 0, 1],
-        "an input slot is overwritten": [0, 0, -1, 0],
+    first, second = network.starts[:2]
+    bad: dict[str, list[int]] = {
+        "has no layer at": [network.packed.numel(), 0, -1, 1],
+        "made by parnet::_cpu_pack": [first + 64, 0, -1, 1],
+        "64-byte aligned": [first + 1, 0, -1, 1],
+        "read before it is written": [first, 4, -1, 1],
+        "takes 12 channels, got 3": [second, 0, -1, 1],
+        "a second input goes with fusion layers only": [first, 0, 0, 1],
+        "an input slot is overwritten": [first, 0, -1, 0],
     }
-    for text, program in bad.items():
+    run = torch.ops.parnet._cpu_network
+    for text, row in bad.items():
         with pytest.raises(RuntimeError, match=text):
-            torch.ops.parnet._cpu_network(x, network.packed, program, False, False)
+            run(x, network.packed, torch.tensor([row]), False, False)
+    with pytest.raises(RuntimeError, match="no layers"):
+        run(x, network.packed, torch.empty(0, 4, dtype=torch.int64), False, False)
+    for program in (torch.zeros(4, dtype=torch.int64), network.program.int(), network.program[:, :3]):
+        with pytest.raises(RuntimeError, match="`program` must be"):
+            run(x, network.packed, program, False, False)
     classifier = torch.ops.parnet._cpu_pack_classifier(torch.randn(10, 21), None)
     with pytest.raises(RuntimeError, match="takes 21 channel means, got 20"):
-        torch.ops.parnet._cpu_network(x, network.packed, network.program, True, False, classifier)
+        run(x, network.packed, network.program, True, False, classifier)
     with pytest.raises(RuntimeError, match="classifier"):
-        torch.ops.parnet._cpu_network(x, network.packed, network.program, True, False, network.packed[0])
+        run(x, network.packed, network.program, True, False, network.packed)
     with pytest.raises(RuntimeError, match="classifier"):
-        torch.ops.parnet._cpu_network(x, [classifier], [0, 0, -1, 1], False, False)
+        run(x, classifier, torch.tensor([[0, 0, -1, 1]]), False, False)
+
+
+def test_packing_needs_a_place() -> None:
+    args, options = arguments("downsample_se", stride=2)
+    layer = cpu.OPTIONAL | dict(zip(("weight", "bias", "gate_weight", "gate_bias"), args[1:], strict=True))
+    layer |= {"kind": "downsample_se", "stride": 2, "activation": options["activation"], "storage": "full"}
+    pack, empty = torch.ops.parnet._cpu_pack, torch.empty(0, dtype=torch.uint8)
+    size = pack(empty, 0, **layer)
+    assert pack(torch.ops.parnet._cpu_bytes(size + 64), 64, **layer) == size + 64
+    for into, at in ((size - 64, 0), (size, 64), (size + 64, 32), (size + 64, -64)):
+        with pytest.raises(RuntimeError, match=f"a place for {size} bytes at {at}"):
+            pack(torch.ops.parnet._cpu_bytes(into), at, **layer)
 
 
 def test_packed_weights_are_checked() -> None:

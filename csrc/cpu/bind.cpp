@@ -66,8 +66,8 @@ const float* data(const std::optional<Tensor>& x, const char* name, int64_t coun
   return static_cast<const float*>(x->const_data_ptr());
 }
 
-Tensor zeroed_bytes(const Tensor& like, int64_t bytes) {
-  Tensor result = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+Tensor zeroed_bytes(int64_t bytes) {
+  Tensor result = torch::stable::empty({bytes}, ScalarType::Byte);
   char* to = static_cast<char*>(result.mutable_data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % 64 == 0, "the allocator must align to 64 bytes");
   parnet::cpu::advise_huge_pages(to, bytes);
@@ -77,11 +77,12 @@ Tensor zeroed_bytes(const Tensor& like, int64_t bytes) {
   return result;
 }
 
-Tensor pack(const std::string& kind, int64_t stride, const Tensor& weight_in, const Tensor& bias_in,
-            const Tensor& gate_weight_in, const std::optional<Tensor>& gate_bias_in,
-            const std::optional<Tensor>& skip_scale_in, const std::optional<Tensor>& skip_shift_in,
-            const std::optional<Tensor>& out_scale_in, const std::optional<Tensor>& out_shift_in,
-            const std::string& activation, const std::string& storage) {
+// Returns where the layer ends; writes it only if `into` is not empty.
+int64_t pack(const Tensor& into, int64_t at, const std::string& kind, int64_t stride, const Tensor& weight_in,
+             const Tensor& bias_in, const Tensor& gate_weight_in, const std::optional<Tensor>& gate_bias_in,
+             const std::optional<Tensor>& skip_scale_in, const std::optional<Tensor>& skip_shift_in,
+             const std::optional<Tensor>& out_scale_in, const std::optional<Tensor>& out_shift_in,
+             const std::string& activation, const std::string& storage) {
   parnet::cpu::LayerParameters p{};
   if (kind == "repvgg_sse") {
     p.kind = Kind::kRepVGG;
@@ -139,9 +140,14 @@ Tensor pack(const std::string& kind, int64_t stride, const Tensor& weight_in, co
   p.out_shift = data(out_shift, "out_shift", outputs);
 
   const parnet::cpu::PackedHeader header = parnet::cpu::plan_pack(p, k);
-  Tensor packed = zeroed_bytes(weight, header.total_bytes);
-  parnet::cpu::pack(p, k, header, packed.mutable_data_ptr(), parallel_items);
-  return packed;
+  const int64_t end = at + header.total_bytes;
+  if (into.numel() == 0) return end;
+  STD_TORCH_CHECK(into.is_cpu() && into.scalar_type() == ScalarType::Byte && into.is_contiguous() &&
+                      at >= 0 && at % 64 == 0 && end <= into.numel(),
+                  "`into` must be a contiguous uint8 CPU tensor with a place for ", header.total_bytes,
+                  " bytes at ", at);
+  parnet::cpu::pack(p, k, header, static_cast<char*>(into.mutable_data_ptr()) + at, parallel_items);
+  return end;
 }
 
 Tensor pack_classifier(const Tensor& weight_in, const std::optional<Tensor>& bias_in) {
@@ -151,7 +157,7 @@ Tensor pack_classifier(const Tensor& weight_in, const std::optional<Tensor>& bia
   const std::optional<Tensor> bias = as_float(bias_in);
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   const auto header = parnet::cpu::plan_classifier(weight.size(0), weight.size(1), k);
-  Tensor packed = zeroed_bytes(weight, header.total_bytes);
+  Tensor packed = zeroed_bytes(header.total_bytes);
   parnet::cpu::pack_classifier(static_cast<const float*>(weight.const_data_ptr()),
                                data(bias, "bias", weight.size(0)), k, header, packed.mutable_data_ptr(),
                                parallel_items);
@@ -165,33 +171,48 @@ struct Result {
   bool finite;  // whether the inputs were
 };
 
-const parnet::cpu::PackedHeader& header_of(const Tensor& packed, bool classifier) {
+const parnet::cpu::PackedHeader& header_of(const Tensor& packed, int64_t at, bool classifier) {
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
                   "`packed` must be a contiguous uint8 CPU tensor");
-  const parnet::cpu::PackedHeader& h =
-      parnet::cpu::check_packed(packed.const_data_ptr(), packed.numel(), parnet::cpu::kernels());
+  STD_TORCH_CHECK(at >= 0 && at < packed.numel(), "`packed` has no layer at ", at);
+  const parnet::cpu::PackedHeader& h = parnet::cpu::check_packed(
+      static_cast<const char*>(packed.const_data_ptr()) + at, packed.numel() - at, parnet::cpu::kernels());
   STD_TORCH_CHECK((h.kind == Kind::kClassifier) == classifier,
                   "`packed` must be made by parnet::_cpu_pack, `classifier` by parnet::_cpu_pack_classifier");
   return h;
 }
 
-Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
-           const std::optional<Tensor>& classifier, std::vector<parnet::cpu::Step> steps, bool pooled,
-           bool channels_last, std::vector<parnet::cpu::StageTime>* profile = nullptr) {
+// Packed layers and the order they run in.
+struct Program {
+  std::vector<const parnet::cpu::PackedHeader*> layers;
+  std::vector<parnet::cpu::Step> steps;
+};
+
+Program program_of(const Tensor& packed, const Tensor& program) {
+  STD_TORCH_CHECK(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.is_contiguous() &&
+                      program.dim() == 2 && program.size(1) == 4,
+                  "`program` must be a contiguous int64 CPU tensor [layers, 4]");
+  Program result;
+  const auto* row = static_cast<const int64_t*>(program.const_data_ptr());
+  for (int64_t i = 0; i < program.size(0); i++, row += 4) {
+    result.layers.push_back(&header_of(packed, row[0], false));
+    result.steps.push_back({i, row[1], row[2], row[3]});
+  }
+  return result;
+}
+
+Result run(const std::vector<Tensor>& inputs, Program program, const std::optional<Tensor>& classifier,
+           bool pooled, bool channels_last, std::vector<parnet::cpu::StageTime>* profile = nullptr) {
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   parnet::cpu::Request request{.layers = {},
                                .classifier = {},
-                               .steps = std::move(steps),
+                               .steps = std::move(program.steps),
                                .inputs = {},
                                .threads = static_cast<int>(torch::stable::get_num_threads()),
                                .pooled = pooled,
                                .direct = false};
-  std::vector<const parnet::cpu::PackedHeader*> headers;
-  for (const Tensor& p : packed) {
-    headers.push_back(&header_of(p, false));
-    request.layers.push_back(parnet::cpu::geometry_of(*headers.back()));
-  }
-  const parnet::cpu::PackedHeader* head = classifier ? &header_of(*classifier, true) : nullptr;
+  for (const auto* h : program.layers) request.layers.push_back(parnet::cpu::geometry_of(*h));
+  const parnet::cpu::PackedHeader* head = classifier ? &header_of(*classifier, 0, true) : nullptr;
   if (head) request.classifier = parnet::cpu::geometry_of(*head);
   std::vector<Strided> views;
   for (const Tensor& x : inputs) {
@@ -212,7 +233,7 @@ Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
   Strided out{result.mutable_data_ptr(), views[0].dtype, {shape[0], c, h, w}, {c * h * w, h * w, w, 1}};
   if (last) out.stride[1] = 1, out.stride[2] = w * c, out.stride[3] = c;
   const bool finite =
-      parnet::cpu::plan_for(request, k)->run(headers, head, views, out, run_parallel, profile);
+      parnet::cpu::plan_for(request, k)->run(program.layers, head, views, out, run_parallel, profile);
   return {result, finite};
 }
 
@@ -220,30 +241,21 @@ Result run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& packed,
 Tensor layer(const Tensor& x, const std::optional<Tensor>& y, const Tensor& packed, bool channels_last) {
   std::vector<Tensor> inputs = {x};
   if (y) inputs.push_back(*y);
-  const Result result =
-      run(inputs, {packed}, std::nullopt, {{0, 0, y ? 1 : -1, y ? 2 : 1}}, false, channels_last);
+  const Program program{{&header_of(packed, 0, false)}, {{0, 0, y ? 1 : -1, y ? 2 : 1}}};
+  const Result result = run(inputs, program, std::nullopt, false, channels_last);
   return result.finite ? result.value : torch::stable::new_empty(x, {0});
 }
 
-std::vector<parnet::cpu::Step> steps_of(const std::vector<int64_t>& program) {
-  STD_TORCH_CHECK(program.size() % 4 == 0, "`program` must be four numbers a layer, got ", program.size());
-  std::vector<parnet::cpu::Step> steps;
-  for (size_t i = 0; i < program.size(); i += 4) {
-    steps.push_back({program[i], program[i + 1], program[i + 2], program[i + 3]});
-  }
-  return steps;
-}
-
-Tensor network(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
-               bool pooled, bool channels_last, const std::optional<Tensor>& classifier) {
-  return run({x}, packed, classifier, steps_of(program), pooled, channels_last).value;
+Tensor network(const Tensor& x, const Tensor& packed, const Tensor& program, bool pooled, bool channels_last,
+               const std::optional<Tensor>& classifier) {
+  return run({x}, program_of(packed, program), classifier, pooled, channels_last).value;
 }
 
 // One row for each stage: Work, packed index, seconds.
-Tensor profile(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& program,
-               bool pooled, bool channels_last, const std::optional<Tensor>& classifier) {
+Tensor profile(const Tensor& x, const Tensor& packed, const Tensor& program, bool pooled, bool channels_last,
+               const std::optional<Tensor>& classifier) {
   std::vector<parnet::cpu::StageTime> times;
-  run({x}, packed, classifier, steps_of(program), pooled, channels_last, &times);
+  run({x}, program_of(packed, program), classifier, pooled, channels_last, &times);
   Tensor result = torch::stable::new_empty(x, {static_cast<int64_t>(times.size()), 3}, ScalarType::Double);
   auto* row = static_cast<double*>(result.mutable_data_ptr());
   for (const parnet::cpu::StageTime& t : times) {
@@ -291,4 +303,7 @@ STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_fingerprint", TORCH_BOX(&fingerprint));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) { m.impl("_cpu_info", TORCH_BOX(&info)); }
+STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_bytes", TORCH_BOX(&zeroed_bytes));
+  m.impl("_cpu_info", TORCH_BOX(&info));
+}

@@ -208,8 +208,8 @@ const PackedHeader& check_packed(const void* data, int64_t bytes, const Kernels&
   if (reinterpret_cast<uintptr_t>(data) % 64 != 0) {
     throw std::runtime_error("packed weights must be 64-byte aligned; do not slice or memory-map them");
   }
-  if (bytes < static_cast<int64_t>(sizeof(PackedHeader)) || h.magic != kPackMagic || h.total_bytes != bytes) {
-    throw std::runtime_error("packed must be a tensor made by parnet::_cpu_pack");
+  if (bytes < static_cast<int64_t>(sizeof(PackedHeader)) || h.magic != kPackMagic || h.total_bytes > bytes) {
+    throw std::runtime_error("packed must be made by parnet::_cpu_pack");
   }
   if (h.version != kPackVersion || h.lanes != k.lanes) {
     throw std::runtime_error("packed weights are for " + std::to_string(h.lanes) + " lanes, format " +

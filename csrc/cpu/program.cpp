@@ -19,8 +19,6 @@ std::array<int64_t, 4> result_shape(const Request& r) {
   std::array<int64_t, 4> last{};
   if (r.steps.empty()) bad_program("no layers");
   for (const Step& s : r.steps) {
-    if (s.packed < 0 || s.packed >= static_cast<int64_t>(r.layers.size()))
-      bad_program("no such packed layer");
     const Geometry& g = r.layers[s.packed];
     const auto known = [&](int64_t slot) -> const std::array<int64_t, 4>& {
       if (slot < 0 || slot >= static_cast<int64_t>(slots.size()) || slots[slot][1] < 0)
