@@ -45,7 +45,7 @@ class CpuNetwork:
 
     def why_not(self, network: DeployedParNet, x: Tensor) -> str | None:
         """The reason why this call must go layer by layer, or None."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "the network is being traced"
         if _native.cpu_error:
             return _native.cpu_error

@@ -164,7 +164,7 @@ class CudaNetwork:
 
     def why_not(self, network: DeployedParNet, x: Tensor) -> str | None:
         """The reason why this call must go layer by layer, or None."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "the network is being traced"
         if ops.forced_backend() not in (None, "cuda"):
             return f"the backend {ops.forced_backend()!r} is asked for"

@@ -184,6 +184,18 @@ def test_changes_of_weights_are_seen() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_trace_holds_operators_not_packed_weights() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    deployed.prepare()
+    traced = torch.jit.trace(deployed, image((64, 64)))
+    assert "parnet::repvgg_sse" in str(traced.inlined_graph)
+    assert "parnet::_cpu" not in str(traced.inlined_graph)
+    other = image((96, 33), n=2)
+    assert error(traced(other), deployed(other)) <= 1e-6
+
+
+@torch.no_grad()
 def test_conversion_frees_packed_weights() -> None:
     _, deployed = pair(TINY["3 streams"])
     held = weakref.ref(deployed._native.prepare(deployed).weights)
