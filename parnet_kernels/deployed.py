@@ -198,8 +198,8 @@ class DeployedParNet(nn.Module):
 
         storage: of the 9 values of a kernel, "full" keeps the 36 transformed ones, "rows" 18, "compact" 9; the rest is
         made at each call. The result has the same bits; less memory takes more time, but for large layers bound by
-        reading it. "auto", the start: "full"; with AVX-512, "rows" from 270 × 270 channels on; "compact" from
-        1200 × 1200 on. None: as before.
+        reading it. "auto", the start: "full"; with AVX-512, "rows" from 270 × 270 channels on where maps are smaller
+        than an eighth of the image; "compact" from 1200 × 1200 on. None: as before.
 
         Raises:
             ValueError: for another storage.

@@ -183,6 +183,16 @@ def test_changes_of_weights_are_seen() -> None:
     assert torch.equal(deployed.float()(x), before)
 
 
+def test_storage_of_a_network_knows_its_maps() -> None:
+    with torch.device("meta"):
+        network = DeployedParNet(VARIANTS["l"])
+    found = dict(zip(network.layers, network._native._storages(network), strict=True))
+    assert {found[name] for name in ("inits_0_0", "streams_0_0", "streams_1_0", "downsamples_2_0")} == {"full"}
+    assert {found[name] for name in ("inits_2", "streams_2_0", "downsamples_2_1_2", "combine_3")} == {"auto"}
+    network._native.use("rows")
+    assert set(network._native._storages(network)) == {"rows"}
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_trace_holds_operators_not_packed_weights() -> None:
