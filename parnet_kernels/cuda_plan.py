@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,18 +19,29 @@ import torch
 from parnet_kernels import environment
 from parnet_kernels.cuda_pack import CHUNK_BYTES
 
-SPLITS = range(1, 9)
+MAX_SPLITS = 8  # that add their sums by way of global memory
 # Units: one output row of a tile in one stage, 6 clocks of an A100's tensor cores. Estimates: a stage's cost besides
-# its products (weights to shared memory, barrier), a block's start and end, and for each split of a tile 28 KB of
-# partial sums at 64 bytes a clock. So long a block keeps its multiprocessor busy if a second one fills its pauses;
-# alone it takes ALONE times as long. L2_REACHED of L2's rate is what blocks get that all start together. Not measured:
-# of a few values of STAGE_COST, ALONE and L2_REACHED those for which bench/cuda_levels.py models the least time.
-STAGE_COST, BLOCK_COST, SPLIT_COST = 16, 150, 75
-ALONE, L2_REACHED = 1.1, 0.625
-WGMMA_ROW = 0.9  # a row of a warpgroup tile; 0.63 / 0.82 by the rates, chosen like the others
+# its products (weights to shared memory, barrier), a block's start and end, 28 KB of partial sums stored or loaded, and
+# TRIP, a round trip to L2 that nothing hides. Alone on a multiprocessor a block takes ALONE times as long as beside a
+# second one that fills its pauses. L2_REACHED of L2's rate is what blocks get that all start together. Not measured: of
+# a few values those for which bench/cuda_levels.py models the least time.
+STAGE_COST, BLOCK_COST, SPLIT_COST, TRIP = 20, 100, 40, 50
+ALONE, L2_REACHED = 1.05, 0.625
+WGMMA_ROW = 0.85  # a row of a warpgroup tile; 0.63 / 0.82 by the rates, chosen like the others
 CANDIDATES = 48  # combinations whose schedule is simulated
-#: Bytes that L2 gives a multiprocessor at most while it does a unit: their rates are in bench/cuda_levels.py.
+#: Bytes that L2 gives a multiprocessor while it does a unit, if all ask: their rates are in bench/cuda_levels.py. How
+#: many times that it takes if others do not ask: 64 bytes a clock.
 L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 136, 100: 127, 120: 300}
+L2_SHARES = {80: 1.35, 90: 2.2}
+#: The same of what a multiprocessor reads from another one, and round trips that this takes after the products.
+PAIR_BYTES, PAIR_TRIPS = 67, 2
+SPLITS_AT_ONCE = 2  # that a tile of mma.sync adds; a warpgroup tile adds fragments as they come (splits.cuh)
+
+
+class Pairing(IntEnum):
+    """What two adjacent blocks (warpgroup tiles) do together: nothing, load each other's weights, add their splits."""
+
+    ALONE, PIXELS, SPLITS = range(3)
 
 
 class TileShape(NamedTuple):
@@ -66,8 +79,9 @@ def policy(architecture: int) -> Policy:
     return Policy(**{**constants, "shapes": tuple(TileShape(*s) for s in shapes)})
 
 
-#: Whether plans for Hopper use warpgroup tiles: where they pay, in every layer (for tests), or not at all.
-Wgmma = Literal["planned", "always", "never"]
+#: Whether plans for Hopper use warpgroup tiles: where they pay, in every layer (for tests), in pairs wherever they can
+#: be (for tests), or not at all.
+Wgmma = Literal["planned", "always", "paired", "never"]
 _wgmma: Wgmma = "planned" if environment.WGMMA else "never"
 
 
@@ -155,6 +169,17 @@ class Tiling:
     slot_pitch: int
     splits: int
     shared: int
+    pairing: Pairing = Pairing.ALONE
+
+    @property
+    def parts(self) -> int:
+        """Of a tile's splits, those that meet in global memory."""
+        return self.splits // 2 if self.pairing == Pairing.SPLITS else self.splits
+
+    @property
+    def sum_tiles(self) -> int:
+        """How many sums of an image the blocks store for each channel."""
+        return self.image_tiles * (2 if self.pairing == Pairing.SPLITS else 1)
 
     @property
     def image_tiles(self) -> int:
@@ -164,7 +189,9 @@ class Tiling:
         return s.n * self.image_tiles * s.groups * s.column_tiles
 
     def blocks(self, s: Shape) -> int:
-        return self.tiles(s) * self.splits
+        """With those that an odd number of tiles leaves without one."""
+        alone = self.pairing == Pairing.PIXELS and s.n * self.image_tiles % 2
+        return (self.tiles(s) + (s.groups * s.column_tiles if alone else 0)) * self.splits
 
 
 def _slot_pitch(cols: int, stride: int) -> tuple[int, bool]:
@@ -209,7 +236,7 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
 def block_costs(s: Shape, t: Tiling, p: Policy) -> list[tuple[float, int]]:
     """Modelled durations of a layer's blocks, longest first, and how many there are of each."""
     shape = p.shapes[t.tile]
-    extra = BLOCK_COST + (SPLIT_COST * t.splits if t.splits > 1 else 0)
+    extra = BLOCK_COST + SPLIT_COST * shape.rows / 112 * (t.parts - 1) / t.splits
     row = shape.rows * (WGMMA_ROW if shape.warpgroup else 1) + STAGE_COST
     most, longer = -(-s.chunks // t.splits), s.chunks % t.splits or t.splits  # blocks with the most chunks
     costs = [(3.0 * most * row + extra, longer * t.tiles(s))]
@@ -218,13 +245,35 @@ def block_costs(s: Shape, t: Tiling, p: Policy) -> list[tuple[float, int]]:
     return costs
 
 
+def waits(t: Tiling, p: Policy) -> float:
+    """How long the last blocks wait for others after their products."""
+    trips = 0.0
+    if t.parts > 1:  # the others' stores, the flag, and their sums as many at a time as there is room for
+        shape = p.shapes[t.tile]
+        halves = 2 if t.pairing == Pairing.SPLITS else 1
+        room = halves * shape.exchange_bytes / (4 * shape.rows * p.columns) if shape.warpgroup else SPLITS_AT_ONCE
+        trips += 2 + (t.parts - 1) / room
+    return TRIP * (trips + (PAIR_TRIPS if t.pairing == Pairing.SPLITS else 0))
+
+
 def asked_bytes(s: Shape, t: Tiling, p: Policy) -> int:
-    """What a layer's blocks ask L2 for: weights, gate weights and halos; partial sums out and in."""
+    """What a layer's blocks ask L2 for: weights, once a pair, gate weights and halos; partial sums out and in."""
     halo_rows = min(s.h, s.stride * (t.rows - 1) + 3)
     halo_cols = min(s.w, s.stride * (t.cols - 1) + 3)
-    chunk = 3 * p.weight_stage_bytes + p.columns * CHUNK_BYTES + halo_rows * halo_cols * CHUNK_BYTES
-    partial = 4 * t.rows * t.cols * p.columns
-    return t.tiles(s) * (s.chunks * chunk + 2 * (t.splits - 1) * partial)
+    weights = 3 * p.weight_stage_bytes * t.tiles(s)
+    if t.pairing == Pairing.PIXELS:
+        weights = weights * -(-s.n * t.image_tiles // 2) // (s.n * t.image_tiles)
+    chunk = weights + t.tiles(s) * (p.columns * CHUNK_BYTES + halo_rows * halo_cols * CHUNK_BYTES)
+    return s.chunks * chunk + t.tiles(s) * 2 * (t.parts - 1) * _partial_bytes(t, p)
+
+
+def exchanged_bytes(s: Shape, t: Tiling, p: Policy) -> int:
+    """What the blocks of pairs read from each other."""
+    return t.tiles(s) * t.parts * _partial_bytes(t, p) if t.pairing == Pairing.SPLITS else 0
+
+
+def _partial_bytes(t: Tiling, p: Policy) -> int:
+    return 4 * t.rows * t.cols * p.columns
 
 
 def blocks_per_sm(gpu: Gpu, shared: int) -> int:
@@ -238,13 +287,7 @@ def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
     for cost, blocks in costs:
         for _ in range(blocks):
             heapq.heapreplace(work, work[0] + cost)
-    return max(max(work) * (1.0 if per_sm == 2 else ALONE), ALONE * costs[0][0]) * _idle(sum(b for _, b in costs), gpu)
-
-
-def _idle(blocks: int, gpu: Gpu) -> float:
-    """A penalty for fewer blocks than multiprocessors: it takes all of them to use the memory's bandwidth."""
-    missing = gpu.multiprocessors / blocks
-    return 1.0 if missing <= 1 else 1.5 * missing
+    return max(max(work) * (1.0 if per_sm == 2 else ALONE), ALONE * costs[0][0])
 
 
 class _Option(NamedTuple):
@@ -255,46 +298,74 @@ class _Option(NamedTuple):
     total: float
     blocks: int
     asked: int
+    exchanged: int
+    waits: float
+
+    def dominates(self, other: _Option) -> bool:
+        """Whether it is at least as good in every respect."""
+        ours, theirs = ((o.total, o.costs[0][0], o.asked, o.exchanged, o.waits, -o.blocks) for o in (self, other))
+        return all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
+def _pairings(s: Shape, t: Tiling, shape: TileShape, wgmma: Wgmma) -> Iterator[Tiling]:
+    """The splits and pairings that a tiling may have."""
+    alone = [replace(t, splits=splits) for splits in range(1, min(MAX_SPLITS, s.chunks) + 1)]
+    if not shape.warpgroup:
+        yield from alone
+        return
+    pairs = [] if s.n * t.image_tiles == 1 else [replace(a, pairing=Pairing.PIXELS) for a in alone]
+    for splits in range(2, min(2 * MAX_SPLITS, s.chunks) + 1, 2):
+        pairs.append(replace(t, splits=splits, pairing=Pairing.SPLITS))
+    if wgmma != "paired" or not pairs:
+        yield from alone
+    yield from pairs
 
 
 def _options(s: Shape, gpu: Gpu, math: str) -> list[_Option]:
     p = policy(gpu.architecture)
     wgmma = gpu.wgmma if math in ("f16", "bf16") else "never"
-    found = []
+    found: list[_Option] = []
     for tile, shape in enumerate(p.shapes):
         if tile == 0 and math == "f32":
             continue  # the exact kernel has no 112-row tile
-        if wgmma == ("never" if shape.warpgroup else "always"):
+        if wgmma in (("never",) if shape.warpgroup else ("always", "paired")):
             continue
         tiling = _spatial(s, tile, gpu)
         if tiling is None:
             continue
-        for splits in SPLITS:
-            if splits <= s.chunks:
-                t = replace(tiling, splits=splits)
-                costs = block_costs(s, t, p)
-                total, blocks = sum(c * b for c, b in costs), sum(b for _, b in costs)
-                found.append(_Option(t, costs, total, blocks, asked_bytes(s, t, p)))
-    return found
+        for t in _pairings(s, tiling, shape, wgmma):
+            costs = block_costs(s, t, p)
+            total, blocks = sum(c * b for c, b in costs), sum(b for _, b in costs)
+            found.append(_Option(t, costs, total, blocks, asked_bytes(s, t, p), exchanged_bytes(s, t, p), waits(t, p)))
+    best: list[_Option] = []
+    for option in found:
+        if not any(b.dominates(option) for b in best):
+            best = [b for b in best if not option.dominates(b)] + [option]
+    return best
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, math: str) -> tuple[Tiling, ...]:
     """A tiling for each layer of one launch. math: as in `cuda_program.math_of`."""
-    rate = gpu.multiprocessors * L2_REACHED * L2_BYTES.get(gpu.architecture, L2_BYTES[90])
+    rate = L2_REACHED * L2_BYTES.get(gpu.architecture, L2_BYTES[90])
+    shares = L2_SHARES.get(gpu.architecture, L2_SHARES[90])
     ranked = []
     for choice in itertools.product(*(_options(s, gpu, math) for s in shapes)):
         per_sm = blocks_per_sm(gpu, max(o.tiling.shared for o in choice))
         longest = max(o.costs[0][0] for o in choice)
-        traffic = sum(o.asked for o in choice) / rate
+        # Multiprocessors without a block leave their share of L2's rate to others.
+        asking = min(gpu.multiprocessors, shares * sum(o.blocks for o in choice))
+        traffic = sum(o.asked for o in choice) / (rate * asking)
+        traffic = max(traffic, sum(o.exchanged for o in choice) / (PAIR_BYTES * gpu.multiprocessors))
         busy = sum(o.total for o in choice) / gpu.multiprocessors * (1.0 if per_sm == 2 else ALONE)
-        bound = max(busy, longest * ALONE, traffic) + longest / 4
-        ranked.append((bound * _idle(sum(o.blocks for o in choice), gpu), traffic, per_sm, choice))
+        bound = max(busy, longest * ALONE, traffic) + longest / 4 + max(o.waits for o in choice)
+        ranked.append((bound, traffic, per_sm, choice))
     candidates = heapq.nsmallest(CANDIDATES, ranked, key=lambda r: r[0])
 
     def time(traffic: float, per_sm: int, choice: tuple[_Option, ...]) -> float:
         layers = sorted((o.costs for o in choice), key=lambda costs: -costs[0][0])  # as they are launched
+        work = max(makespan(list(itertools.chain(*layers)), gpu, per_sm), traffic)
         # Traffic breaks ties, and lengthens everything a little even where it does not bound.
-        return max(makespan(list(itertools.chain(*layers)), gpu, per_sm), traffic) + traffic / 6
+        return work + traffic / 20 + max(o.waits for o in choice)
 
     return tuple(o.tiling for o in min(candidates, key=lambda r: time(*r[1:]))[3])

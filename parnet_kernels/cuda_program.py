@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 MAX_LAYERS = 4
-DEPENDENT, COOPERATIVE = 1, 2
+DEPENDENT, COOPERATIVE, PAIRS = 1, 2, 4
 SKIP, RELU, VECTOR_STORE, ROUND = 1, 2, 4, 8
 ALIGNMENT = 256
 _BUFFER_SHIFT = 48
@@ -51,8 +51,9 @@ class LayerCall(ctypes.Structure):
         ("inputs", Input * 2),
         ("out", Output),
         *((n, c_uint64) for n in ("weight", "gate_weight", "chunk_table", "partial", "partial_logits", "arrivals")),
-        *((n, c_int32) for n in ("first_block", "tile", "h", "w", "stride", "groups", "column_tiles", "chunks")),
-        *((n, c_int32) for n in ("splits", "tile_rows", "tile_cols", "slots", "slot_pitch", "images")),
+        *((n, c_int32) for n in ("first_block", "blocks", "tile", "pairing", "h", "w", "stride", "groups")),
+        *((n, c_int32) for n in ("column_tiles", "chunks", "splits", "tile_rows", "tile_cols")),
+        *((n, c_int32) for n in ("slots", "slot_pitch", "images")),
     ]
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from parnet_kernels.cuda_pack import COLUMNS, Layout, PackedLayer, PackedStem
-from parnet_kernels.cuda_plan import Gpu, Shape, Tiling, block_costs, blocks_per_sm, plan_level, policy
+from parnet_kernels.cuda_plan import Gpu, Pairing, Shape, Tiling, block_costs, blocks_per_sm, plan_level, policy
 from parnet_kernels.cuda_program import (
     COOPERATIVE,
     DEPENDENT,
     MAX_LAYERS,
+    PAIRS,
     RELU,
     ROUND,
     SKIP,
@@ -163,13 +164,18 @@ class Recorder:
         cost = [-block_costs(s, t, self.policy)[0][0] for s, t in zip(shapes, tilings, strict=True)]
         for position, i in enumerate(sorted(range(len(steps)), key=cost.__getitem__)):  # longest blocks first
             layer, results[i] = self._layer_call(steps[i], shapes[i], tilings[i])
-            layer.first_block = blocks
+            if tilings[i].pairing != Pairing.ALONE:
+                blocks += blocks % 2  # a block of no layer, so that pairs are clusters
+            layer.first_block, layer.blocks = blocks, tilings[i].blocks(shapes[i])
             call.layer[position] = layer
-            blocks += tilings[i].blocks(shapes[i])
+            blocks += layer.blocks
         label = " + ".join(s.label for s in steps)
         warpgroups = any(self.policy.shapes[t.tile].warpgroup for t in tilings)
         kind = Kind.HOPPER if warpgroups else Kind.LEVEL
-        self.program.launch(kind, blocks, max(t.shared for t in tilings), call, label, self._flags())
+        flags = self._flags()
+        if any(t.pairing != Pairing.ALONE for t in tilings):
+            blocks, flags = blocks + blocks % 2, flags | PAIRS
+        self.program.launch(kind, blocks, max(t.shared for t in tilings), call, label, flags)
         return [results[i] for i in range(len(steps))]
 
     def _layer_call(self, step: Step, s: Shape, t: Tiling) -> tuple[LayerCall, Map]:
@@ -183,10 +189,10 @@ class Recorder:
         for i, m in enumerate(step.inputs):
             call.inputs[i] = m.as_input()
         if layout is None:  # the user's result: no padding, no sums
-            result = Map(s.n, s.out_h, s.out_w, Layout(tuple(range(k)), k), address(RESULT), 0, t.image_tiles)
+            result = Map(s.n, s.out_h, s.out_w, Layout(tuple(range(k)), k), address(RESULT), 0, 0)
             width, group_step, channel_step = k // p.groups, 1 if p.groups == 2 else 0, p.groups
         else:
-            result = self._map(s.n, s.out_h, s.out_w, layout, t.image_tiles, step.last_use)
+            result = self._map(s.n, s.out_h, s.out_w, layout, t.sum_tiles, step.last_use)
             grouped = p.groups == 2 and layout == Layout.grouped(k, self.dtype)
             shuffled = p.groups == 2 and not grouped
             # Padding channels are stored too, as zeros: a shuffled store leaves none behind the last.
@@ -202,12 +208,14 @@ class Recorder:
         out.inverse_area = 1 / (s.h * s.w)
         call.out = out
         call.weight, call.gate_weight, call.chunk_table = (address(step.buffer + i) for i in (0, 1, 3))
-        if t.splits > 1:
-            tiles, rows = t.tiles(s), self.policy.shapes[t.tile].rows
-            call.partial = self._workspace(4 * tiles * t.splits * rows * COLUMNS, self.step)
-            call.partial_logits = self._workspace(4 * tiles * t.splits * COLUMNS, self.step)
+        if t.parts > 1:
+            halves = 2 if t.pairing == Pairing.SPLITS else 1
+            tiles, rows = t.tiles(s) * halves, self.policy.shapes[t.tile].rows // halves
+            call.partial = self._workspace(4 * tiles * t.parts * rows * COLUMNS, self.step)
+            call.partial_logits = self._workspace(4 * tiles * t.parts * COLUMNS, self.step)
             call.arrivals = self._counters(tiles)
-        call.tile, call.h, call.w, call.stride = t.tile, s.h, s.w, s.stride
+        call.tile, call.pairing = t.tile, t.pairing
+        call.h, call.w, call.stride = s.h, s.w, s.stride
         call.groups, call.column_tiles, call.chunks, call.splits = s.groups, s.column_tiles, s.chunks, t.splits
         call.tile_rows, call.tile_cols = t.rows, t.cols
         call.slots, call.slot_pitch, call.images = t.slots, t.slot_pitch, s.n

@@ -25,7 +25,9 @@ ARITHMETICS = [
 ]
 NETWORK_LAYERS = 5  # a network may be off by so many layers' errors
 BACKENDS = ("cuda", "triton")
-WGMMA = "wgmma "  # rows of kernels that only Hopper has, which others can take the place of
+# Rows of kernels that only Hopper has, which others can take the place of; and of those whose blocks work in pairs.
+WGMMA = "wgmma "
+PAIRS = "wgmma in pairs "
 
 
 class Row(NamedTuple):
@@ -49,9 +51,11 @@ def selftest(device: torch.device | str = "cuda") -> list[Row]:
     try:
         cuda_plan.use_wgmma("never")
         rows = [row for backend in BACKENDS for row in _backend_rows(backend, device)]
-        cuda_plan.use_wgmma("always")
-        if before != "never" and cuda_plan.Gpu.of(device).wgmma == "always":
-            rows += _backend_rows("cuda", device, WGMMA)
+        modes: tuple[tuple[cuda_plan.Wgmma, str], ...] = (("always", WGMMA), ("paired", PAIRS))
+        for when, prefix in modes:
+            cuda_plan.use_wgmma(when)
+            if before != "never" and cuda_plan.Gpu.of(device).wgmma == when:
+                rows += _backend_rows("cuda", device, prefix)
     finally:
         cuda_plan.use_wgmma(before)
     _disable_failed(rows)
@@ -71,7 +75,7 @@ def _backend_rows(backend: str, device: torch.device, prefix: str = "") -> list[
     rows = []
     for name, dtype, precision, allowed in ARITHMETICS:
         x = torch.empty(1, 8, 4, 4, dtype=dtype, device=device)
-        if ops.BACKENDS[backend].why_not("repvgg_sse", x) is not None or (prefix == WGMMA and dtype == torch.float32):
+        if ops.BACKENDS[backend].why_not("repvgg_sse", x) is not None or (prefix and dtype == torch.float32):
             continue
         with ops.use_backend(backend), float32_precision(precision), torch.no_grad():
             for op, strides in (("repvgg_sse", (1,)), ("downsample_se", (1, 2)), ("fusion_se", (1, 2))):

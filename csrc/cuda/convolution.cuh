@@ -36,10 +36,12 @@ struct Tile : TileBase<M, kShape> {
     float4 sums[kFragments][kKept];
     exchange(sums);
     float logit = threadIdx.x < kColumns ? scratch.logits[threadIdx.x] : 0.0f;
-    const Splits<kFragments, kKept> splits{p, place.tile, place.split};
+    const Splits<kFragments, kKept> splits{p, place.tile, place.split, p.splits, 0};
     if (!finishes) return splits.leave(sums, logit);
-    if (p.splits > 1)
+    if (p.splits > 1) {
+      splits.wait_for_others();
       splits.add_others(sums, logit, dynamic_shared, kStages * kWeightBytes + 2 * p.slots * kPixelBytes);
+    }
     if (threadIdx.x < kColumns) set_column<M>(scratch.vectors, p.out.flags, threadIdx.x, logit);
     __syncthreads();
     finish(sums, skip);

@@ -72,7 +72,7 @@ cudaError_t start(const Launch& l, cudaStream_t stream) {
   const void* kernel = kernels.address[l.kernel];
   if (!kernel) return cudaErrorInvalidDeviceFunction;
   if (const auto e = prepare(devices[index], index, kernel, l)) return e;
-  cudaLaunchAttribute attribute[2];
+  cudaLaunchAttribute attribute[3];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(l.grid);
   config.blockDim = dim3(kThreads);
@@ -86,6 +86,10 @@ cudaError_t start(const Launch& l, cudaStream_t stream) {
   if ((l.flags & kDependent) && devices[index].architecture.load(std::memory_order_relaxed) >= 90) {
     attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (l.flags & kPairs) {
+    attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attribute[config.numAttrs++].val.clusterDim = {2, 1, 1};
   }
   void* arguments[] = {const_cast<void*>(l.arguments)};
   return cudaLaunchKernelExC(&config, kernel, arguments);

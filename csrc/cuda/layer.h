@@ -12,6 +12,11 @@ constexpr uint32_t kLeft = 1 << 16;  // unit of the second count in LayerCall::a
 
 enum LayerFlags : int32_t { kSkip = 1, kReLU = 2, kVectorStore = 4, kRound = 8 };
 
+// What two adjacent blocks, a cluster, do together. kPixels: they have neighbouring pixels of the same output
+// channels and split, and each loads half of the weights for both. kSplits: they have the same tile and two
+// of its splits, and each adds up half of the rows.
+enum Pairing : int32_t { kAlone, kPixels, kSplits };
+
 // Where a layer's result goes: channel i of group g to g * group_step + i * channel_step.
 struct Output {
   void* y;               // [N][out_h][out_w][pitch]
@@ -39,10 +44,11 @@ struct LayerCall {
   const void* weight;
   const void* gate_weight;     // [group][column tile][64 columns][chunks * 64 bytes]
   const int32_t* chunk_table;  // [group][chunks], and one entry that is read but not used
-  float* partial;              // [tile][split][rows * 64 / 512 float4 of each thread]: sums of a split layer
-  float* partial_logits;       // [tile][split][64]
-  uint32_t* arrivals;          // [tile], zero between launches: splits that began, + kLeft * that left sums
-  int32_t first_block, tile;
+  // Sums of a split layer; with kSplits, of half a tile each and of two splits:
+  float* partial;         // [tile][split][rows * 64 / 512 float4 of each thread]
+  float* partial_logits;  // [tile][split][64]
+  uint32_t* arrivals;     // [tile], zero between launches: splits that began, + kLeft * that left sums
+  int32_t first_block, blocks, tile, pairing;  // before the next layer's first block there may be a gap
   int32_t h, w, stride;
   int32_t groups, column_tiles, chunks, splits;
   int32_t tile_rows, tile_cols;  // output pixels of a tile

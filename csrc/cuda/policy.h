@@ -73,10 +73,11 @@ constexpr int kStaticSharedBytes = 2560;
 
 // After the products sums take the pipeline's place: those that the two K groups exchange and then those of
 // other splits; in a warpgroup tile as many fragments of 64 rows of other splits as are on their way at a
-// time.
+// time. Before them lie the gate's logits of other splits.
 constexpr int kSplitRing = 6;
+constexpr int kLogitBytes = kMaxSplits * kColumns * 4;
 PARNET_BOTH constexpr int exchange_bytes(const TileShape& t) {
-  return (t.warpgroup ? kSplitRing * 64 : t.rows) * kColumns * 4;
+  return kLogitBytes + (t.warpgroup ? kSplitRing * 64 : t.rows) * kColumns * 4;
 }
 
 // The stem: a small number of input channels, all 9 taps in one reduction.

@@ -15,6 +15,7 @@ constexpr int kMaxArguments = 4096;  // bytes a kernel may take
 enum LaunchFlags : int32_t {
   kDependent = 1,    // may start while the launch before it ends (sm_90 and newer)
   kCooperative = 2,  // all blocks must be resident together
+  kPairs = 4,        // every two blocks are a cluster (sm_90 and newer)
 };
 
 // Followed by arguments, relocations and label, each padded to 8 bytes.

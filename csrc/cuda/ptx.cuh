@@ -15,6 +15,10 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
                "n"(kFrom)
                : "memory");
 }
+// Four bytes.
+__device__ __forceinline__ void copy_value_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
 // From 16 * offset bytes after `from`. A predicate that the compiler sees it keeps across the main loop,
 // packed with others, which costs more than this comparison.
 template <int kTo>
@@ -54,6 +58,11 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
+}
+
+// Where others use atomics.
+__device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* p) {

@@ -16,18 +16,19 @@ struct Splits {
   static constexpr int kThreadVectors = kFragments * kKept, kFragmentVectors = kKept * kThreads;
 
   const LayerCall& p;
-  const int tile, split;
+  const int tile, split, splits, first_row;  // of the tile's rows, if not all are here
 
   __device__ __forceinline__ float4* partial(int of) const {
     return reinterpret_cast<float4*>(p.partial) +
-           (static_cast<int64_t>(tile) * p.splits + of) * (kThreadVectors * kThreads) + threadIdx.x;
+           (static_cast<int64_t>(tile) * splits + of) * (kThreadVectors * kThreads) + threadIdx.x;
   }
   __device__ __forceinline__ float* partial_logit(int of) const {
-    return p.partial_logits + (static_cast<int64_t>(tile) * p.splits + of) * kColumns + threadIdx.x;
+    return p.partial_logits + (static_cast<int64_t>(tile) * splits + of) * kColumns + threadIdx.x;
   }
   // Whether the lane's rows in fragment i are of the tile: 7x14 pixels leave most of the last one empty.
-  __device__ __forceinline__ bool used(int i) const {
-    const int first = kRows == 16 ? 0 : threadIdx.x / 32 * 16;
+  __device__ __forceinline__ bool used(int i) const { return used(i, first_row); }
+  __device__ __forceinline__ bool used(int i, int from_row) const {
+    const int first = from_row + (kRows == 16 ? 0 : threadIdx.x / 32 * 16);
     return i * kRows + first + (lane_id() >> 2) < p.tile_rows * p.tile_cols;
   }
 
@@ -45,35 +46,39 @@ struct Splits {
     if (threadIdx.x == 0) atomicAdd(p.arrivals + tile, kLeft);
   }
 
-  // The others' sums come by way of `shared`: `bytes`, or exchange_bytes of the tile if these are more.
-  __device__ __forceinline__ void add_others(Sums& sums, float& logit, void* shared, int bytes) const {
-    const int others = p.splits - 1;
+  __device__ __forceinline__ void wait_for_others() const {
     if (threadIdx.x == 0) {
       uint32_t* arrivals = p.arrivals + tile;
-      while (load_acquire(arrivals) != others * kLeft + p.splits) {
+      while (load_acquire(arrivals) != (splits - 1) * kLeft + splits) {
       }
-      *arrivals = 0;  // for the next launch
+      store_relaxed(arrivals, 0);  // for the next launch
     }
     __syncthreads();
-    float logits[kMaxSplits];
-#pragma unroll
-    for (int s = 0; s < kMaxSplits; s++) {
-      logits[s] = s == split ? logit : 0.0f;
-      if (threadIdx.x < kColumns && s < p.splits && s != split) logits[s] = __ldcg(partial_logit(s));
-    }
+  }
+
+  // The others' sums come by way of `shared`: `bytes`, or exchange_bytes of the tile if these are more.
+  __device__ __forceinline__ void add_others(Sums& sums, float& logit, void* shared, int bytes) const {
+    const int others = splits - 1;
+    // Registers are few: logits too wait in shared memory.
+    float* logits = static_cast<float*>(shared) + threadIdx.x;
+    if (threadIdx.x < kColumns)
+      for (int other = 0; other < others; other++)
+        copy_value_async(shared_address(logits + other * kColumns), partial_logit(other + (other >= split)));
+    float4* area = static_cast<float4*>(shared) + kLogitBytes / 16 + threadIdx.x;
     if constexpr (kRows == 64) {
-      add_fragments(sums, static_cast<float4*>(shared) + threadIdx.x);
+      add_fragments(sums, area);
     } else {
-      add_splits(sums, static_cast<float4*>(shared) + threadIdx.x, bytes);
+      add_splits(sums, area, bytes - kLogitBytes);
     }
-    logit = 0.0f;
-#pragma unroll
-    for (int s = 0; s < kMaxSplits; s++) logit += logits[s];
+    if (threadIdx.x >= kColumns) return;
+    float total = 0.0f;
+    for (int s = 0; s < splits; s++) total += s == split ? logit : logits[(s - (s > split)) * kColumns];
+    logit = total;
   }
 
   // A thread reads only what it has copied. Whole splits, as many at a time as there is room for.
   __device__ __forceinline__ void add_splits(Sums& sums, float4* area, int bytes) const {
-    const int others = p.splits - 1, room = max(1, bytes / (kThreadVectors * kThreads * 16));
+    const int others = splits - 1, room = max(1, bytes / (kThreadVectors * kThreads * 16));
     Sums own;
 #pragma unroll
     for (int i = 0; i < kFragments; i++) take(own[i], sums[i]);
@@ -103,7 +108,7 @@ struct Splits {
   // One fragment after the other, since there are no registers for all sums twice: kSplitRing fragments of
   // some split are on their way.
   __device__ __forceinline__ void add_fragments(Sums& sums, float4* area) const {
-    const int others = p.splits - 1;
+    const int others = splits - 1;
     int next = 0, next_other = 0, to = 0, from = 0;
     auto copy_next = [&] {
       if (next < kFragments) copy_fragment(area + to * kFragmentVectors, next_other, next);

@@ -20,8 +20,9 @@ struct Scratch {
     Columns vectors;     // and then the columns'
   };
   float logits[kColumns];
-  int finishes;              // whether this block is the one of its tile's splits that goes on
-  uint64_t filled[kStages];  // barriers of the stages that bulk copies fill
+  int finishes;  // whether this block is the one of its tile's splits that goes on
+  // Barriers of the stages: those that bulk copies fill, and whether the other block of a pair has used its.
+  uint64_t filled[kStages], used[kStages];
 };
 static_assert(sizeof(Scratch) <= kStaticSharedBytes);
 
@@ -30,20 +31,29 @@ extern __shared__ __align__(512) unsigned char dynamic_shared[];
 
 // Where a block works.
 struct Place {
+  int rank;  // in its pair
   int split, tile, column_tile, group, group_tile, image, image_tile, first_chunk, last_chunk, row, col;
+  bool shares_weights;  // with the other block of its pair
 
   __device__ __forceinline__ Place(const LayerCall& p, int block) {
-    const int tiles = p.out.tiles_down * p.out.tiles_across;
-    const int all_tiles = p.images * tiles * p.groups * p.column_tiles;
-    split = block / all_tiles;
-    tile = block % all_tiles;
-    column_tile = tile % p.column_tiles;
-    int rest = tile / p.column_tiles;
+    const int tiles = p.out.tiles_down * p.out.tiles_across, images_tiles = p.images * tiles;
+    rank = p.pairing == kAlone ? 0 : block & 1;
+    int rest = p.pairing == kAlone ? block : block >> 1;
+    const int all_tiles =
+        (p.pairing == kPixels ? (images_tiles + 1) / 2 : images_tiles) * p.groups * p.column_tiles;
+    split = rest / all_tiles;
+    rest %= all_tiles;
+    column_tile = rest % p.column_tiles;
+    rest /= p.column_tiles;
     group = rest % p.groups;
     rest /= p.groups;
+    if (p.pairing == kPixels) rest = 2 * rest + rank;
+    shares_weights = p.pairing == kPixels && (rest | 1) < images_tiles;
     image_tile = rest % tiles;
-    image = rest / tiles;
+    image = rest / tiles;  // none, if an odd number of tiles leaves the last one alone
     group_tile = group * p.column_tiles + column_tile;
+    tile = rest * p.groups * p.column_tiles + group_tile;
+    if (p.pairing == kSplits) split = 2 * split + rank;
     // The first splits have the odd chunks: longest blocks first. One without any still fills its pipeline.
     const int chunks = p.chunks / p.splits, odd = p.chunks % p.splits;
     first_chunk = min(split * chunks + min(split, odd), p.chunks - 1);
@@ -139,12 +149,14 @@ struct TileBase {
 
   // The gate's logits, whether this block will finish its tile, and the columns' vectors on their way.
   __device__ __forceinline__ void gate(int entry) {
+    const int pair = p.pairing == kSplits, parts = p.splits >> pair;
     unsigned began = 0;  // of the tile's splits, before this one
-    if (p.splits > 1 && threadIdx.x == 0) began = atomicAdd(p.arrivals + place.tile, 1u);
+    if (parts > 1 && threadIdx.x == 0)
+      began = atomicAdd(p.arrivals + (place.tile << pair) + (place.rank & pair), 1u);
     gate_logits<T>(p, place.image, place.group, place.group_tile, place.first_chunk, place.last_chunk, entry,
                    scratch.sums, scratch.logits);
     pin(began);  // or the compiler would wait for the atomic where it is issued
-    if (threadIdx.x == 0) scratch.finishes = began % kLeft + 1 == static_cast<unsigned>(p.splits);
+    if (threadIdx.x == 0) scratch.finishes = began % kLeft + 1 == static_cast<unsigned>(parts);
     __syncthreads();  // the sums in the scratch memory have been read
     if (threadIdx.x < kVectors * kColumns / 4)
       copy_async(shared_address(scratch.vectors) + 16 * threadIdx.x,

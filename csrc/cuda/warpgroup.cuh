@@ -1,10 +1,10 @@
 // A tile whose products are wgmma's: Hopper multiplies at full rate only so. Four warps share 64 columns; of
 // each 64 rows a warp has 16. Pixels come by way of registers (ldmatrix), since the taps read them at shifted
 // addresses; weights straight from shared memory, where bulk copies put them. Everything else is as in
-// `Tile`.
+// `Tile`. Two blocks may work as a pair (`Pairing`), launched as a cluster.
 #pragma once
+#include "cluster.cuh"
 #include "convolution.cuh"
-#include "wgmma.cuh"
 
 namespace parnet::cuda {
 
@@ -15,12 +15,15 @@ struct WarpgroupTile : TileBase<M, kShape> {
       Base::p, Base::place, Base::scratch, Base::warp, Base::weights, Base::Base;
   using typename Base::T;
   static constexpr int kFragments = kTile.rows / 64;  // of 64 rows
+  static constexpr int kHalf = kFragments / 2;        // what a block of a pair keeps of its splits' sums
   static constexpr int kSteps = 6;                    // of 16 channels in a stage
+  static constexpr int kLoadStep = 2;                 // in which the next stage's weights are asked for
 
-  const uint32_t filled = shared_address(scratch.filled);
+  const uint32_t filled = shared_address(scratch.filled), used = shared_address(scratch.used);
   float4 sums[kFragments][8];  // [.][fragment of 8 columns]: 4 adjacent channels lie in two fragments
 
   __device__ void run() {
+    if (place.image >= p.images) return;  // the other block of the last pair is alone
     allow_dependents();
     this->prefetch_weights();
     multiply();
@@ -28,16 +31,73 @@ struct WarpgroupTile : TileBase<M, kShape> {
     wait_copies<0>();  // of the vectors, if there was no chunk
     __syncthreads();
     float logit = threadIdx.x < kColumns ? scratch.logits[threadIdx.x] : 0.0f;
-    const Splits<kFragments, 8, 64> splits{p, place.tile, place.split};
-    if (p.splits > 1) {
-      if (!scratch.finishes) return splits.leave(sums, logit);
-      splits.add_others(sums, logit, dynamic_shared, exchange_bytes(kTile));
+    if (p.pairing == kPixels) arrive_cluster();
+    if (p.pairing != kSplits)
+      return complete<0>(sums, logit, Splits<kFragments, 8, 64>{p, place.tile, place.split, p.splits, 0});
+    float4 half[kHalf][8];
+    const Splits<kHalf, 8, 64> pairs{p, 2 * place.tile + place.rank, place.split / 2, p.splits / 2,
+                                     place.rank * kHalf * 64};
+    exchange(half, logit, pairs);
+    complete<1>(half, logit, pairs);
+  }
+
+  static __device__ __forceinline__ float4* exchange_area() {
+    return reinterpret_cast<float4*>(dynamic_shared);
+  }
+
+  // The blocks of a pair add their sums: each keeps half of the rows, and leaves the others where the other
+  // block reads them.
+  __device__ __forceinline__ void exchange(float4 (&half)[kHalf][8], float& logit,
+                                           const Splits<kHalf, 8, 64>& mine) {
+    float4* area = exchange_area() + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kHalf; i++)
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        half[i][j] = place.rank == 0 ? sums[i][j] : sums[kHalf + i][j];
+        if (mine.used(i, kHalf * 64 - mine.first_row))
+          area[(i * 8 + j) * kThreads] = place.rank == 0 ? sums[kHalf + i][j] : sums[i][j];
+      }
+    arrive_cluster();
+    wait_cluster();
+    const uint32_t there = in_partner(shared_address(area), place.rank);
+#pragma unroll
+    for (int i = 0; i < kHalf; i++)
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        if (mine.used(i)) add(half[i][j], load_partner(there + (i * 8 + j) * (kThreads * 16)));
+    if (threadIdx.x < kColumns)
+      logit += load_partner_value(in_partner(shared_address(scratch.logits + threadIdx.x), place.rank));
+    arrive_cluster();
+  }
+
+  // kPair: from half of the sums.
+  template <int kPair, int kKept>
+  __device__ __forceinline__ void complete(float4 (&kept)[kKept][8], float logit,
+                                           const Splits<kKept, 8, 64>& splits) {
+    const bool split = splits.splits > 1, finishes = !split || scratch.finishes;
+    Four<T> skip[kKept][2][4];
+    if (kPair && finishes && (p.out.flags & kSkip)) load_skip(skip, splits.first_row);
+    if (!finishes) {
+      splits.leave(kept, logit);
+    } else if (split) {
+      splits.wait_for_others();
     }
-    Four<T> skip[kFragments][2][4];
-    if (p.out.flags & kSkip) load_skip(skip);
+    if (split) end_pair<kPair>();
+    if (!finishes) return;
+    if (split) splits.add_others(kept, logit, dynamic_shared, exchange_bytes(kTile));
+    if (!kPair && (p.out.flags & kSkip)) load_skip(skip, 0);  // no registers for it before
     if (threadIdx.x < kColumns) set_column<M>(scratch.vectors, p.out.flags, threadIdx.x, logit);
     __syncthreads();
-    finish(skip);
+    finish<kPair>(kept, skip, splits.first_row);
+    if (!split) end_pair<kPair>();
+  }
+
+  // After it the other block has read what was left for it; or it has no copies and arrivals on their way
+  // here, and may exit. So late that it takes no time.
+  template <int kPair>
+  __device__ __forceinline__ void end_pair() const {
+    if (kPair || p.pairing == kPixels) wait_cluster();
   }
 
   __device__ __forceinline__ void multiply() {
@@ -48,14 +108,23 @@ struct WarpgroupTile : TileBase<M, kShape> {
     this->find_pixels(pixel, first_slot, part, halo_bytes);
     if (threadIdx.x == 0) {
 #pragma unroll
-      for (int stage = 0; stage < kStages; stage++) init_barrier(filled + 8 * stage);
+      for (int stage = 0; stage < kStages; stage++)
+        init_barrier(filled + 8 * stage), init_barrier(used + 8 * stage);
       fence_barriers();
     }
     __syncthreads();
+    if (p.pairing == kPixels) arrive_cluster(), wait_cluster();  // the other block will arrive and copy here
 
-    const char* weight = this->weight_source();
+    constexpr int kShare = kWeightBytes / 2;
+    const int share = place.rank * kShare;
+    const char* weight = this->weight_source() + (place.shares_weights ? share : 0);
     auto load_weights = [&](int stage) {
-      copy_bulk(weights + stage * kWeightBytes, weight, kWeightBytes, filled + 8 * stage);
+      expect_bytes(filled + 8 * stage, kWeightBytes);
+      if (place.shares_weights) {
+        copy_to_both(weights + stage * kWeightBytes + share, weight, kShare, filled + 8 * stage);
+      } else {
+        copy_bulk(weights + stage * kWeightBytes, weight, kWeightBytes, filled + 8 * stage);
+      }
       weight += kWeightBytes;
     };
     const int32_t* next_entry = p.chunk_table + place.group * p.chunks + place.first_chunk;
@@ -120,13 +189,20 @@ struct WarpgroupTile : TileBase<M, kShape> {
                                   described + (kh * kWeightBytes + step / 2 * 4096 + step % 2 * 32) / 16);
           commit_products();
           wait_products<1>();  // those of the step before
-          if (step > 0) continue;
-          // The stage before has been used, and in the first row the other halo.
-          if (kh == 2) wait_copies<0>();
-          __syncthreads();
-          if (kh == 0 || left > 1) {
-            if (threadIdx.x == 0) load_weights((kh + 2) % 3);
+          const int free = (kh + 2) % 3;
+          const bool loads = kh == 0 || left > 1;
+          if (step == 0) {
+            // The stage before has been used, and in the first row the other halo.
+            if (kh == 2) wait_copies<0>();
+            __syncthreads();
+            if (threadIdx.x == 0 && place.shares_weights)
+              arrive_partner(in_partner(used + 8 * free, place.rank));
             if (kh == 0 && left > 1) load_halo();
+          }
+          // The other block has had two steps' time to be there too.
+          if (step == kLoadStep && threadIdx.x == 0 && loads) {
+            if (place.shares_weights) wait_partner(used + 8 * free, parity);
+            load_weights(free);
           }
         }
         from += kh < 2 ? row_bytes : chunk_step;
@@ -136,42 +212,46 @@ struct WarpgroupTile : TileBase<M, kShape> {
     }
   }
 
-  __device__ __forceinline__ int pixel_of(int i, int half) const {
-    return this->pixel_of_row(i * 64 + warp * 16 + half * 8 + (lane_id() >> 2));
+  // Of the lane's row `half` in the fragment that begins at `row`.
+  __device__ __forceinline__ int pixel_of(int row, int half) const {
+    return this->pixel_of_row(row + warp * 16 + half * 8 + (lane_id() >> 2));
   }
   // The first of the lane's adjacent columns in fragments 2j and 2j + 1.
   __device__ __forceinline__ int column_of(int j) const { return j * 16 + 4 * (lane_id() & 3); }
 
-  __device__ __forceinline__ void load_skip(Four<T> (&skip)[kFragments][2][4]) const {
-    const int first = place.column_tile * kColumns;
-    const T* x = static_cast<const T*>(p.in[0].x) + this->image_pixels() * p.in[0].pitch + first;
+  template <int kKept>
+  __device__ __forceinline__ void load_skip(Four<T> (&skip)[kKept][2][4], int first_row) const {
+    const int column = place.column_tile * kColumns;
+    const T* x = static_cast<const T*>(p.in[0].x) + this->image_pixels() * p.in[0].pitch + column;
 #pragma unroll
-    for (int i = 0; i < kFragments; i++)
+    for (int i = 0; i < kKept; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int pixel = pixel_of(i, half);
+        const int pixel = pixel_of(first_row + i * 64, half);
 #pragma unroll
         for (int j = 0; j < 4; j++)
-          if (pixel >= 0 && first + column_of(j) < p.out.width)
+          if (pixel >= 0 && column + column_of(j) < p.out.width)
             skip[i][half][j] = __ldcg(reinterpret_cast<const Four<T>*>(
                 x + static_cast<int64_t>(pixel) * p.in[0].pitch + column_of(j)));
       }
   }
 
-  __device__ __forceinline__ void finish(const Four<T> (&skip)[kFragments][2][4]) {
-    float4* warp_sums = reinterpret_cast<float4*>(dynamic_shared);  // [warp][four columns]
+  template <int kPair, int kKept>
+  __device__ __forceinline__ void finish(const float4 (&kept)[kKept][8], const Four<T> (&skip)[kKept][2][4],
+                                         int first_row) {
+    float4* warp_sums = exchange_area() + kHalf * 8 * kThreads;  // [warp][four columns]
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       LaneEpilogue<M> epilogue(p.out, scratch.vectors, place.group, place.column_tile * kColumns,
                                column_of(j));
       if (epilogue.stored) {
 #pragma unroll
-        for (int i = 0; i < kFragments; i++)
+        for (int i = 0; i < kKept; i++)
 #pragma unroll
           for (int half = 0; half < 2; half++) {
-            const int pixel = pixel_of(i, half);
+            const int pixel = pixel_of(first_row + i * 64, half);
             if (pixel < 0) continue;
-            const float4 a = sums[i][2 * j], b = sums[i][2 * j + 1];
+            const float4 a = kept[i][2 * j], b = kept[i][2 * j + 1];
             epilogue.store(half ? make_float4(a.z, a.w, b.z, b.w) : make_float4(a.x, a.y, b.x, b.y),
                            this->image_pixels() + pixel, p.out.flags & kSkip, skip[i][half][j]);
           }
@@ -186,7 +266,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
                              4 * threadIdx.x);
 #pragma unroll
     for (int w = 0; w < 4; w++) add(epilogue.sum, warp_sums[w * 16 + threadIdx.x]);
-    if (epilogue.stored) epilogue.store_sums(this->sums_tile());
+    if (epilogue.stored) epilogue.store_sums(kPair ? 2 * this->sums_tile() + place.rank : this->sums_tile());
   }
 };
 
@@ -196,6 +276,7 @@ __device__ __forceinline__ void run_warpgroup_level(const LevelCall& call) {
   __shared__ Scratch scratch;
   int block = blockIdx.x;
   const LayerCall& p = layer_of(call, block);
+  if (block >= p.blocks) return;  // the next layer's pairs begin at an even block
   if (p.tile == 3) return WarpgroupTile<M, 3>(p, scratch, block).run();
   if (p.tile == 4) return WarpgroupTile<M, 4>(p, scratch, block).run();
   run_tile<M>(p, scratch, block);

@@ -73,6 +73,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     if (config->attrs[i].id == cudaLaunchAttributeCooperative) runtime.log += " cooperative";
     if (config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization)
       runtime.log += " dependent";
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      const auto& dim = config->attrs[i].val.clusterDim;
+      runtime.log +=
+          " clusters of " + std::to_string(dim.x) + "x" + std::to_string(dim.y) + "x" + std::to_string(dim.z);
+    }
   }
   runtime.log += "\n";
   if (runtime.fail_with != cudaSuccess) runtime.pending = runtime.fail_with;

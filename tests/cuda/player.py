@@ -21,7 +21,7 @@ from parnet_kernels.cuda_record import COUNTER_BYTES
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 THREADS = 128
-COOPERATIVE = 2
+COOPERATIVE, PAIRS = 2, 4
 
 
 class Buffer(ctypes.Structure):
@@ -116,7 +116,9 @@ def play(
         if only not in (None, i):
             continue
         compiled = module(device, launch.kernel, architecture)
-        extra = {"resident": launch.grid} if launch.flags & COOPERATIVE else {}
+        extra: dict[str, Any] = {"resident": launch.grid} if launch.flags & COOPERATIVE else {}
+        if launch.flags & PAIRS:
+            extra["cluster"] = 2
         extra = {**options, **extra} if device.simulated else {}
         arguments = [launch.arguments]
         results.append(device.launch(compiled, launch.kernel, launch.grid, THREADS, arguments, launch.shared, **extra))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parnet_kernels import cuda, cuda_plan, cuda_record, reference
 from parnet_kernels.cuda_pack import PackedLayer
-from parnet_kernels.cuda_plan import A100, Gpu, plan_level
+from parnet_kernels.cuda_plan import A100, Gpu, Pairing, plan_level
 from parnet_kernels.cuda_record import COUNTER_BYTES
 
 #: (dtype, precision, norm-wise error allowed)
@@ -41,13 +41,14 @@ def run(
     gpu: Gpu = A100,
     tile: int | None = None,
     splits: int | None = None,
+    pairing: Pairing = Pairing.ALONE,
     layout: Any = lambda x: x,
     simulator: dict[str, Any] | None = None,
     **case: Any,
 ) -> tuple[Tensor, Tensor, list[Any]]:
     """(result [N, K, H, W], the reference in float64, counters of the launches) of an operator on `cases.arguments`.
 
-    tile, splits: instead of the planned ones. layout: of the input maps.
+    tile with pairing, splits: instead of the planned ones. layout: of the input maps.
     """
     dtype, precision, _ = MATHS[math]
     args, options = to(dtype, *arguments(op, dtype=torch.float64, **case))
@@ -59,6 +60,7 @@ def run(
         tilings = plan_level(shapes, gpu, math)
         if tile is not None:
             tilings = tuple(cuda_plan._spatial(s, tile, gpu) for s in shapes)
+            tilings = tuple(replace(t, pairing=pairing) for t in tilings)
         return tuple(replace(t, splits=splits or t.splits) for t in tilings)
 
     before, cuda_record.plan_level = cuda_record.plan_level, plan

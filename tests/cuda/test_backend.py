@@ -226,16 +226,18 @@ def test_selftest_measures_errors():
     ("failing", "wgmma", "off"),
     [
         ("wgmma fusion_se", "never", None),
+        ("wgmma in pairs fusion_se", "never", None),
         ("fusion_se", "planned", "the self-test failed: fusion_se"),
         ("", "planned", None),
     ],
-    ids=["wgmma", "others", "none"],
+    ids=["wgmma", "pairs", "others", "none"],
 )
 def test_what_a_failed_selftest_turns_off(monkeypatch, failing, wgmma, off):
     turned = {"wgmma": "planned", "cuda": None}
     monkeypatch.setattr(cuda_plan, "use_wgmma", lambda when: turned.update(wgmma=when))
     monkeypatch.setattr(cuda, "disable", lambda reason: turned.update(cuda=reason))
-    rows = [selftest.Row("cuda", what, float(what == failing), 0.5, "") for what in ("fusion_se", "wgmma fusion_se")]
+    names = ("fusion_se", "wgmma fusion_se", "wgmma in pairs fusion_se")
+    rows = [selftest.Row("cuda", what, float(what == failing), 0.5, "") for what in names]
     selftest._disable_failed([*rows, selftest.Row("triton", "fusion_se", 1.0, 0.5, "")])
     assert turned == {"wgmma": wgmma, "cuda": off}
 

@@ -8,7 +8,7 @@ import pytest
 from ptxsim import Unavailable
 from ptxsim.toolchain import find_tool
 
-from parnet_kernels.cuda_program import COOPERATIVE, DEPENDENT
+from parnet_kernels.cuda_program import COOPERATIVE, DEPENDENT, PAIRS
 
 LEVEL_F16, STEM_F16, ENTER_F16, LEVEL_BF16, LEVEL_TF32, ENTER_TF32 = 0, 4, 8, 1, 2, 10
 HOPPER_F16, HOPPER_BF16, HOPPER_TF32 = 16, 17, 18
@@ -71,6 +71,11 @@ def test_launcher(runtime, hopper):
         assert (error, len(log)) == ((None, 1) if hopper else ("stub error", 0))
         assert not log or log[-1].startswith(f"launch {name} ")
     assert launch(runtime, HOPPER_TF32) == ("stub error", [])
+
+    # Pairs of blocks are clusters, also in a dependent launch.
+    pairs = "launch 0.4 10x128 shared 0 stream 5 first 7{} clusters of 2x1x1"
+    for flags, dependent in ((PAIRS, ""), (PAIRS | DEPENDENT, " dependent")):
+        assert not hopper or launch(runtime, HOPPER_F16, flags=flags) == (None, [pairs.format(dependent)])
 
     # A failure is told, and not left behind; an error that was there before is neither ours nor taken away.
     runtime.stub_set(0, 80, 701, 0)
