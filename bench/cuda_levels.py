@@ -3,13 +3,15 @@
 For each launch of a published network at 224² and batch 1, in fp16:
 
 * blocks and waves (blocks over blocks that run at once), and FLOPs of the layers: from the program;
-* needed bytes: weights, gates, maps in and out once each (modelled); asked bytes: what all blocks load and store, in
-  the simulator (counted, with --count) or by the same sums, which it confirms to a few percent (modelled);
+* needed bytes: weights, gates, maps in and out once each (modelled); asked bytes: what all blocks load and store, what
+  a pair of blocks loads for both once, in the simulator (counted, with --count) or by the same sums, which it confirms
+  to a few percent (modelled);
 * roofline: max(FLOPs / peak, needed bytes / memory bandwidth);
 * time (modelled): start and latencies (fixed) + max(matrix instructions of the busiest multiprocessor (products), asked
-  bytes / L2 bandwidth, needed bytes / memory bandwidth). Latencies are those of round trips to memory that wait for
-  each other, whose number the simulator counts (`round_trips`). Constants and their sources: `Model`, `GPUS` and what
-  follows them;
+  bytes / L2 bandwidth, the busiest multiprocessor's bytes / bandwidth of its port (port), bytes that pairs of blocks
+  read from each other / bandwidth between multiprocessors (pairs), needed bytes / memory bandwidth). Latencies are
+  those of round trips to memory that wait for each other, whose number the simulator counts (`round_trips`), and those
+  of pairs. Constants and their sources: `Model`, `GPUS` and what follows them;
 * floor (modelled): start + roofline + latencies, the least that one launch a level can take in this model, however it
   is cut.
 
@@ -36,7 +38,7 @@ from torch import Tensor
 from parnet_kernels import ops
 from parnet_kernels.config import VARIANTS
 from parnet_kernels.cuda_network import Lowered, Weights, lower, pack_network
-from parnet_kernels.cuda_plan import A100, H100, L4, RTX4090, Gpu, blocks_per_sm, policy
+from parnet_kernels.cuda_plan import A100, H100, L4, RTX4090, Gpu, Pairing, blocks_per_sm, policy
 from parnet_kernels.cuda_program import SKIP, ClassifierCall, LevelCall
 from parnet_kernels.deployed import DeployedParNet
 
@@ -52,6 +54,7 @@ class Model:
     the rest needs wgmma (arXiv 2402.13499), see `share`. memory: GB/s, data sheet. l2: GB/s from L2 to the
     multiprocessors; A100 5120 bytes a clock (NVIDIA's white paper); H100 5700 measured on the PCIe card's 114
     multiprocessors (Chips and Cheese, "Nvidia's H100: Funny L2"), so 6600 for the 132 here; the others are estimates.
+    What a pair loads for both leaves L2 once: an assumption, as is that pairs find places as single blocks do.
     clock: GHz, boost. start: µs of a launch inside a CUDA graph; with dependent launches, an estimate of what they
     leave of it.
     """
@@ -72,6 +75,9 @@ GPUS = {
     "RTX 4090": Model(RTX4090, 165, 1.0, 1008, 5000, 2.52, 1.3),
 }
 L2_CLOCKS, MEMORY_CLOCKS = 200, 290  # latencies of a hit and of a miss on A100 (arXiv 2208.11174)
+PORT_BYTES = 64  # that a multiprocessor takes from L2 in a clock, an estimate
+# Between multiprocessors in a cluster of two: GB/s of all, and latency (arXiv 2402.13499).
+PAIR_GBPS, PAIR_CLOCKS = 3270, 180
 # Round trips in a row of a stem: image, its sums stored, tile, barrier, all blocks' sums.
 STEM_TRIPS = 5
 PASS_CHUNKS, SUMS_AT_ONCE, STEPS_AT_ONCE = 4, 16, 4  # channel_gate.cuh, maps.cuh
@@ -90,11 +96,13 @@ class Level(NamedTuple):
     fixed: float  # µs: start and latencies
     products: float  # µs: matrix instructions of the busiest multiprocessor
     l2: float  # µs: asked bytes
+    port: float  # µs: those of the busiest multiprocessor
+    pairs: float  # µs: what pairs of blocks read from each other
     memory: float  # µs: needed bytes
 
     @property
     def modelled(self) -> float:
-        return self.fixed + max(self.products, self.l2, self.memory)
+        return self.fixed + max(self.products, self.l2, self.port, self.pairs, self.memory)
 
     @property
     def floor(self) -> float:
@@ -146,20 +154,49 @@ def share(c: Any, m: Model) -> float:
     return read / (read + written)
 
 
-def layer_terms(c: Any, rows: int) -> tuple[float, int, int, float]:
-    """Of a level's layer: FLOPs, needed bytes, asked bytes, FLOPs that a block's matrix instructions do for a chunk."""
-    tiles = c.out.tiles_down * c.out.tiles_across * c.groups * c.column_tiles
-    weight = c.groups * c.column_tiles * c.chunks * 64 * 64 * 10  # and a tenth for the gate
+class Terms(NamedTuple):
+    """Of a level's layer."""
+
+    flops: int
+    needed: int  # bytes
+    asked: int  # bytes
+    exchanged: int  # bytes that pairs of blocks read from each other
+    chunk_flops: int  # that a block's matrix instructions do for a chunk
+    chunk_bytes: int  # that a block takes for a chunk
+    partial: int  # bytes of sums, of a block that shares its tile with others
+
+
+def parts(c: Any) -> int:
+    """Of a tile's splits, those that meet in global memory."""
+    return c.splits // 2 if c.pairing == Pairing.SPLITS else c.splits
+
+
+def layer_terms(c: Any, rows: int) -> Terms:
+    columns, spatial = c.groups * c.column_tiles, c.out.tiles_down * c.out.tiles_across
+    tiles = spatial * columns
+    weight = columns * c.chunks * 9 * 64 * 64
+    gate = columns * c.chunks * 64 * 64
     inputs = [c.inputs[i] for i in range(2) if c.inputs[i].x]
     maps = sum(c.h * c.w * m.pitch * HALF for m in inputs)
     result = c.out.out_h * c.out.out_w * c.out.pitch * HALF
     width = c.groups * c.chunks * 32 * c.out.width
-    halo = min(c.h, c.stride * (c.tile_rows - 1) + 3) * min(c.w, c.stride * (c.tile_cols - 1) + 3)
-    asked = tiles // (c.groups * c.column_tiles) * weight + tiles * c.chunks * halo * 64
-    asked += tiles * c.chunks * 32 * 4 * c.inputs[0].sum_tiles + result * (2 if c.out.flags & 1 else 1)
+    halo = min(c.h, c.stride * (c.tile_rows - 1) + 3) * min(c.w, c.stride * (c.tile_cols - 1) + 3) * 64
+    sums = 32 * 4 * c.inputs[0].sum_tiles
+    asked = spatial * gate + tiles * c.chunks * (halo + sums) + result * (2 if c.out.flags & SKIP else 1)
+    asked += weight * (-(-spatial // 2) if c.pairing == Pairing.PIXELS else spatial)
     # Partial sums: every split but one leaves them, and that one loads them.
-    asked += tiles * 2 * (c.splits - 1) * min(rows, c.tile_rows * c.tile_cols) * 64 * 4
-    return 2 * 9 * c.out.out_h * c.out.out_w * width, weight + maps + result, asked, 2 * 9 * rows * 64 * 32
+    partial = min(rows, c.tile_rows * c.tile_cols) * 64 * 4
+    asked += tiles * 2 * (parts(c) - 1) * partial
+    paired = c.pairing == Pairing.SPLITS
+    return Terms(
+        2 * 9 * c.out.out_h * c.out.out_w * width,
+        weight + gate + maps + result,
+        asked,
+        tiles * parts(c) * partial if paired else 0,
+        2 * 9 * rows * 64 * 32,
+        10 * 64 * 64 + halo + sums,
+        partial // 2 if paired else partial,
+    )
 
 
 def latency(m: Model, trips: int) -> float:
@@ -180,11 +217,20 @@ def round_trips(c: Any, m: Model) -> tuple[int, int]:
     before = batches * passes + (m.gpu.architecture < 90)
     shape = p.shapes[c.tile]
     pipeline = p.stages * p.weight_stage_bytes + 2 * c.slots * shape.slot_bytes
-    parts = shape.rows // 64 if shape.warpgroup else 1
-    room = (shape.exchange_bytes if shape.warpgroup else pipeline) // (shape.rows // parts * p.columns * 4)
-    others = 1 + -(-parts * (c.splits - 1) // room) if c.splits > 1 else 0
-    # A warpgroup tile has registers for the skip only after that.
-    return before, others + (c.out.flags & SKIP if shape.warpgroup or not others else 0)
+    fragments = shape.rows // 64 if shape.warpgroup else 1
+    room = (shape.exchange_bytes if shape.warpgroup else pipeline) // (shape.rows // fragments * p.columns * 4)
+    fragments //= 2 if c.pairing == Pairing.SPLITS else 1
+    others = 1 + -(-fragments * (parts(c) - 1) // room) if parts(c) > 1 else 0
+    # A warpgroup tile has registers for the skip only after that, unless it has half of the sums.
+    late = shape.warpgroup and c.pairing != Pairing.SPLITS
+    return before, others + (c.out.flags & SKIP if late or not others else 0)
+
+
+def pair_trips(c: Any) -> int:
+    """Round trips in a row between the blocks of a pair: a barrier and reading the other's sums. Other barriers are
+    while the launch before still runs, or while the block waits for something else.
+    """
+    return 2 if c.pairing == Pairing.SPLITS else 0
 
 
 def classifier_trips(c: Any, m: Model) -> int:
@@ -196,33 +242,43 @@ def analyse(launch: Any, m: Model, counted: int | None) -> Level:
     """A level launch by the model above."""
     call = LevelCall.from_buffer_copy(launch.arguments)
     shapes = policy(m.gpu.architecture).shapes
-    flops, needed, asked, trips = 0.0, 0, 0, 0
-    work = [0.0] * m.gpu.multiprocessors
-    for i in range(call.layers):
-        c = call.layer[i]
-        terms = layer_terms(c, shapes[c.tile].rows)
-        flops, needed, asked = flops + terms[0], needed + terms[1], asked + terms[2]
+    layers = [call.layer[i] for i in range(call.layers)]
+    terms = [layer_terms(c, shapes[c.tile].rows) for c in layers]
+    clocks = 0
+    work = [(0.0, i) for i in range(m.gpu.multiprocessors)]  # matrix instructions of each multiprocessor
+    taken = [0] * m.gpu.multiprocessors  # bytes
+    for c, t in zip(layers, terms, strict=True):
         # And one that the simulator, which runs block after block, does not see: the others' stores before the flag.
-        trips = max(trips, sum(round_trips(c, m)) + (c.splits > 1))
-        last = call.layer[i + 1].first_block if i + 1 < call.layers else launch.grid
-        tiles = (last - c.first_block) // c.splits
+        trips = sum(round_trips(c, m)) + (parts(c) > 1)
+        clocks = max(clocks, MEMORY_CLOCKS + (trips - 1) * L2_CLOCKS + pair_trips(c) * PAIR_CLOCKS)
+        tiles = c.out.tiles_down * c.out.tiles_across * c.groups * c.column_tiles
         for split in range(c.splits):
             chunks = c.chunks // c.splits + (split < c.chunks % c.splits)
+            others = parts(c) - 1 if split >= c.splits - c.splits // parts(c) else min(1, parts(c) - 1)
             for _ in range(tiles):
-                heapq.heapreplace(work, work[0] + terms[3] * chunks / share(c, m))
-    asked = counted if counted is not None else asked
-    busiest = max(work) / (1e6 * m.tflops / m.gpu.multiprocessors)
-    fixed = m.start + latency(m, trips)
+                done, at = work[0]
+                heapq.heapreplace(work, (done + t.chunk_flops * chunks / share(c, m), at))
+                taken[at] += t.chunk_bytes * chunks + t.partial * others
+    needed = sum(t.needed for t in terms)
+    flops = sum(t.flops for t in terms)
+    asked = counted if counted is not None else sum(t.asked for t in terms)
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (m.gpu.multiprocessors * blocks_per_sm(m.gpu, launch.shared))
-    bounds = busiest, asked / (1e3 * m.l2), needed / (1e3 * m.memory)
-    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, fixed, *bounds)
+    bounds = {
+        "products": max(work)[0] / (1e6 * m.tflops / m.gpu.multiprocessors),
+        "l2": asked / (1e3 * m.l2),
+        "port": max(taken) / (1e3 * PORT_BYTES * m.clock),
+        "pairs": sum(t.exchanged for t in terms) / (1e3 * PAIR_GBPS),
+        "memory": needed / (1e3 * m.memory),
+    }
+    fixed = m.start + clocks / (1e3 * m.clock)
+    return Level(launch.label, launch.grid, waves, flops / 1e9, needed, asked, roofline, fixed, **bounds)
 
 
 def small(launch: Any, m: Model, needed: int, counted: int | None, flops: float, trips: int) -> Level:
     """The stem or the classifier: bound by latency and their bytes."""
     asked = counted if counted is not None else needed
-    bounds = flops / (1e6 * m.tflops * m.mma), asked / (1e3 * m.l2), needed / (1e3 * m.memory)
+    bounds = flops / (1e6 * m.tflops * m.mma), asked / (1e3 * m.l2), 0.0, 0.0, needed / (1e3 * m.memory)
     roofline = max(flops / (1e6 * m.tflops), needed / (1e3 * m.memory))
     waves = launch.grid / (2 * m.gpu.multiprocessors)
     fixed = m.start + latency(m, trips)
@@ -252,7 +308,7 @@ def show(console: Console, name: str, gpu: str, rows: list[Level], counting: boo
     title = f"ParNet-{name.upper()} on {gpu}: modelled, not measured"
     table = Table(title=title)
     asked = "MB asked (counted)" if counting else "MB asked (modelled)"
-    times = ("roofline", "fixed", "products", "l2", "memory", "modelled")
+    times = ("roofline", "fixed", "products", "l2", "port", "pairs", "memory", "modelled")
     for column in ("launch", "blocks", "waves", "GFLOP", "MB needed", asked, *(f"{name} µs" for name in times)):
         table.add_column(column, justify="left" if column == "launch" else "right")
     for r in rows:

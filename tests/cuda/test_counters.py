@@ -117,13 +117,14 @@ def test_three_streams_of_parnet_m(device, gpu):
     sectors = run.global_load["sectors"] + run.global_store["sectors"]
     assert requested / (32 * sectors) >= 0.95
     call = level_calls(lowered, tensors)[5]
+    layers = call.layer[: call.layers]
+    tiles = [c.column_tiles * c.out.tiles_down * c.out.tiles_across for c in layers]
     partial = sum(  # of each tile, all splits' but one
-        4 * 64 * (c.splits - 1) * c.column_tiles * c.out.tiles_down * c.out.tiles_across * c.tile_rows * c.tile_cols
-        for c in call.layer[: call.layers]
+        4 * 64 * (cuda_levels.parts(c) - 1) * t * c.tile_rows * c.tile_cols for c, t in zip(layers, tiles, strict=True)
     )
     # Without the partial sums, stored once and loaded once, which even out the multiprocessors' work on the A100.
     assert requested - 2 * partial <= 40.5e6
-    assert requested <= (42e6 if gpu is H100 else 45e6)
+    assert requested <= (32e6 if gpu is H100 else 45e6)
     # Every line that is read or written is needed: weights, gates, maps in and out, and the split layers' partial sums.
     weights = sum(t.nbytes for t in packed_of(tensors, call))
     maps = sum(2 * c.h * c.w * c.inputs[0].pitch * 2 for c in call.layer[: call.layers])
@@ -171,10 +172,11 @@ def test_round_trips_in_a_row(device, name, gpu):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_modelled_time(name):
     """Of a whole forward pass, and the least that a dozen launches can take in the model."""
-    for gpu, most in (("A100", 2.0), ("H100", {"s": 2.95, "m": 2.35, "l": 2.0, "xl": 1.85}[name])):
+    most = {"A100": {"s": 1.9, "m": 1.5, "l": 1.4, "xl": 1.3}, "H100": {"s": 2.6, "m": 2.0, "l": 1.85, "xl": 1.8}}
+    for gpu, of in most.items():
         rows = cuda_levels.levels(name, cuda_levels.GPUS[gpu], counting=False)
         roofline = sum(row.roofline for row in rows)
-        assert sum(row.modelled for row in rows) <= most * roofline
+        assert sum(row.modelled for row in rows) <= of[name] * roofline
         assert sum(row.floor for row in rows) <= 2 * roofline
 
 
