@@ -9,6 +9,11 @@ namespace parnet::cuda {
 __device__ __forceinline__ void arrive_cluster() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
 __device__ __forceinline__ void wait_cluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
+// Enough after fence_barriers, which orders what it is for.
+__device__ __forceinline__ void arrive_cluster_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
 // Where the other block has what lies at `address` here.
 __device__ __forceinline__ uint32_t in_partner(uint32_t address, int rank) {
   uint32_t there;

@@ -1,6 +1,7 @@
 // A tile whose input channels several blocks share. The one that began last finishes it: the others run
-// already, so it can wait for them. It adds their sums and its own in the order of the splits: which one it
-// is does not change a bit.
+// already, so it can wait for them (and for the other one of its pair, which runs too and waits for no split
+// before it meets it). It adds their sums and its own in the order of the splits: which one it is does not
+// change a bit.
 #pragma once
 #include "channel_gate.cuh"
 #include "layer.h"

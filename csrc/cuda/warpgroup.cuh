@@ -113,7 +113,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
       fence_barriers();
     }
     __syncthreads();
-    if (p.pairing == kPixels) arrive_cluster(), wait_cluster();  // the other block will arrive and copy here
+    if (p.pairing == kPixels) arrive_cluster_relaxed(), wait_cluster();  // the other block may use them
 
     constexpr int kShare = kWeightBytes / 2;
     const int share = place.rank * kShare;
