@@ -119,7 +119,7 @@ def play(
         extra: dict[str, Any] = {"resident": launch.grid} if launch.flags & COOPERATIVE else {}
         if launch.flags & PAIRS:
             extra["cluster"] = 2
-        extra = {**options, **extra} if device.simulated else {}
+        extra = {**options, **extra}
         arguments = [launch.arguments]
         results.append(device.launch(compiled, launch.kernel, launch.grid, THREADS, arguments, launch.shared, **extra))
     return results

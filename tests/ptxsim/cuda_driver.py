@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from .arguments import value_bytes
 from .errors import PtxError
@@ -12,6 +12,26 @@ from .memory import is_torch
 from .parser import parse_module
 
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute with the value of CLUSTER_DIMENSION."""
+
+    _fields_: ClassVar = [("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", ctypes.c_uint * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_: ClassVar = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    ]
 
 
 class CudaDriver:
@@ -45,6 +65,7 @@ class GpuModule:
         args: Sequence[Any],
         shared_bytes: int,
         stream: int,
+        cluster: tuple[int, int, int] | None = None,
     ) -> None:
         function = self.functions.get(kernel)
         if function is None or not function.is_entry:
@@ -61,4 +82,6 @@ class GpuModule:
         self.driver.call("cuModuleGetFunction", ctypes.byref(handle), self.handle, ctypes.c_char_p(kernel.encode()))
         if shared_bytes:
             self.driver.call("cuFuncSetAttribute", handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
-        self.driver.call("cuLaunchKernel", handle, *grid, *block, shared_bytes, ctypes.c_void_p(stream), pointers, None)
+        attributes = (LaunchAttribute * 1)(LaunchAttribute(CLUSTER_DIMENSION, 0, cluster or ()))
+        config = LaunchConfig(grid, block, shared_bytes, stream, attributes, 0 if cluster is None else 1)
+        self.driver.call("cuLaunchKernelEx", ctypes.byref(config), handle, pointers, None)

@@ -82,7 +82,7 @@ class Device:
     ) -> Result | None:
         """Runs a kernel; tensors are pointers, numbers take the parameters' types, bytes are structs.
 
-        Options: those of PtxModule.launch.
+        Options: those of PtxModule.launch, of which a GPU heeds `cluster`.
         """
         raise NotImplementedError
 
@@ -164,11 +164,11 @@ class Gpu(Device):
         return GpuModule(self.driver, _cuda_text(str(source), arch, tuple(flags)))
 
     def launch(self, module, kernel, grid, block, args, shared_bytes=0, **simulator_options):
-        if simulator_options.get("cluster") is not None:
-            raise PtxError("on a GPU, clusters are launched by kernels that say their size (__cluster_dims__)")
+        cluster = simulator_options.get("cluster")
+        clusters = None if cluster is None else three_dimensions(cluster)
         plain = [arg.array if isinstance(arg, Uninit) else arg for arg in args]
         stream = torch.cuda.current_stream().cuda_stream if self.torch_device.type == "cuda" else 0
-        module.launch(kernel, three_dimensions(grid), three_dimensions(block), plain, shared_bytes, stream)
+        module.launch(kernel, three_dimensions(grid), three_dimensions(block), plain, shared_bytes, stream, clusters)
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize()  # a fault shows at the launch that made it
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ptxsim import PtxError, PtxSanitizerError, Unavailable
-from ptxsim.cuda_driver import CudaDriver
+from ptxsim.cuda_driver import CudaDriver, LaunchAttribute, LaunchConfig
 from ptxsim.device import Gpu, Simulator, open_device, triton_signature
 
 from .helpers import KERNELS
@@ -94,8 +94,10 @@ class RecordingDriver:
         self.calls.append(("attribute", attribute, value))
         return 0
 
-    def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, params, extra):
-        self.calls.append(("launch", (gx, gy, gz), (bx, by, bz), shared))
+    def cuLaunchKernelEx(self, config, function, params, extra):
+        c = config._obj
+        clusters = [(c.attributes[i].id, *c.attributes[i].value[:3]) for i in range(c.count)]
+        self.calls.append(("launch", tuple(c.grid), tuple(c.block), c.shared_bytes, *clusters))
         self.params = [ctypes.string_at(p, size) for p, size in zip(params, (8, 8, 4, 4), strict=True)]
         return 0
 
@@ -125,8 +127,14 @@ def test_gpu_launch():
             device.launch(module, "scale", 1, 64, args)
     with pytest.raises(PtxError, match="no kernel named nothing"):
         device.launch(module, "nothing", 1, 64, [])
-    with pytest.raises(PtxError, match="on a GPU, clusters are launched by kernels that say their size"):
-        device.launch(module, "scale", 2, 64, [x, y, 2.5, 7], cluster=2)
+    device.launch(module, "scale", 4, 64, [x, y, 2.5, 7], cluster=2)
+    assert library.calls[-1] == ("launch", (4, 1, 1), (64, 1, 1), 0, (4, 2, 1, 1))
+
+
+def test_structures_of_the_driver():
+    """Their sizes and the attribute's number, as in CUDA 13's cuda.h."""
+    assert (ctypes.sizeof(LaunchAttribute), LaunchAttribute.value.offset) == (72, 8)
+    assert (ctypes.sizeof(LaunchConfig), LaunchConfig.stream.offset, LaunchConfig.count.offset) == (56, 32, 48)
 
 
 def test_gpu_errors_and_architectures():
