@@ -48,7 +48,7 @@ def run(
 ) -> tuple[Tensor, Tensor, list[Any]]:
     """(result [N, K, H, W], the reference in float64, counters of the launches) of an operator on `cases.arguments`.
 
-    tile with pairing, splits: instead of the planned ones. layout: of the input maps.
+    tile, splits: instead of the planned ones, and `pairing` with them. layout: of the input maps.
     """
     dtype, precision, _ = MATHS[math]
     args, options = to(dtype, *arguments(op, dtype=torch.float64, **case))
@@ -60,8 +60,9 @@ def run(
         tilings = plan_level(shapes, gpu, math)
         if tile is not None:
             tilings = tuple(cuda_plan._spatial(s, tile, gpu) for s in shapes)
-            tilings = tuple(replace(t, pairing=pairing) for t in tilings)
-        return tuple(replace(t, splits=splits or t.splits) for t in tilings)
+        if tile is None and splits is None:
+            return tilings
+        return tuple(replace(t, splits=splits or t.splits, pairing=pairing) for t in tilings)
 
     before, cuda_record.plan_level = cuda_record.plan_level, plan
     try:
