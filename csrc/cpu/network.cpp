@@ -75,8 +75,8 @@ void NetworkPlan::read_inputs(const Layer& l, int stage, int image) {
 }
 
 // A buffer with a halo of zeros: one row and column before the map, one after it, two where tiles overhang
-// odd sizes. Takes the buffer of a value of the same shape that died before `level` and returns that value,
-// or -1: the layers of a level do not wait for each other.
+// odd sizes. Takes the buffer of a dead value of the same shape and returns that value, or -1; not if it
+// would have to wait for a long item of its own level.
 int NetworkPlan::reserve_activation(Value& v, int level) {
   int reused = -1;
   const int64_t rows = v.shape[2] + 2 + v.shape[2] % 2, cols = v.shape[3] + 2 + v.shape[3] % 2;
@@ -84,7 +84,8 @@ int NetworkPlan::reserve_activation(Value& v, int level) {
   v.view = {nullptr, v.blocks * rows * cols * lanes, rows * cols * lanes, cols * lanes, lanes};
   for (size_t i = idle_values_.size(); i-- > 0;) {  // the last one is most likely still in cache
     Value& dead = values_[idle_values_[i]];
-    if (dead.shape == v.shape && layers_[dead.last_use].level < level) {
+    const Layer& reader = layers_[dead.last_use];
+    if (dead.shape == v.shape && (reader.level < level || !is_undivided(reader))) {
       v.start = dead.start;
       reused = idle_values_[i];
       idle_values_.erase(idle_values_.begin() + i);
