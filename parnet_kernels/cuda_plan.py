@@ -32,7 +32,7 @@ CANDIDATES = 48  # combinations whose schedule is simulated
 #: Bytes that L2 gives a multiprocessor while it does a unit, if all ask: their rates are in bench/cuda_levels.py. How
 #: many times that it takes if others do not ask: 64 bytes a clock.
 L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 136, 100: 127, 120: 300}
-L2_SHARES = {80: 1.35, 90: 2.2}
+L2_SHARES = {80: 1.35, 86: 1.25, 89: 1.25, 90: 2.2, 100: 2.2, 120: 1.25}
 #: The same of what a multiprocessor reads from another one, and round trips that this takes after the products.
 PAIR_BYTES, PAIR_TRIPS = 67, 2
 SPLITS_AT_ONCE = 2  # that a tile of mma.sync adds; a warpgroup tile adds fragments as they come (splits.cuh)
@@ -290,6 +290,14 @@ def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
     return max(max(work) * (1.0 if per_sm == 2 else ALONE), ALONE * costs[0][0])
 
 
+def _idle(blocks: int, gpu: Gpu) -> float:
+    """How much longer a level takes with fewer blocks than multiprocessors. Before Hopper, where blocks in pairs ask
+    for less, all of them are wanted: it takes all to use the memory's bandwidth.
+    """
+    missing = gpu.multiprocessors / blocks
+    return 1.0 if missing <= 1 or gpu.architecture >= 90 else 1.5 * missing
+
+
 class _Option(NamedTuple):
     """One way to cut a layer, and what ranking needs of it."""
 
@@ -359,13 +367,14 @@ def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, math: str) -> tuple[Tiling, 
         traffic = max(traffic, sum(o.exchanged for o in choice) / (PAIR_BYTES * gpu.multiprocessors))
         busy = sum(o.total for o in choice) / gpu.multiprocessors * (1.0 if per_sm == 2 else ALONE)
         bound = max(busy, longest * ALONE, traffic) + longest / 4 + max(o.waits for o in choice)
-        ranked.append((bound, traffic, per_sm, choice))
+        ranked.append((bound * _idle(sum(o.blocks for o in choice), gpu), traffic, per_sm, choice))
     candidates = heapq.nsmallest(CANDIDATES, ranked, key=lambda r: r[0])
 
     def time(traffic: float, per_sm: int, choice: tuple[_Option, ...]) -> float:
         layers = sorted((o.costs for o in choice), key=lambda costs: -costs[0][0])  # as they are launched
         work = max(makespan(list(itertools.chain(*layers)), gpu, per_sm), traffic)
         # Traffic breaks ties, and lengthens everything a little even where it does not bound.
+        work *= _idle(sum(o.blocks for o in choice), gpu)
         return work + traffic / 20 + max(o.waits for o in choice)
 
     return tuple(o.tiling for o in min(candidates, key=lambda r: time(*r[1:]))[3])

@@ -125,7 +125,9 @@ int64_t pack(const Tensor& into, int64_t at, const std::string& kind, int64_t st
     STD_TORCH_CHECK(storage == "compact", "`storage` must be auto, full, rows or compact, got ", storage);
     p.storage = Storage::kCompact;
   }
-  const Tensor weight = as_float(weight_in), gate_weight = as_float(gate_weight_in);
+  const bool measuring = into.numel() == 0;  // values do not matter: the large ones are not converted
+  const Tensor weight = measuring ? weight_in : as_float(weight_in),
+               gate_weight = measuring ? gate_weight_in : as_float(gate_weight_in);
   const std::optional<Tensor> bias = as_float(std::optional<Tensor>(bias_in)),
                               gate_bias = as_float(gate_bias_in), skip_scale = as_float(skip_scale_in),
                               skip_shift = as_float(skip_shift_in), out_scale = as_float(out_scale_in),
@@ -141,7 +143,7 @@ int64_t pack(const Tensor& into, int64_t at, const std::string& kind, int64_t st
 
   const parnet::cpu::PackedHeader header = parnet::cpu::plan_pack(p, k);
   const int64_t end = at + header.total_bytes;
-  if (into.numel() == 0) return end;
+  if (measuring) return end;
   STD_TORCH_CHECK(into.is_cpu() && into.scalar_type() == ScalarType::Byte && into.is_contiguous() &&
                       at >= 0 && at % 64 == 0 && end <= into.numel(),
                   "`into` must be a contiguous uint8 CPU tensor with a place for ", header.total_bytes,

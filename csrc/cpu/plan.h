@@ -26,7 +26,7 @@ struct TilePlan {
   int64_t u_floats;     // expanded weights of a chunk
   int32_t chunk_blocks;
   int32_t tiles_per_image;
-  int threads;
+  int threads;  // that it was made for
 
   TilePlan(const Geometry&, const Kernels&, int64_t images, int out_rows, int out_cols, int threads);
   TilePlan(const TilePlan&) = delete;
