@@ -1,8 +1,9 @@
 """How fast a workload could be: its arithmetic, direct and with Winograd's algorithm, and the weights it must read.
 
 The direct limit is max(2·MACs / FMA peak, weight bytes / bandwidth), summed over the layers of a network. The Winograd
-limit has fewer multiplications: 36 for 16 outputs of a 3×3 stride-1 filter instead of 144, and 81 instead of 144 with
-stride 2 (polyphase), transforms not counted. Hence an effective rate, direct FLOPs over time, may exceed the FMA peak.
+limit has fewer multiplications: 64 for 36 outputs of a 3×3 stride-1 filter instead of 324, and 81 for 16 instead of 144
+with stride 2 (polyphase), transforms not counted. Hence an effective rate, direct FLOPs over time, may exceed the FMA
+peak.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ class Cost:
 
 
 def multiplications(outputs: int, stride: int) -> int:
-    """Along one axis: F(4,3), then what fits the rest; if strided, F(4,2) and a pointwise tap."""
+    """Along one axis: F(6,3), then what fits the rest; if strided, F(4,2) and a pointwise tap."""
     tile = {1: lambda m: m + 2, 2: lambda m: (m + 1) + m}[stride]
-    full, rest = divmod(outputs, 4)
-    return full * tile(4) + (tile(rest) if rest else 0)
+    largest = {1: 6, 2: 4}[stride]
+    full, rest = divmod(outputs, largest)
+    return full * tile(largest) + (tile(rest) if rest else 0)
 
 
 def costs(workload: Workload) -> list[Cost]:

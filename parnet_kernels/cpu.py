@@ -28,6 +28,8 @@ from parnet_kernels import _native
 from parnet_kernels.checks import is_channels_last
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MANY_OUTPUTS = 500
+_MANY_WEIGHTS = 12 << 20
 _PARAMETERS = {
     "repvgg_sse": ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias"),
     "downsample_se": ("weight", "bias", "gate_weight", "gate_bias"),
@@ -61,11 +63,21 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
     assert x is not None
     parameters: Parameters = dict(zip(_PARAMETERS[op], tensors[inputs:], strict=True))
     parameters["out_scale"], parameters["out_shift"] = options["out_scale"], options["out_shift"]
-    packed = packed_weights(op, options.get("stride", 1), options["activation"], parameters)
+    stride = options.get("stride", 1)
+    storage = storage_of(x.shape[2] * x.shape[3] // stride**2, tensors[inputs])
+    packed = packed_weights(op, stride, options["activation"], parameters, storage)
     if packed is None:
         return None
     result = torch.ops.parnet._cpu_layer(x, y, packed, is_channels_last(x))
     return result if result.numel() or not x.numel() else None
+
+
+def storage_of(outputs: int, weight: Tensor | None) -> str:
+    """Of the weights of a layer with maps of `outputs` pixels: "wide" for large maps, unless the weights are very many;
+    else "auto", see `best_storage` in csrc/cpu/pack.h.
+    """
+    assert weight is not None
+    return "wide" if outputs >= _MANY_OUTPUTS and weight.numel() <= _MANY_WEIGHTS else "auto"
 
 
 def pack_layers(layers: Sequence[dict[str, Any]]) -> tuple[Tensor, list[int]]:
@@ -121,8 +133,13 @@ def clear_cache() -> None:
         _entries.clear()
 
 
-def packed_weights(op: str, stride: int, activation: str, parameters: Parameters) -> Tensor | None:
-    """The packed form of a layer, from the cache if still that of these parameters; None if they are not finite."""
+def packed_weights(
+    op: str, stride: int, activation: str, parameters: Parameters, storage: str = "auto"
+) -> Tensor | None:
+    """The packed form of a layer, from the cache if still that of these parameters; None if they are not finite.
+
+    `storage` counts when they are packed; what is in the cache is used whatever its storage.
+    """
     weight = parameters["weight"]
     assert weight is not None
     key = (id(weight), op, stride, activation)
@@ -135,7 +152,7 @@ def packed_weights(op: str, stride: int, activation: str, parameters: Parameters
             return entry.packed
     # State first: an update by another thread while packing must make the entry stale, not hide in it.
     state = [p.clone() for p in present] if inference else _state(present)
-    packed = pack(op, stride, activation, parameters) if are_finite(present) else None
+    packed = pack(op, stride, activation, parameters, storage) if are_finite(present) else None
     forget = weakref.ref(weight, lambda _: _entries.pop(key, None))
     references = [forget if p is weight else weakref.ref(p) for p in present]
     with _lock:

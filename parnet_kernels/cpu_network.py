@@ -18,8 +18,7 @@ from parnet_kernels.watch import Watch
 if TYPE_CHECKING:
     from parnet_kernels.deployed import DeployedParNet
 
-STORAGES = ("auto", "full", "rows", "compact")
-_MANY_WEIGHTS = 12 << 20  # more are "compact", see best_storage in csrc/cpu/pack.h
+STORAGES = ("auto", "wide", "full", "rows", "compact")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -98,14 +97,12 @@ class CpuNetwork:
         return packed if packed is not None and packed.weights is not None else None
 
     def _storages(self, network: DeployedParNet) -> list[str]:
-        """Of each layer. Packing alone does not know the maps: on those of an eighth of the image or more, making
-        weights from taps for each block of tiles takes longer (6 to 8 % at 320 and 400 channels) than reading them.
-        """
+        """Of each layer; "auto" is chosen for images of 224 × 224 pixels."""
         storages, reduced = [], {"image": 1}
         for m, layer in zip(network.operators(), layers(network.config), strict=False):
             reduced[layer.name] = reduced[layer.inputs[0]] * m.stride
-            full = reduced[layer.name] <= 8 and m.weight.numel() <= _MANY_WEIGHTS
-            storages.append("full" if full and self.storage == "auto" else self.storage)
+            automatic = cpu.storage_of((224 // reduced[layer.name]) ** 2, m.weight)
+            storages.append(automatic if self.storage == "auto" else self.storage)
         return storages
 
     def _pack(self, network: DeployedParNet, watch: Watch) -> _Packed:

@@ -32,7 +32,7 @@ def as_strides(x: Tensor, how: str) -> Tensor:
     return x.contiguous()
 
 
-def run(op: str, args: list, options: dict, storage: str = "full") -> Tensor:
+def run(op: str, args: list, options: dict, storage: str = "wide") -> Tensor:
     """One call of the native kernel, past dispatch and cache."""
     inputs = 2 if op == "fusion_se" else 1
     names = ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias")
@@ -67,7 +67,7 @@ def random_case(rng: random.Random) -> dict:
 def failure(rng: random.Random) -> str | None:
     """Runs one random case; what is wrong with the result, or None."""
     case = random_case(rng)
-    storage, threads = rng.choice(("full", "rows", "compact")), rng.choice((1, 2, 3))
+    storage, threads = rng.choice(("wide", "full", "rows", "compact")), rng.choice((1, 2, 3))
     how = [rng.choice(("contiguous", "channels_last", "sliced", "transposed")) for _ in range(2)]
     args, options = arguments(**case)
     expected = getattr(reference, case["op"])(*to(torch.float64, args, {})[0], **to(torch.float64, [], options)[1])

@@ -117,12 +117,15 @@ int64_t pack(const Tensor& into, int64_t at, const std::string& kind, int64_t st
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   if (storage == "auto") {
     p.storage = parnet::cpu::best_storage(outputs, channels, k.lanes);
+  } else if (storage == "wide") {
+    p.storage = Storage::kWide;
   } else if (storage == "full") {
     p.storage = Storage::kFull;
   } else if (storage == "rows") {
     p.storage = Storage::kRows;
   } else {
-    STD_TORCH_CHECK(storage == "compact", "`storage` must be auto, full, rows or compact, got ", storage);
+    STD_TORCH_CHECK(storage == "compact", "`storage` must be auto, wide, full, rows or compact, got ",
+                    storage);
     p.storage = Storage::kCompact;
   }
   const bool measuring = into.numel() == 0;  // values do not matter: the large ones are not converted

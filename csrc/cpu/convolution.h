@@ -52,23 +52,25 @@ __attribute__((noinline)) void inverse_tile(const float* m, const int32_t* offse
 typedef void (*ForwardTile)(const float*, int64_t, float*, const int32_t*);
 typedef void (*InverseTile)(const float*, const int32_t*, float*);
 
+#define PARNET_WINOGRAD_ROW(function, m) \
+  {function<Winograd<m>, Winograd<2>>, function<Winograd<m>, Winograd<4>>, function<Winograd<m>, Winograd<6>>}
 #define PARNET_POLYPHASE_ROW(function, m)                                      \
   {function<Polyphase<m>, Polyphase<1>>, function<Polyphase<m>, Polyphase<2>>, \
    function<Polyphase<m>, Polyphase<3>>, function<Polyphase<m>, Polyphase<4>>}
-#define PARNET_TILES(function)                                                 \
-  {                                                                            \
-    {{function<Winograd4, Winograd4>, function<Winograd4, Winograd2>},         \
-     {function<Winograd2, Winograd4>, function<Winograd2, Winograd2>}},        \
-    {                                                                          \
-      PARNET_POLYPHASE_ROW(function, 1), PARNET_POLYPHASE_ROW(function, 2),    \
-          PARNET_POLYPHASE_ROW(function, 3), PARNET_POLYPHASE_ROW(function, 4) \
-    }                                                                          \
+#define PARNET_TILES(function)                                                                              \
+  {                                                                                                         \
+    {PARNET_WINOGRAD_ROW(function, 2), PARNET_WINOGRAD_ROW(function, 4), PARNET_WINOGRAD_ROW(function, 6)}, \
+    {                                                                                                       \
+      PARNET_POLYPHASE_ROW(function, 1), PARNET_POLYPHASE_ROW(function, 2),                                 \
+          PARNET_POLYPHASE_ROW(function, 3), PARNET_POLYPHASE_ROW(function, 4)                              \
+    }                                                                                                       \
   }
 // [stride - 1][row kind][col kind]
 constexpr ForwardTile kForward[2][4][4] = PARNET_TILES(forward_tile);
 constexpr InverseTile kInverse[2][4][4] = PARNET_TILES(inverse_tile);
 #undef PARNET_TILES
 #undef PARNET_POLYPHASE_ROW
+#undef PARNET_WINOGRAD_ROW
 
 void transform(const ConvArgs& a, const TileBlock& block, int first, int last, float* v) {
   const PackedHeader& h = *a.packed;
@@ -97,7 +99,8 @@ PARNET_INLINE int group_channels(const PackedHeader& h) {
 void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, int first, int last, float* m) {
   const PackedHeader& h = *a.packed;
   const int blocks = h.group_blocks, channels = group_channels(h);
-  const int64_t matrix = int64_t{blocks} * kLanes * kPanel, panel = matrix * kWeightMatrices;
+  const int slots = slots_of(h.stride, h.storage);
+  const int64_t matrix = int64_t{blocks} * kLanes * kPanel, panel = matrix * slots * slots;
   const float* weights = section<float>(h, h.weight);
   for (int i = 0; i < table.num_uses; i++) {
     const MatrixUse& use = table.uses[i];
@@ -106,10 +109,10 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
       const float* next = k + 1 < last             ? w + panel
                           : i + 1 < table.num_uses ? weights + first * panel + table.uses[i + 1].slot * matrix
                                                    : weights + (last < h.panels ? last : first) * panel;
-      multiply_use(use, choose_rows<false, Form::kTap, false>,
+      multiply_use(use, choose_rows<false, Form::kTap>,
                    v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
                    a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel,
-                   channels, next, fetch_step(kPanel, use.panels));
+                   channels, a.sum_channels, false, next, fetch_step(kPanel, use.panels));
     }
   }
 }
@@ -121,9 +124,10 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
                    float* u) {
   const PackedHeader& h = *a.packed;
   const bool compact = h.storage == Storage::kCompact;
+  const int slots = slots_of(h.stride, h.storage);
   const int blocks = h.group_blocks, chunks = div_up(blocks, a.chunk_blocks);
   const int64_t block = int64_t{compact ? 9 : 3} * kLanes * kPanel, row = blocks * block;
-  const int64_t panel = compact ? row : kSlots * row;
+  const int64_t panel = compact ? row : slots * row;
   const float* weights = section<float>(h, h.weight);
   for (int k = first; k < last; k++) {
     const float* vk = v + int64_t{k % h.groups} * blocks * kRowPitch;
@@ -131,9 +135,9 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
     const float* wk = weights + k * panel;
     const float* after = k + 1 < h.panels ? wk + panel : wk;
     for (int from = 0, to; from < table.num_uses; from = to) {
-      const int slot_row = table.uses[from].slot / kSlots;
+      const int slot_row = table.uses[from].slot / slots;
       int passes = 0;
-      for (to = from; to < table.num_uses && table.uses[to].slot / kSlots == slot_row; to++) {
+      for (to = from; to < table.num_uses && table.uses[to].slot / slots == slot_row; to++) {
         passes += table.uses[to].panels;
       }
       for (int chunk = 0; chunk < chunks; chunk++) {
@@ -143,25 +147,23 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
         const float* next;  // what memory is asked for meanwhile: of compact taps, a share of the next panel
         int64_t floats = count * block;
         if (compact) {
-          next = after + (slot_row * row + b * block) / kSlots;
-          floats /= kSlots;
+          next = after + (slot_row * row + b * block) / slots;
+          floats /= slots;
           expand_rows(taps, channels, u, h.stride, slot_row);
           taps = u;
         } else {
           next = b + count < blocks    ? taps + count * block
-                 : to < table.num_uses ? wk + table.uses[to].slot / kSlots * row
+                 : to < table.num_uses ? wk + table.uses[to].slot / slots * row
                                        : after;
         }
         const int64_t step = fetch_step(floats, int64_t{passes} * channels);
         for (int i = from; i < to; i++) {
           const MatrixUse& use = table.uses[i];
-          const SlotForm form = kSlotForms[h.stride - 1][use.slot % kSlots];
-          const auto choose = [&](int rows) {
-            return chunk > 0 ? choose_taps<true>(form.form, rows) : choose_taps<false>(form.form, rows);
-          };
+          const SlotForm form = kSlotForms[h.stride - 1][use.slot % slots];
+          const auto choose = [&](int rows) { return choose_taps(form.form, rows); };
           next = multiply_use(use, choose, vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch,
                               a.panel_pitch, taps + form.tap * kPanel, mk + use.first_row * kPanel, channels,
-                              next, step);
+                              a.sum_channels, chunk > 0, next, step);
         }
       }
     }
@@ -201,10 +203,10 @@ void convolve(const ConvArgs& a, const TileBlock& block, const float* v, int fir
   const int step = kPanelsAtOnce < a.packed->groups ? a.packed->groups : kPanelsAtOnce;
   for (int k = first; k < last; k += step) {
     const int end = least(k + step, last);
-    if (a.packed->storage == Storage::kFull) {
-      multiply_full(a, *block.table, v, k, end, m);
-    } else {
+    if (stores_taps(a.packed->storage)) {
       multiply_taps(a, *block.table, v, k, end, m, u);
+    } else {
+      multiply_full(a, *block.table, v, k, end, m);
     }
     finish(a, block, k, end, m);
   }

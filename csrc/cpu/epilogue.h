@@ -9,7 +9,7 @@
 namespace parnet::cpu {
 namespace {
 
-constexpr int kTile = 4;  // the largest tile is kTile x kTile outputs
+constexpr int kTile = 6;  // the largest tile is kTile x kTile outputs
 constexpr int kMaxGroups = 2;
 
 template <class T>
@@ -46,7 +46,7 @@ PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block
       if (Affine) v = fma(v, scale, shift);
       sum = sum + v;
       Whole ? store_unaligned(y + j * pixel, v) : store_first(y + j * pixel, v, channels);
-      prefetch_to_write(y + (j + kTile) * pixel);  // of the next tile, most likely
+      prefetch_to_write(y + (j + cols) * pixel);  // of the next tile, most likely
     };
     if constexpr (Cols) {
       PARNET_UNROLL
@@ -65,6 +65,8 @@ PARNET_INLINE void emit(const ConvArgs& a, const Tile& tile, int out_block, Valu
   const int channels = a.out.pixel == kLanes ? kLanes : least(kLanes, left);
   if (channels < kLanes) {
     emit_sized<Affine, false, 0, 0>(a, tile, out_block, channels, value);
+  } else if (tile.rows == 6 && tile.cols == 6) {
+    emit_sized<Affine, true, 6, 6>(a, tile, out_block, channels, value);
   } else if (tile.rows == 4 && tile.cols == 4) {
     emit_sized<Affine, true, 4, 4>(a, tile, out_block, channels, value);
   } else {
@@ -83,7 +85,7 @@ void epilogue_dense(const ConvArgs& a, const Tile& tile, int panel, int half, in
       in.base + tile.image * in.image + out_block * in.block + tile.row * row + tile.col * kLanes;
   emit<Affine>(a, tile, out_block, [&](int i, int j) PARNET_INLINE_LAMBDA {
     const Vec conv = load(z[0] + (i * kTile + j) * kLanes);
-    if (Skip) prefetch(x + i * row + (j + kTile) * kLanes);
+    if (Skip) prefetch(x + i * row + (j + tile.cols) * kLanes);
     return activate<SiLU>(Skip ? conv + fma(scale, load(x + i * row + j * kLanes), offset)
                                : fma(scale, conv, offset));
   });

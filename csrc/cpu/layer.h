@@ -8,15 +8,17 @@ namespace parnet::cpu {
 
 enum class Kind : int32_t { kRepVGG, kDownsample, kFusion, kClassifier };
 enum class Activation : int32_t { kSiLU, kReLU };
-enum class Storage : int32_t { kFull, kRows, kCompact };
+// Of transformed weights, for F(6, 3) or F(4, 3), or of taps; see PackedHeader.
+enum class Storage : int32_t { kWide, kFull, kRows, kCompact };
+constexpr bool stores_taps(Storage s) { return s == Storage::kRows || s == Storage::kCompact; }
 enum class Dtype : int32_t { kFloat, kHalf, kBFloat16 };
 
-// A 1-D scheme has at most 6 weight slots (evaluation points), so a layer has 36 products of transformed
-// matrices.
-constexpr int kSlots = 6;
-constexpr int kWeightMatrices = kSlots * kSlots;
-// Scale of the taps along one axis, [stride - 1][tap]: powers of the first evaluation point, see winograd.h.
-constexpr double kTapScale[2][3] = {{1, 0.70710678118654752, .5}, {1, 1, 1}};
+// Weight slots (evaluation points) along one axis, see winograd.h: a layer has the square of it as matrices
+// of transformed weights. F(6, 3) needs 8.
+constexpr int kMaxSlots = 8;
+constexpr int slots_of(int stride, Storage storage) {
+  return stride == 1 && storage == Storage::kWide ? kMaxSlots : 6;
+}
 // The largest 2-D tile, stride-2 4x4 outputs, has 9 x 9 transformed values; its products use the 36 matrices
 // repeatedly.
 constexpr int kMaxTransforms = 81;
@@ -39,9 +41,9 @@ struct PackedHeader {
   int32_t group_blocks;  // input blocks that one group multiplies, both inputs together
   int32_t panels;        // all groups
   int64_t total_bytes;
-  int64_t weight;       // full: [panel][36][group channel][2*lanes]; of scaled taps, rows: [panel][6][group
-                        // channel][3][2*lanes], compact: [panel][group channel][9][2*lanes]; of a classifier:
-                        // [panel][channel][2*lanes]
+  int64_t weight;  // wide and full: [panel][row slot][column slot][group channel][2*lanes]; of taps, rows:
+                   // [panel][row slot][group channel][3][2*lanes], compact: [panel][group
+                   // channel][9][2*lanes]; of a classifier: [panel][channel][2*lanes]
   int64_t stem_weight;  // [panel][channel*9][2*lanes], at most kStemChannels channels
   int64_t gate_weight;  // [panel][group channel][2*lanes]
   int64_t gate_bias, bias, skip_scale, skip_shift;  // [panel][2*lanes]
@@ -98,6 +100,7 @@ struct ConvArgs {
   float* offset;        // [image][panel][2*lanes]
   int64_t panel_pitch;  // floats between row panels of transformed inputs
   int32_t out_rows, out_cols;
+  int32_t sum_channels;  // are summed in registers before the sum is added to the product
   int32_t chunk_blocks;  // storage of taps: input blocks whose taps are used at a time
 };
 
@@ -133,10 +136,11 @@ struct Strided {
 struct Kernels {
   const char* name;
   int32_t lanes, max_rows;
-  // Scaled 3x3 taps of one panel, [channel][9][2*lanes], to one row of slots, [channel][3][2*lanes].
+  // 3x3 taps of one panel, [channel][9][2*lanes], to one row of slots, [channel][3][2*lanes].
   void (*expand_rows)(const float* taps, int channels, float* rows, int stride, int row);
-  // A row of slots to all its slots, [slot][channel][2*lanes] with `slot_stride` floats between slots.
-  void (*expand_columns)(const float* rows, int channels, float* full, int64_t slot_stride, int stride);
+  // A row of slots to its first slots, [slot][channel][2*lanes] with `slot_stride` floats between slots.
+  void (*expand_columns)(const float* rows, int channels, float* full, int64_t slot_stride, int stride,
+                         int slots);
   // Input transform of blocks [first, last) of the layer's block list.
   void (*transform)(const ConvArgs&, const TileBlock&, int first, int last, float* v);
   // Products, output transform and epilogue for panels [first, last) of one block of tiles.

@@ -1,5 +1,5 @@
 // The matrix products of transformed inputs and weights: row panels of up to kMaxRows tiles times kPanel
-// output channels, 2*kMaxRows accumulators in registers over all input channels of the call.
+// output channels, 2*kMaxRows accumulators in registers.
 #pragma once
 #include "layer.h"
 #include "winograd.h"
@@ -24,76 +24,85 @@ PARNET_INLINE Vec read_weight(const float* w) {
 constexpr int kUnroll = 4;  // channels; kLanes is a multiple
 
 // v: `panels` row panels [block][kMaxRows][kLanes], `panel_pitch` apart; w: [channel][kPanel] or, if
-// Taps, [channel][3][kPanel]; m: [row][kPanel]. `channels` is a multiple of kUnroll. Fetches what the caller
-// reads next, `step` floats per channel and row panel: weights come from the outer caches or from memory, and
-// hardware does not foresee the changes of matrix. A step is at most a cache line, mostly a part of one:
-// memory is asked at an even rate.
-template <bool Taps, Form F, bool Accumulate, int Rows>
+// Taps, [channel][3][kPanel]; m: [row][kPanel], overwritten or, if `add`, added to. `channels` is a multiple
+// of kUnroll, `sum_channels` one of kLanes. Fetches what the caller reads next, `step` floats per channel and
+// row panel: weights come from the outer caches or from memory, and hardware does not foresee the changes of
+// matrix. A step is at most a cache line, mostly a part of one: memory is asked at an even rate.
+template <bool Taps, Form F, int Rows>
 __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t panel_pitch,
                                              const float* __restrict w, float* __restrict m, int channels,
-                                             int panels, const float* next, int64_t step) {
+                                             int sum_channels, bool add, int panels, const float* next,
+                                             int64_t step) {
   for (int panel = 0; panel < panels; panel++, m += Rows * kPanel) {
-    Vec low[Rows], high[Rows];
-    PARNET_UNROLL for (int r = 0; r < Rows; r++) {
-      low[r] = Accumulate ? load(m + r * kPanel) : zero();
-      high[r] = Accumulate ? load(m + r * kPanel + kLanes) : zero();
-    }
     const float* a = v + panel * panel_pitch;
     const float* b = w;
-    for (int left = channels; left > 0; left -= kLanes, a += kRowPitch) {
-      const int lanes = least(left, kLanes);
-      for (int c = 0; c < lanes; c += kUnroll) {
-        PARNET_UNROLL for (int i = 0; i < kUnroll; i++) {
-          prefetch(next);
-          next += step;
-          const Vec b0 = read_weight<Taps, F>(b), b1 = read_weight<Taps, F>(b + kLanes);
-          b += Taps ? 3 * kPanel : kPanel;
-          PARNET_UNROLL for (int r = 0; r < Rows; r++) {
-            const Vec x = splat(a[r * kLanes + c + i]);
-            accumulate(low[r], x, b0);
-            accumulate(high[r], x, b1);
+    bool adds = add;
+    for (int left = channels; left > 0; left -= sum_channels, adds = true) {
+      Vec low[Rows], high[Rows];
+      PARNET_UNROLL for (int r = 0; r < Rows; r++) low[r] = high[r] = zero();
+      for (int rest = least(left, sum_channels); rest > 0; rest -= kLanes, a += kRowPitch) {
+        const int lanes = least(rest, kLanes);
+        for (int c = 0; c < lanes; c += kUnroll) {
+          PARNET_UNROLL for (int i = 0; i < kUnroll; i++) {
+            prefetch(next);
+            next += step;
+            const Vec b0 = read_weight<Taps, F>(b), b1 = read_weight<Taps, F>(b + kLanes);
+            b += Taps ? 3 * kPanel : kPanel;
+            PARNET_UNROLL for (int r = 0; r < Rows; r++) {
+              const Vec x = splat(a[r * kLanes + c + i]);
+              accumulate(low[r], x, b0);
+              accumulate(high[r], x, b1);
+            }
           }
         }
       }
-    }
-    PARNET_UNROLL for (int r = 0; r < Rows; r++) {
-      store(m + r * kPanel, low[r]);
-      store(m + r * kPanel + kLanes, high[r]);
+      if (adds) {
+        PARNET_UNROLL for (int r = 0; r < Rows; r++) {
+          low[r] = low[r] + load(m + r * kPanel);
+          high[r] = high[r] + load(m + r * kPanel + kLanes);
+        }
+      }
+      PARNET_UNROLL for (int r = 0; r < Rows; r++) {
+        store(m + r * kPanel, low[r]);
+        store(m + r * kPanel + kLanes, high[r]);
+      }
     }
   }
 }
 
-typedef void (*MultiplyRows)(const float*, int64_t, const float*, float*, int, int, const float*, int64_t);
+typedef void (*MultiplyRows)(const float*, int64_t, const float*, float*, int, int, bool, int, const float*,
+                             int64_t);
 
-template <bool Taps, Form F, bool Accumulate, int Rows = 1>
+template <bool Taps, Form F, int Rows = 1>
 MultiplyRows choose_rows(int rows) {
   if constexpr (Rows == kMaxRows) {
-    return multiply_rows<Taps, F, Accumulate, Rows>;
+    return multiply_rows<Taps, F, Rows>;
   } else {
-    return rows == Rows ? multiply_rows<Taps, F, Accumulate, Rows>
-                        : choose_rows<Taps, F, Accumulate, Rows + 1>(rows);
+    return rows == Rows ? multiply_rows<Taps, F, Rows> : choose_rows<Taps, F, Rows + 1>(rows);
   }
 }
 
-template <bool Accumulate>
 MultiplyRows choose_taps(Form form, int rows) {
   switch (form) {
     case Form::kTap:
-      return choose_rows<true, Form::kTap, Accumulate>(rows);
+      return choose_rows<true, Form::kTap>(rows);
     case Form::kPlus:
-      return choose_rows<true, Form::kPlus, Accumulate>(rows);
+      return choose_rows<true, Form::kPlus>(rows);
     case Form::kMinus:
-      return choose_rows<true, Form::kMinus, Accumulate>(rows);
+      return choose_rows<true, Form::kMinus>(rows);
     case Form::kPlusTwice:
-      return choose_rows<true, Form::kPlusTwice, Accumulate>(rows);
+      return choose_rows<true, Form::kPlusTwice>(rows);
     case Form::kMinusTwice:
-      return choose_rows<true, Form::kMinusTwice, Accumulate>(rows);
+      return choose_rows<true, Form::kMinusTwice>(rows);
     case Form::kSum:
-      return choose_rows<true, Form::kSum, Accumulate>(rows);
+      return choose_rows<true, Form::kSum>(rows);
     case Form::kDifference:
-      return choose_rows<true, Form::kDifference, Accumulate>(rows);
+      return choose_rows<true, Form::kDifference>(rows);
     case Form::kSumTwice:
-      return choose_rows<true, Form::kSumTwice, Accumulate>(rows);
+      return choose_rows<true, Form::kSumTwice>(rows);
+    case Form::kPlusHalf:
+    case Form::kMinusHalf:
+      break;  // only of F(6, 3), whose weights are stored
   }
   return nullptr;
 }
@@ -102,11 +111,11 @@ MultiplyRows choose_taps(Form form, int rows) {
 template <class Choose>
 PARNET_INLINE const float* multiply_use(const MatrixUse& use, Choose choose, const float* v,
                                         int64_t panel_pitch, const float* w, float* m, int channels,
-                                        const float* next, int64_t step) {
+                                        int sum_channels, bool add, const float* next, int64_t step) {
   const int small = use.rows / use.panels, bigger = use.rows % use.panels;
   const auto run = [&](int rows, int panels) {
     if (!panels) return;
-    choose(rows)(v, panel_pitch, w, m, channels, panels, next, step);
+    choose(rows)(v, panel_pitch, w, m, channels, sum_channels, add, panels, next, step);
     v += panels * panel_pitch;
     m += panels * rows * kPanel;
     next += step * channels * panels;

@@ -83,7 +83,7 @@ PackedHeader plan_pack(const LayerParameters& p, const Kernels& k) {
   if (p.kind == Kind::kDownsample && h.in_channels <= kStemChannels) {
     h.stem_weight = reserve(h.panels * h.in_channels * 9 * panel);
   }
-  h.weight = reserve(h.panels * channels * panel * weights_per_channel(p.storage));
+  h.weight = reserve(h.panels * channels * panel * weights_per_channel(p.stride, p.storage));
   return h;
 }
 
@@ -133,38 +133,36 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
         floats(to, h.skip_shift)[at] = p.skip_shift[row];
       }
     }
-    const auto taps = [&](float* to, int64_t begin, int64_t end, const double* scale) {
+    const auto taps = [&](float* to, int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; c++) {
         if (source[c] < 0) continue;
         for (int64_t i = 0; i < count; i++) {
           const float* w = p.weight + ((output + i) * p.weight_channels + source[c]) * 9;
-          for (int tap = 0; tap < 9; tap++) {
-            to[((c - begin) * 9 + tap) * panel + i] = w[tap] * scale[tap / 3] * scale[tap % 3];
-          }
+          for (int tap = 0; tap < 9; tap++) to[((c - begin) * 9 + tap) * panel + i] = w[tap];
         }
       }
     };
     if (h.stem_weight) {
-      constexpr double unscaled[3] = {1, 1, 1};
-      taps(floats(to, h.stem_weight) + index * h.in_channels * 9 * panel, 0, h.in_channels, unscaled);
+      taps(floats(to, h.stem_weight) + index * h.in_channels * 9 * panel, 0, h.in_channels);
     }
-    const double* scale = kTapScale[h.stride - 1];
-    float* weight = floats(to, h.weight) + index * channels * panel * weights_per_channel(h.storage);
-    if (h.storage == Storage::kCompact) return taps(weight, 0, channels, scale);
+    const int slots = slots_of(h.stride, h.storage);
+    float* weight =
+        floats(to, h.weight) + index * channels * panel * weights_per_channel(h.stride, h.storage);
+    if (h.storage == Storage::kCompact) return taps(weight, 0, channels);
     // A block of channels at a time keeps the taps in cache.
     std::vector<float> scratch(lanes * (9 + 3) * panel + 16);
-    float* scaled = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / 4;
-    float* rows = scaled + lanes * 9 * panel;
+    float* block = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / 4;
+    float* rows = block + lanes * 9 * panel;
     for (int64_t c = 0; c < channels; c += lanes) {
-      std::fill_n(scaled, lanes * 9 * panel, 0.f);
-      taps(scaled, c, c + lanes, scale);
-      for (int row = 0; row < kSlots; row++) {
+      std::fill_n(block, lanes * 9 * panel, 0.f);
+      taps(block, c, c + lanes);
+      for (int row = 0; row < slots; row++) {
         if (h.storage == Storage::kRows) {
-          k.expand_rows(scaled, lanes, weight + (row * channels + c) * 3 * panel, h.stride, row);
+          k.expand_rows(block, lanes, weight + (row * channels + c) * 3 * panel, h.stride, row);
         } else {
-          k.expand_rows(scaled, lanes, rows, h.stride, row);
-          k.expand_columns(rows, lanes, weight + (row * kSlots * channels + c) * panel, channels * panel,
-                           h.stride);
+          k.expand_rows(block, lanes, rows, h.stride, row);
+          k.expand_columns(rows, lanes, weight + (row * slots * channels + c) * panel, channels * panel,
+                           h.stride, slots);
         }
       }
     }

@@ -24,8 +24,9 @@ struct LayerParameters {
 using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
 // Values stored for the 9 of a kernel.
-inline int weights_per_channel(Storage s) {
-  return s == Storage::kFull ? kWeightMatrices : s == Storage::kRows ? kSlots * 3 : 9;
+inline int weights_per_channel(int stride, Storage s) {
+  const int slots = slots_of(stride, s);
+  return s == Storage::kCompact ? 9 : s == Storage::kRows ? slots * 3 : slots * slots;
 }
 
 // Which storage "auto" means. Large layers are bound by reading their weights, where the processor has
@@ -35,9 +36,9 @@ inline int weights_per_channel(Storage s) {
 // see cpu_network.py): 256x256 channels still are of a 28x28 map in ParNet-M, 192x384 of a 14x14 one in
 // ParNet-S.
 inline Storage best_storage(int64_t out_channels, int64_t weight_channels, int lanes) {
-  const int64_t full_bytes = out_channels * weight_channels * kWeightMatrices * 4;
-  if (full_bytes > int64_t{192} << 20) return Storage::kCompact;  // memory is spared
-  return lanes == 16 && full_bytes > int64_t{10} << 20 ? Storage::kRows : Storage::kFull;
+  const int64_t kernels = out_channels * weight_channels;
+  if (kernels > 1'400'000) return Storage::kCompact;  // memory is spared
+  return lanes == 16 && kernels > 70'000 ? Storage::kRows : Storage::kFull;
 }
 
 // The header alone: sizes and offsets.

@@ -24,7 +24,7 @@ struct TilePlan {
   int64_t v_floats;     // transformed inputs of the largest block
   int64_t m_floats;     // products of the panels in flight
   int64_t u_floats;     // expanded weights of a chunk
-  int32_t chunk_blocks;
+  int32_t chunk_blocks, sum_channels;
   int32_t tiles_per_image;
   int threads;  // that it was made for
 

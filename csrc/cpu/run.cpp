@@ -238,6 +238,7 @@ class NetworkRun {
     a.scale = scales(l);
     a.offset = offsets(l);
     a.panel_pitch = l.tiles->panel_pitch;
+    a.sum_channels = l.tiles->sum_channels;
     a.chunk_blocks = l.tiles->chunk_blocks;
     return a;
   }

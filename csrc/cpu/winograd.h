@@ -9,51 +9,71 @@
 namespace parnet::cpu {
 namespace {
 
-// Stride 1: F(4, 3) with the points 0, +-p, +-q, inf. p = 1/sqrt(2), q = sqrt(2) has half the error of the
-// textbook points +-1, +-2 (and p^2 q^2 = 1 saves a multiplication). Larger tiles lose too much: at 128
-// channels F(6, 3) along both axes has 4 times, along one axis 2.6 times the error, for 18 and 10 % fewer
-// products.
-constexpr float kP = 0.70710678118654752f, kQ = 1.41421356237309505f;
-constexpr float kP2 = .5f, kQ2 = 2.f, kP3 = kP * kP2, kQ3 = kQ * kQ2;
-
-struct Winograd4 {
-  static constexpr int kStride = 1, kOut = 4, kIn = 6, kFreq = 6;
-
-  static PARNET_INLINE void forward(const Vec* d, Vec* o) {
-    const Vec u = fma(-kQ2, d[2], d[4]), v = fma(-kQ2, d[1], d[3]);
-    const Vec w = fma(-kP2, d[2], d[4]), z = fma(-kP2, d[1], d[3]);
-    o[0] = d[0] + fma(-(kP2 + kQ2), d[2], d[4]);
-    o[1] = fma(kP, v, u);
-    o[2] = fma(-kP, v, u);
-    o[3] = fma(kQ, z, w);
-    o[4] = fma(-kQ, z, w);
-    o[5] = d[1] + fma(-(kP2 + kQ2), d[3], d[5]);
-  }
-  // With the normalisation of the points, 1 / (2 p^2 (p^2 - q^2)) and 1 / (2 q^2 (q^2 - p^2)).
-  static PARNET_INLINE void inverse(const Vec* m, Vec* y) {
-    constexpr float np = 1 / (2 * kP2 * (kP2 - kQ2)), nq = 1 / (2 * kQ2 * (kQ2 - kP2));
-    const Vec s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
-    y[0] = fma(nq, s2, fma(np, s1, m[0]));
-    y[1] = fma(nq * kQ, d2, (np * kP) * d1);
-    y[2] = fma(nq * kQ2, s2, (np * kP2) * s1);
-    y[3] = fma(nq * kQ3, d2, fma(np * kP3, d1, (1 / kP2) * m[5]));
-  }
-};
-
-// F(2, 3) on the points 0, +-p, inf of Winograd4, so that it shares its weights: edges of maps that 4 does
-// not divide.
-struct Winograd2 {
-  static constexpr int kStride = 1, kOut = 2, kIn = 4, kFreq = 4;
+// Stride 1: F(m, 3) on the first m + 2 of the points 0, inf, 1, -1, 2, -2, 1/2, -1/2, so that tiles of 6, 4
+// and 2 share their weights. Those at +-1/2 are multiplied by 4: all are sums of taps times powers of two.
+// Error at 128 channels (sums of 32 and 64 channels, see plan.cpp): F(6, 3) 2.4e-6, F(4, 3) 1.6e-6. Other
+// points are better for one of them only: F(4, 3) on 0, inf, +-1/sqrt(2), +-sqrt(2) has 0.7e-6, F(6, 3) with
+// them 1.2e-5.
+template <int Outputs>
+struct Winograd {
+  static constexpr int kStride = 1, kOut = Outputs, kIn = Outputs + 2, kFreq = Outputs + 2;
 
   static PARNET_INLINE void forward(const Vec* d, Vec* o) {
-    o[0] = fma(-kQ2, d[2], d[0]);
-    o[1] = fma(kP, d[1], d[2]);
-    o[2] = fma(-kP, d[1], d[2]);
-    o[3] = fma(-kP2, d[1], d[3]);
+    if constexpr (Outputs == 2) {
+      o[0] = d[0] - d[2];
+      o[1] = d[3] - d[1];
+      o[2] = d[2] + d[1];
+      o[3] = d[2] - d[1];
+    } else if constexpr (Outputs == 4) {
+      o[0] = fma(.25f, d[4], fma(-1.25f, d[2], d[0]));
+      o[1] = fma(4.f, d[1], fma(-5.f, d[3], d[5]));
+      const Vec even1 = fma(-4.f, d[2], d[4]), odd1 = fma(-4.f, d[1], d[3]);
+      o[2] = even1 + odd1;
+      o[3] = even1 - odd1;
+      const Vec even2 = d[4] - d[2], odd2 = d[3] - d[1];
+      o[4] = fma(2.f, odd2, even2);
+      o[5] = fma(-2.f, odd2, even2);
+    } else {
+      o[0] = fma(5.25f, d[4] - d[2], d[0] - d[6]);
+      o[1] = fma(5.25f, d[3] - d[5], d[7] - d[1]);
+      const Vec even1 = fma(-4.25f, d[4], d[2] + d[6]), odd1 = fma(-4.25f, d[3], d[1] + d[5]);
+      o[2] = even1 + odd1;
+      o[3] = even1 - odd1;
+      const Vec even2 = fma(.25f, d[2], fma(-1.25f, d[4], d[6]));
+      const Vec odd2 = fma(.25f, d[1], fma(-1.25f, d[3], d[5]));
+      o[4] = fma(2.f, odd2, even2);
+      o[5] = fma(-2.f, odd2, even2);
+      const Vec even3 = fma(4.f, d[2], fma(-5.f, d[4], d[6]));
+      const Vec odd3 = fma(4.f, d[1], fma(-5.f, d[3], d[5]));
+      o[6] = fma(.5f, odd3, even3);
+      o[7] = fma(-.5f, odd3, even3);
+    }
   }
   static PARNET_INLINE void inverse(const Vec* m, Vec* y) {
-    y[0] = m[0] + m[1] + m[2];
-    y[1] = fma(kP, m[1] - m[2], (1 / kP2) * m[3]);
+    constexpr float n1 = Outputs == 2 ? 1 / 2.f : Outputs == 4 ? -1 / 6.f : -2 / 9.f;
+    const Vec s1 = n1 * (m[2] + m[3]), d1 = n1 * (m[2] - m[3]);
+    if constexpr (Outputs == 2) {
+      y[0] = m[0] + s1;
+      y[1] = m[1] + d1;
+      return;
+    }
+    constexpr float n2 = Outputs == 4 ? 1 / 24.f : 1 / 90.f;
+    const Vec s2 = m[4] + m[5], d2 = m[4] - m[5];
+    y[0] = fma(n2, s2, m[0] + s1);
+    y[1] = fma(n2 * 2, d2, d1);
+    y[2] = fma(n2 * 4, s2, s1);
+    if constexpr (Outputs == 4) {
+      y[3] = fma(n2 * 8, d2, m[1] + d1);
+    } else {
+      constexpr float n3 = 8 / 45.f;
+      const Vec s3 = m[6] + m[7], d3 = m[6] - m[7];
+      y[0] = fma(n3, s3, y[0]);
+      y[1] = fma(n3 / 2, d3, y[1]);
+      y[2] = fma(n3 / 4, s3, y[2]);
+      y[3] = fma(n3 / 8, d3, fma(n2 * 8, d2, d1));
+      y[4] = fma(n3 / 16, s3, fma(n2 * 16, s2, s1));
+      y[5] = fma(n3 / 32, d3, fma(n2 * 32, d2, m[1] + d1));
+    }
   }
 };
 
@@ -107,9 +127,20 @@ struct Polyphase {
   }
 };
 
-// Weights. Along one axis, the three taps scaled by kTapScale make the value at a slot by additions alone:
-// processors with adders beside their multipliers do that between the products at no cost.
-enum class Form { kTap, kPlus, kMinus, kPlusTwice, kMinusTwice, kSum, kDifference, kSumTwice };
+// Weights. Along one axis, three taps make the value at a slot by additions alone: processors with adders
+// beside their multipliers do that between the products at no cost.
+enum class Form {
+  kTap,
+  kPlus,
+  kMinus,
+  kPlusTwice,
+  kMinusTwice,
+  kPlusHalf,
+  kMinusHalf,
+  kSum,
+  kDifference,
+  kSumTwice
+};
 
 template <Form F>
 PARNET_INLINE Vec combine(Vec t0, Vec t1, Vec t2) {
@@ -128,6 +159,10 @@ PARNET_INLINE Vec combine(Vec t0, Vec t1, Vec t2) {
       const Vec half = (t2 + t2) - t1;
       return t0 + (half + half);
     }
+    case Form::kPlusHalf:
+      return combine<Form::kPlusTwice>(t2, t1, t0);
+    case Form::kMinusHalf:
+      return combine<Form::kMinusTwice>(t2, t1, t0);
     case Form::kSum:
       return t0 + t2;
     case Form::kDifference:
@@ -142,18 +177,20 @@ struct SlotForm {
   Form form;
   int tap;
 };
-constexpr SlotForm kSlotForms[2][kSlots] = {{{Form::kTap, 0},
-                                             {Form::kPlus, 0},
-                                             {Form::kMinus, 0},
-                                             {Form::kPlusTwice, 0},
-                                             {Form::kMinusTwice, 0},
-                                             {Form::kTap, 2}},
-                                            {{Form::kTap, 0},
-                                             {Form::kSum, 0},
-                                             {Form::kDifference, 0},
-                                             {Form::kSumTwice, 0},
-                                             {Form::kTap, 2},
-                                             {Form::kTap, 1}}};
+constexpr SlotForm kSlotForms[2][kMaxSlots] = {{{Form::kTap, 0},
+                                                {Form::kTap, 2},
+                                                {Form::kPlus, 0},
+                                                {Form::kMinus, 0},
+                                                {Form::kPlusTwice, 0},
+                                                {Form::kMinusTwice, 0},
+                                                {Form::kPlusHalf, 0},
+                                                {Form::kMinusHalf, 0}},
+                                               {{Form::kTap, 0},
+                                                {Form::kSum, 0},
+                                                {Form::kDifference, 0},
+                                                {Form::kSumTwice, 0},
+                                                {Form::kTap, 2},
+                                                {Form::kTap, 1}}};
 
 // `taps` holds three vectors, `pitch` floats apart.
 template <int Stride, int Slot>
@@ -164,11 +201,11 @@ PARNET_INLINE Vec value_at(const float* taps, int pitch) {
   return combine<slot.form>(load(t), load(t + pitch), load(t + 2 * pitch));
 }
 
-// Scaled taps of one panel, [channel][tap row][tap column][kPanel], to one row of slots: [channel][tap
+// Taps of one panel, [channel][tap row][tap column][kPanel], to one row of slots: [channel][tap
 // column][kPanel].
 template <int Stride, int Row = 0>
 void expand_rows(const float* taps, int channels, float* rows, int row) {
-  if constexpr (Row < kSlots) {
+  if constexpr (Row < slots_of(Stride, Storage::kWide)) {
     if (row != Row) return expand_rows<Stride, Row + 1>(taps, channels, rows, row);
     for (int c = 0; c < channels; c++, taps += 9 * kPanel, rows += 3 * kPanel) {
       PARNET_UNROLL for (int i = 0; i < 3 * kPanel; i += kLanes) {
@@ -178,25 +215,27 @@ void expand_rows(const float* taps, int channels, float* rows, int row) {
   }
 }
 
-// One row of slots to all slots of the row, [slot][channel][kPanel].
+// One row of slots to the first `slots` slots of the row, [slot][channel][kPanel].
 template <int Stride, int Slot = 0>
-void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride) {
-  if constexpr (Slot < kSlots) {
+void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride, int slots) {
+  if constexpr (Slot < slots_of(Stride, Storage::kWide)) {
+    if (Slot >= slots) return;
     for (int c = 0; c < channels; c++) {
       PARNET_UNROLL for (int i = 0; i < kPanel; i += kLanes) {
         store(full + c * kPanel + i, value_at<Stride, Slot>(rows + c * 3 * kPanel + i, kPanel));
       }
     }
-    expand_columns<Stride, Slot + 1>(rows, channels, full + slot_stride, slot_stride);
+    expand_columns<Stride, Slot + 1>(rows, channels, full + slot_stride, slot_stride, slots);
   }
 }
 
 void expand_rows(const float* taps, int channels, float* rows, int stride, int row) {
   stride == 1 ? expand_rows<1>(taps, channels, rows, row) : expand_rows<2>(taps, channels, rows, row);
 }
-void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride, int stride) {
-  stride == 1 ? expand_columns<1>(rows, channels, full, slot_stride)
-              : expand_columns<2>(rows, channels, full, slot_stride);
+void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride, int stride,
+                    int slots) {
+  stride == 1 ? expand_columns<1>(rows, channels, full, slot_stride, slots)
+              : expand_columns<2>(rows, channels, full, slot_stride, slots);
 }
 
 }  // namespace
