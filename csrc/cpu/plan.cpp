@@ -146,8 +146,12 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
   }
   // A little more than a whole number of cache lines between row panels: no power of two.
   panel_pitch = int64_t{g.groups} * g.group_blocks * k.max_rows * k.lanes + 16;
-  // Blocks do not straddle images unless several images fit into one.
-  const int whole = std::max(1, kBlockTiles / tiles_per_image);
+  // Blocks do not straddle images unless several images fit into one: then as many as leave all threads as
+  // many blocks.
+  const int most = std::max(1, kBlockTiles / tiles_per_image);
+  int whole = most;
+  const auto uneven = [&](int64_t blocks) { return blocks % threads && blocks < 2 * threads; };
+  while (images > most && whole > div_up(most, 2) && uneven(div_up(images, whole))) whole--;
   const int unit = whole * tiles_per_image, units = div_up(tiles.size(), unit);
   const int few = g.stride == 2 && largest == 4 ? kFewStridedTiles : kFewTiles;
   v_floats = m_floats = 0;
