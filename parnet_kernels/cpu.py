@@ -28,8 +28,6 @@ from parnet_kernels import _native
 from parnet_kernels.checks import is_channels_last
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MANY_OUTPUTS = 500
-_MANY_WEIGHTS = 12 << 20
 _PARAMETERS = {
     "repvgg_sse": ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias"),
     "downsample_se": ("weight", "bias", "gate_weight", "gate_bias"),
@@ -73,11 +71,12 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
 
 
 def storage_of(outputs: int, weight: Tensor | None) -> str:
-    """Of the weights of a layer with maps of `outputs` pixels: "wide" for large maps, unless the weights are very many;
-    else "auto", see `best_storage` in csrc/cpu/pack.h.
+    """Of the weights of a layer with maps of `outputs` pixels: "wide" where tiles of 6 × 6 are used (csrc/cpu/plan.cpp)
+    or, with stride 2, maps are as large, unless the weights are very many; else "auto" (csrc/cpu/pack.h).
     """
     assert weight is not None
-    return "wide" if outputs >= _MANY_OUTPUTS and weight.numel() <= _MANY_WEIGHTS else "auto"
+    wide = outputs >= 500 and weight.shape[1] <= 512 and weight.numel() <= 12 << 20
+    return "wide" if wide else "auto"
 
 
 def pack_layers(layers: Sequence[dict[str, Any]]) -> tuple[Tensor, list[int]]:

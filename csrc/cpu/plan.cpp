@@ -20,6 +20,8 @@ constexpr int64_t kTapBytes = 24 << 10;
 // Channels summed in registers. Of sums of sums less is lost: F(6, 3) has 0.6 of the error at 128 channels,
 // 0.4 at 400; for 1 to 2 % of the time.
 constexpr int kSumChannels6 = 32, kSumChannels4 = 64;
+// More channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise).
+constexpr int kMaxWinograd6Channels = 512;
 // With fewer outputs, 64 matrices would have few rows each, and take longer to read than 36.
 constexpr int kFewWinograd6Outputs = 500;
 // Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
@@ -59,7 +61,8 @@ const std::vector<int>& slots(int stride, int kind) {
 
 int largest_tile(const Geometry& g, int64_t outputs) {
   if (g.stride == 2) return outputs <= kFewOutputs ? 2 : 4;
-  return g.storage == Storage::kWide && outputs >= kFewWinograd6Outputs ? 6 : 4;
+  const bool wide = outputs >= kFewWinograd6Outputs && g.in_channels <= kMaxWinograd6Channels;
+  return wide && g.storage == Storage::kWide ? 6 : 4;
 }
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
