@@ -109,7 +109,8 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
       const float* next = k + 1 < last             ? w + panel
                           : i + 1 < table.num_uses ? weights + first * panel + table.uses[i + 1].slot * matrix
                                                    : weights + (last < h.panels ? last : first) * panel;
-      multiply_use(use, choose_rows<false, Form::kTap>,
+      const bool half = k + 1 == h.panels && h.groups == 1 && h.out_blocks % 2 == 1;
+      multiply_use(use, half ? choose_rows<false, Form::kTap, true> : choose_rows<false, Form::kTap>,
                    v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
                    a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel,
                    channels, a.sum_channels, false, next, fetch_step(kPanel, use.panels));

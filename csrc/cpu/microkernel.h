@@ -28,7 +28,8 @@ constexpr int kUnroll = 4;  // channels; kLanes is a multiple
 // of kUnroll, `sum_channels` one of kLanes. Fetches what the caller reads next, `step` floats per channel and
 // row panel: weights come from the outer caches or from memory, and hardware does not foresee the changes of
 // matrix. A step is at most a cache line, mostly a part of one: memory is asked at an even rate.
-template <bool Taps, Form F, int Rows>
+// Half: of the last panel, where its second half has no channels; that half of m is not written.
+template <bool Taps, Form F, bool Half, int Rows>
 __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t panel_pitch,
                                              const float* __restrict w, float* __restrict m, int channels,
                                              int sum_channels, bool add, int panels, const float* next,
@@ -46,12 +47,12 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
           PARNET_UNROLL for (int i = 0; i < kUnroll; i++) {
             prefetch(next);
             next += step;
-            const Vec b0 = read_weight<Taps, F>(b), b1 = read_weight<Taps, F>(b + kLanes);
+            const Vec b0 = read_weight<Taps, F>(b), b1 = Half ? b0 : read_weight<Taps, F>(b + kLanes);
             b += Taps ? 3 * kPanel : kPanel;
             PARNET_UNROLL for (int r = 0; r < Rows; r++) {
               const Vec x = splat(a[r * kLanes + c + i]);
               accumulate(low[r], x, b0);
-              accumulate(high[r], x, b1);
+              if (!Half) accumulate(high[r], x, b1);
             }
           }
         }
@@ -59,12 +60,12 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
       if (adds) {
         PARNET_UNROLL for (int r = 0; r < Rows; r++) {
           low[r] = low[r] + load(m + r * kPanel);
-          high[r] = high[r] + load(m + r * kPanel + kLanes);
+          if (!Half) high[r] = high[r] + load(m + r * kPanel + kLanes);
         }
       }
       PARNET_UNROLL for (int r = 0; r < Rows; r++) {
         store(m + r * kPanel, low[r]);
-        store(m + r * kPanel + kLanes, high[r]);
+        if (!Half) store(m + r * kPanel + kLanes, high[r]);
       }
     }
   }
@@ -73,12 +74,12 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
 typedef void (*MultiplyRows)(const float*, int64_t, const float*, float*, int, int, bool, int, const float*,
                              int64_t);
 
-template <bool Taps, Form F, int Rows = 1>
+template <bool Taps, Form F, bool Half = false, int Rows = 1>
 MultiplyRows choose_rows(int rows) {
   if constexpr (Rows == kMaxRows) {
-    return multiply_rows<Taps, F, Rows>;
+    return multiply_rows<Taps, F, Half, Rows>;
   } else {
-    return rows == Rows ? multiply_rows<Taps, F, Rows> : choose_rows<Taps, F, Rows + 1>(rows);
+    return rows == Rows ? multiply_rows<Taps, F, Half, Rows> : choose_rows<Taps, F, Half, Rows + 1>(rows);
   }
 }
 
