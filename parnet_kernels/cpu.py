@@ -1,7 +1,8 @@
 """The CPU backend of the public operators: the native kernels of csrc/cpu, and a cache of packed weights.
 
 The kernels read weights in a transformed layout ("packed", `torch.ops.parnet._cpu_pack`). The public operators take
-plain weights, so the packed form is cached per weight tensor. An entry
+plain weights, so the packed form is cached per weight tensor (and storage: what a call returns must not depend on the
+maps of earlier ones). An entry
 
 * lives as long as the weight tensor, and holds no reference to any of the layer's parameters;
 * is used only if every parameter is the same tensor object with the same version counter and the same memory as when it
@@ -72,7 +73,8 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
 
 def storage_of(outputs: int, weight: Tensor | None) -> str:
     """Of the weights of a layer with maps of `outputs` pixels: "wide" where tiles of 6 × 6 are used (csrc/cpu/plan.cpp)
-    or, with stride 2, maps are as large, unless the weights are very many; else "auto" (csrc/cpu/pack.h).
+    or, with stride 2, maps are as large (making weights from taps for each block of tiles takes longer there: 6 to 8 %
+    at 320 and 400 channels), unless the weights are very many; else "auto" (csrc/cpu/pack.h).
     """
     assert weight is not None
     wide = outputs >= 500 and weight.shape[1] <= 512 and weight.numel() <= 12 << 20
@@ -121,7 +123,7 @@ class _Entry(NamedTuple):
     packed: Tensor | None  # None: a parameter is not finite
 
 
-_Key = tuple[int, str, int, str]
+_Key = tuple[int, str, int, str, str]
 _entries: dict[_Key, _Entry] = {}
 _lock = threading.Lock()
 
@@ -132,16 +134,11 @@ def clear_cache() -> None:
         _entries.clear()
 
 
-def packed_weights(
-    op: str, stride: int, activation: str, parameters: Parameters, storage: str = "auto"
-) -> Tensor | None:
-    """The packed form of a layer, from the cache if still that of these parameters; None if they are not finite.
-
-    `storage` counts when they are packed; what is in the cache is used whatever its storage.
-    """
+def packed_weights(op: str, stride: int, activation: str, parameters: Parameters, storage: str) -> Tensor | None:
+    """The packed form of a layer, from the cache if still that of these parameters; None if they are not finite."""
     weight = parameters["weight"]
     assert weight is not None
-    key = (id(weight), op, stride, activation)
+    key = (id(weight), op, stride, activation, storage)
     present = [p for p in parameters.values() if p is not None]
     inference = any(p.is_inference() for p in present)
     entry = _entries.get(key)

@@ -48,6 +48,18 @@ def parameters_of(op: str, args: list, options: dict) -> list[torch.Tensor]:
     return [p for p in [*args[maps:], options["out_scale"], options["out_shift"]] if p is not None]
 
 
+def test_earlier_maps_do_not_change_a_bit() -> None:
+    """Weights are stored differently for large maps and for small ones; a call takes what its own map asks for."""
+    args, options = arguments("repvgg_sse", c=24, k=24, size=(28, 28))
+    small = [torch.randn(1, 24, 8, 8), *args[1:]]
+    with ops.use_backend("cpu"):
+        large_first = [torch.ops.parnet.repvgg_sse(*each, **options) for each in (args, small)]
+        cpu.clear_cache()
+        small_first = [torch.ops.parnet.repvgg_sse(*each, **options) for each in (small, args)]
+    assert torch.equal(large_first[0], small_first[1])
+    assert torch.equal(large_first[1], small_first[0])
+
+
 @each_operator
 def test_packs_once(op: str, packs: list[str]) -> None:
     args, options = arguments(op, c=8, k=8)

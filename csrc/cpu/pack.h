@@ -8,7 +8,7 @@
 namespace parnet::cpu {
 
 constexpr uint64_t kPackMagic = 0x31304b4341505450;  // "PTPACK01"
-constexpr int kPackVersion = 2;
+constexpr int kPackVersion = 3;
 
 // Contiguous float parameters in the layout of the public operators; null where absent.
 struct LayerParameters {
@@ -31,10 +31,8 @@ inline int weights_per_channel(int stride, Storage s) {
 
 // Which storage "auto" means. Large layers are bound by reading their weights, where the processor has
 // AVX-512: at 14x14, half the bytes took 10 to 20 % less time on one thread and 30 % less on two (batch 1).
-// For maps of many tiles, and with AVX2, making weights from taps costs more than it saves: 10 % at 28x28.
-// Layers are told apart by their size, because packing one does not know its maps (packing a network does,
-// see cpu_network.py): 256x256 channels still are of a 28x28 map in ParNet-M, 192x384 of a 14x14 one in
-// ParNet-S.
+// With AVX2, making weights from taps costs more than it saves. Large maps do not ask: see storage_of in
+// parnet_kernels/cpu.py.
 inline Storage best_storage(int64_t out_channels, int64_t weight_channels, int lanes) {
   const int64_t kernels = out_channels * weight_channels;
   if (kernels > 1'400'000) return Storage::kCompact;  // memory is spared

@@ -1,5 +1,5 @@
-// How one layer's map is cut into tiles, and the tiles into blocks. Depends on shapes only; results never
-// depend on it.
+// How one layer's map is cut into tiles, and the tiles into blocks. Tiles depend on shapes and storage only,
+// blocks on the number of threads as well; results never depend on the blocks.
 #pragma once
 #include <memory>
 #include <vector>

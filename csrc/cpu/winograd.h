@@ -1,7 +1,7 @@
 // One-dimensional fast convolution schemes; the tile transforms apply one along rows and one along columns.
 //
-// Each scheme turns kIn inputs into kFreq values; value i multiplies the weights of evaluation point
-// kSlot[i]; `inverse` turns the kFreq products into kOut outputs.
+// Each scheme turns kIn inputs into kFreq values; value i multiplies the weights of a slot, an evaluation
+// point (slots() in plan.cpp); `inverse` turns the kFreq products into kOut outputs.
 #pragma once
 #include "layer.h"
 #include "simd.h"
@@ -13,7 +13,7 @@ namespace {
 // and 2 share their weights. Those at +-1/2 are multiplied by 4: all are sums of taps times powers of two.
 // Error at 128 channels (sums of 32 and 64 channels, see plan.cpp): F(6, 3) 2.4e-6, F(4, 3) 1.6e-6. Other
 // points are better for one of them only: F(4, 3) on 0, inf, +-1/sqrt(2), +-sqrt(2) has 0.7e-6, F(6, 3) with
-// them 1.2e-5.
+// them 7e-6.
 template <int Outputs>
 struct Winograd {
   static constexpr int kStride = 1, kOut = Outputs, kIn = Outputs + 2, kFreq = Outputs + 2;
