@@ -23,10 +23,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020d000000000000ULL"  # 2.13: the oldest torch the libraries load into
-ISA_FLAGS = {
-    "isa_avx2.cpp": "-mavx2 -mfma -mf16c",
-    "isa_avx512.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c",
-}
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"-mavx512f -mavx512dq -mavx512bw -mavx512vl {AVX2}"
+X86_FLAGS = {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512, "isa_avx512_intel.cpp": AVX512}
 CUDA_ARCHS = os.environ.get("PARNET_CUDA_ARCHS", "80 86 89 90 90a 100 120").split()
 HOPPER = "90a"  # for hopper_*.cu, and for nothing else
 
@@ -81,9 +80,7 @@ class NinjaBuild(build_ext):
         objects = []
         for source in [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
             binding = source.name in ("ops.cpp", "bind.cpp")
-            extra = f"{torch_flags} {abi}" if binding else ISA_FLAGS.get(source.name, "")
-            if source.name == "isa_avx512.cpp" or source.name == "isa_avx2.cpp":
-                extra = extra if is_x86() else ""
+            extra = f"{torch_flags} {abi}" if binding else X86_FLAGS.get(source.name, "") if is_x86() else ""
             objects.append(f"cpu/{source.stem}.o")
             yield f"build {objects[-1]}: cxx {source}\n  flags = {common} {extra}"
         yield f"build _C.so: link {' '.join(objects)}\n  flags = {torch_link}"

@@ -80,10 +80,13 @@ void transform(const ConvArgs& a, const TileBlock& block, int first, int last, f
     const float* plane = in.base + refs[b].block * in.block;
     for (int t = 0; t < block.count; t++) {
       const Tile& tile = block.tiles[t];
+      const int32_t *first = block.table->v_offset + t * kMaxTransforms,
+                    *step = block.table->v_step + t * kMaxTransforms;
+      int32_t offset[kMaxTransforms];
+      for (int i = 0; i < kMaxTransforms; i++) offset[i] = first[i] + b * step[i];
       const float* from = plane + tile.image * in.image + (int64_t{h.stride} * tile.row - 1) * in.row +
                           (int64_t{h.stride} * tile.col - 1) * kLanes;
-      kForward[h.stride - 1][tile.row_kind][tile.col_kind](from, in.row, v + int64_t{b} * kRowPitch,
-                                                           block.table->v_offset + t * kMaxTransforms);
+      kForward[h.stride - 1][tile.row_kind][tile.col_kind](from, in.row, v, offset);
     }
   }
 }
@@ -110,10 +113,10 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
                           : i + 1 < table.num_uses ? weights + first * panel + table.uses[i + 1].slot * matrix
                                                    : weights + (last < h.panels ? last : first) * panel;
       const bool half = k + 1 == h.panels && h.groups == 1 && h.out_blocks % 2 == 1;
-      multiply_use(use, half ? choose_rows<false, Form::kTap, true> : choose_rows<false, Form::kTap>,
-                   v + use.first_panel * a.panel_pitch + int64_t{k % h.groups} * blocks * kRowPitch,
-                   a.panel_pitch, w, m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel,
-                   channels, a.sum_channels, false, next, fetch_step(kPanel, use.panels));
+      multiply_use(use, half ? choose_rows<false, Form::kTap, true> : choose_rows<false, Form::kTap>, v,
+                   h.groups * blocks, k % h.groups * blocks, w,
+                   m + (int64_t{k - first} * table.m_rows + use.first_row) * kPanel, channels, a.sum_channels,
+                   false, next, fetch_step(kPanel, use.panels));
     }
   }
 }
@@ -131,7 +134,6 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
   const int64_t panel = compact ? row : slots * row;
   const float* weights = section<float>(h, h.weight);
   for (int k = first; k < last; k++) {
-    const float* vk = v + int64_t{k % h.groups} * blocks * kRowPitch;
     float* mk = m + int64_t{k - first} * table.m_rows * kPanel;
     const float* wk = weights + k * panel;
     const float* after = k + 1 < h.panels ? wk + panel : wk;
@@ -162,9 +164,9 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
           const MatrixUse& use = table.uses[i];
           const SlotForm form = kSlotForms[h.stride - 1][use.slot % slots];
           const auto choose = [&](int rows) { return choose_taps(form.form, rows); };
-          next = multiply_use(use, choose, vk + use.first_panel * a.panel_pitch + int64_t{b} * kRowPitch,
-                              a.panel_pitch, taps + form.tap * kPanel, mk + use.first_row * kPanel, channels,
-                              a.sum_channels, chunk > 0, next, step);
+          next = multiply_use(use, choose, v, h.groups * blocks, k % h.groups * blocks + b,
+                              taps + form.tap * kPanel, mk + use.first_row * kPanel, channels, a.sum_channels,
+                              chunk > 0, next, step);
         }
       }
     }

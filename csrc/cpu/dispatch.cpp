@@ -8,7 +8,7 @@ namespace parnet::cpu {
 
 extern const Kernels kernels_portable, kernels_portable16;
 #ifdef __x86_64__
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_intel;
 #endif
 
 namespace {
@@ -16,17 +16,21 @@ namespace {
 struct Level {
   const Kernels* kernels;
   bool supported;
+  bool chosen = true;  // unless a later one is, or another one is asked for
 };
 
 // Best last; portable16 is for tests and never chosen by itself.
 const Level* levels(int* count) {
-  static const Level all[] = {
-      {&kernels_portable16, true},
-      {&kernels_portable, true},
 #ifdef __x86_64__
-      {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")},
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+                    avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"),
+                    intel = __builtin_cpu_is("intel");
+#endif
+  static const Level all[] = {
+      {&kernels_portable16, true}, {&kernels_portable, true},
+#ifdef __x86_64__
+      {&kernels_avx2, avx2},       {&kernels_avx512, avx512}, {&kernels_avx512_intel, avx512, intel},
 #endif
   };
   *count = std::size(all);
@@ -45,7 +49,7 @@ const Kernels& choose() {
   const Kernels* best = nullptr;
   std::string known;
   for (int i = 0; i < count; i++) {
-    if (all[i].supported) best = all[i].kernels;
+    if (all[i].supported && all[i].chosen) best = all[i].kernels;
     if (all[i].supported && wanted && std::string(wanted) == all[i].kernels->name) return *all[i].kernels;
     if (all[i].supported) known += std::string(known.empty() ? "" : ", ") + all[i].kernels->name;
   }

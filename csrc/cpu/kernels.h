@@ -1,5 +1,5 @@
 // Everything compiled once per instruction set. Included by the isa_*.cpp files only, which define
-// PARNET_LANES, PARNET_ROWS and the name of the table.
+// PARNET_LANES, PARNET_ROWS, perhaps PARNET_INTEL, and the name of the table.
 #pragma once
 #include "convert.h"
 #include "convolution.h"
@@ -10,8 +10,8 @@ namespace parnet::cpu {
 namespace {
 
 constexpr Kernels table_of(const char* name) {
-  return {name, kLanes, kMaxRows, expand_rows,  expand_columns, transform,   convolve,
-          gate, stem,   enter,    enter_planes, leave,          leave_means, classify};
+  return {name, kLanes, kMaxRows, kIntel ? 1200 : 500, expand_rows, expand_columns, transform, convolve,
+          gate, stem,   enter,    enter_planes,        leave,       leave_means,    classify};
 }
 
 }  // namespace

@@ -73,16 +73,25 @@ struct Tile {
 // The rows of all tiles that multiply the same weight matrix, in `panels` row panels of equal size, or one
 // row more in the first ones.
 struct MatrixUse {
-  int32_t slot, rows, first_panel, first_row, panels;
+  int32_t slot, rows, first_row, panels;
+  int32_t first_value;  // floats from the start of a block of transformed inputs
 };
+
+// A row panel of transformed inputs: [block of channels][row][lane], and a cache line more, so that panels
+// are no power of two apart.
+constexpr int64_t row_panel_floats(int rows, int blocks, int lanes) {
+  return int64_t{rows} * blocks * lanes + 16;
+}
 
 // Where the transformed values of the tiles of a block lie; blocks with the same sequence of tile kinds share
 // one.
 struct TileTable {
   const int32_t* v_offset;  // [tile][kMaxTransforms], floats from the start of a block of transformed inputs
+  const int32_t* v_step;    // [tile][kMaxTransforms], floats from one block of channels to the next
   const int32_t* m_offset;  // [tile][kMaxTransforms], floats from the start of a panel of products
   const MatrixUse* uses;
-  int32_t num_uses, row_panels, m_rows;
+  int32_t num_uses, m_rows;
+  int64_t v_floats;
 };
 
 struct TileBlock {
@@ -97,8 +106,7 @@ struct ConvArgs {
   View out;
   float* sums;   // [sum row][out block][lane]
   float* scale;  // [image][panel][2*lanes]: multiplies the skip input, or the convolution if there is no skip
-  float* offset;        // [image][panel][2*lanes]
-  int64_t panel_pitch;  // floats between row panels of transformed inputs
+  float* offset;  // [image][panel][2*lanes]
   int32_t out_rows, out_cols;
   int32_t sum_channels;  // are summed in registers before the sum is added to the product
   int32_t chunk_blocks;  // storage of taps: input blocks whose taps are used at a time
@@ -136,6 +144,8 @@ struct Strided {
 struct Kernels {
   const char* name;
   int32_t lanes, max_rows;
+  // With fewer outputs, the 64 matrices of F(6, 3) would have few rows each, and take longer to read than 36.
+  int32_t few_wide_outputs;
   // 3x3 taps of one panel, [channel][9][2*lanes], to one row of slots, [channel][3][2*lanes].
   void (*expand_rows)(const float* taps, int channels, float* rows, int stride, int row);
   // A row of slots to its first slots, [slot][channel][2*lanes] with `slot_stride` floats between slots.

@@ -23,30 +23,33 @@ PARNET_INLINE Vec read_weight(const float* w) {
 
 constexpr int kUnroll = 4;  // channels; kLanes is a multiple
 
-// v: `panels` row panels [block][kMaxRows][kLanes], `panel_pitch` apart; w: [channel][kPanel] or, if
-// Taps, [channel][3][kPanel]; m: [row][kPanel], overwritten or, if `add`, added to. `channels` is a multiple
-// of kUnroll, `sum_channels` one of kLanes. Fetches what the caller reads next, `step` floats per channel and
-// row panel: weights come from the outer caches or from memory, and hardware does not foresee the changes of
-// matrix. A step is at most a cache line, mostly a part of one: memory is asked at an even rate.
-// Half: of the last panel, where its second half has no channels; that half of m is not written.
+// v: `panels` row panels of `blocks` blocks of channels, of which those from `first_block` on are used; w:
+// [channel][kPanel] or, if Taps, [channel][3][kPanel]; m: [row][kPanel], overwritten or, if `add`, added to.
+// `channels` is a multiple of kUnroll, `sum_channels` one of kLanes. Fetches what the caller reads next,
+// `step` floats per channel and row panel: weights come from the outer caches or from memory, and hardware
+// does not foresee the changes of matrix. A step is at most a cache line, mostly a part of one: memory is
+// asked at an even rate. Half: of the last panel, where its second half has no channels; that half of m is
+// not written.
 template <bool Taps, Form F, bool Half, int Rows>
-__attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t panel_pitch,
+__attribute__((noinline)) void multiply_rows(const float* __restrict v, int blocks, int first_block,
                                              const float* __restrict w, float* __restrict m, int channels,
                                              int sum_channels, bool add, int panels, const float* next,
                                              int64_t step) {
   for (int panel = 0; panel < panels; panel++, m += Rows * kPanel) {
-    const float* a = v + panel * panel_pitch;
+    const float* a = v + panel * row_panel_floats(Rows, blocks, kLanes) + first_block * Rows * kLanes;
     const float* b = w;
     bool adds = add;
     for (int left = channels; left > 0; left -= sum_channels, adds = true) {
       Vec low[Rows], high[Rows];
       PARNET_UNROLL for (int r = 0; r < Rows; r++) low[r] = high[r] = zero();
-      for (int rest = least(left, sum_channels); rest > 0; rest -= kLanes, a += kRowPitch) {
+      for (int rest = least(left, sum_channels); rest > 0; rest -= kLanes, a += Rows * kLanes) {
         const int lanes = least(rest, kLanes);
+        const float* later = a + Rows * kLanes;  // the next block's, as much as it has at a channel
         for (int c = 0; c < lanes; c += kUnroll) {
           PARNET_UNROLL for (int i = 0; i < kUnroll; i++) {
-            prefetch(next);
+            prefetch_weights(next);
             next += step;
+            if (kIntel) prefetch(later), later += Rows;
             const Vec b0 = read_weight<Taps, F>(b), b1 = Half ? b0 : read_weight<Taps, F>(b + kLanes);
             b += Taps ? 3 * kPanel : kPanel;
             PARNET_UNROLL for (int r = 0; r < Rows; r++) {
@@ -71,7 +74,7 @@ __attribute__((noinline)) void multiply_rows(const float* __restrict v, int64_t 
   }
 }
 
-typedef void (*MultiplyRows)(const float*, int64_t, const float*, float*, int, int, bool, int, const float*,
+typedef void (*MultiplyRows)(const float*, int, int, const float*, float*, int, int, bool, int, const float*,
                              int64_t);
 
 template <bool Taps, Form F, bool Half = false, int Rows = 1>
@@ -108,16 +111,18 @@ MultiplyRows choose_taps(Form form, int rows) {
   return nullptr;
 }
 
-// All rows that use one weight matrix; choose(rows) gives the kernel. Returns how far `next` has come.
+// All rows that use one weight matrix; choose(rows) gives the kernel. v: of all matrices. Returns how far
+// `next` has come.
 template <class Choose>
-PARNET_INLINE const float* multiply_use(const MatrixUse& use, Choose choose, const float* v,
-                                        int64_t panel_pitch, const float* w, float* m, int channels,
+PARNET_INLINE const float* multiply_use(const MatrixUse& use, Choose choose, const float* v, int blocks,
+                                        int first_block, const float* w, float* m, int channels,
                                         int sum_channels, bool add, const float* next, int64_t step) {
   const int small = use.rows / use.panels, bigger = use.rows % use.panels;
+  v += use.first_value;
   const auto run = [&](int rows, int panels) {
     if (!panels) return;
-    choose(rows)(v, panel_pitch, w, m, channels, sum_channels, add, panels, next, step);
-    v += panels * panel_pitch;
+    choose(rows)(v, blocks, first_block, w, m, channels, sum_channels, add, panels, next, step);
+    v += panels * row_panel_floats(rows, blocks, kLanes);
     m += panels * rows * kPanel;
     next += step * channels * panels;
   };

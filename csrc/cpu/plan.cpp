@@ -22,8 +22,6 @@ constexpr int64_t kTapBytes = 24 << 10;
 constexpr int kSumChannels6 = 32, kSumChannels4 = 64;
 // More channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise).
 constexpr int kMaxWinograd6Channels = 512;
-// With fewer outputs, 64 matrices would have few rows each, and take longer to read than 36.
-constexpr int kFewWinograd6Outputs = 500;
 // Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
 // more rows.
 constexpr int64_t kFewOutputs = 128;
@@ -59,9 +57,9 @@ const std::vector<int>& slots(int stride, int kind) {
   return stride == 1 ? winograd[kind] : polyphase[kind];
 }
 
-int largest_tile(const Geometry& g, int64_t outputs) {
+int largest_tile(const Geometry& g, const Kernels& k, int64_t outputs) {
   if (g.stride == 2) return outputs <= kFewOutputs ? 2 : 4;
-  const bool wide = outputs >= kFewWinograd6Outputs && g.in_channels <= kMaxWinograd6Channels;
+  const bool wide = outputs >= k.few_wide_outputs && g.in_channels <= kMaxWinograd6Channels;
   return wide && g.storage == Storage::kWide ? 6 : 4;
 }
 
@@ -86,8 +84,9 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   const int axis = slots_of(g.stride, g.storage), matrices = axis * axis;
   std::vector<int> rows(matrices, 0);
   auto table = std::make_unique<Table>();
-  std::vector<int32_t>&v = table->v_offset, &m = table->m_offset;
+  std::vector<int32_t>&v = table->v_offset, &step = table->v_step, &m = table->m_offset;
   v.assign(count * kMaxTransforms, 0);
+  step.assign(count * kMaxTransforms, 0);
   m.assign(count * kMaxTransforms, 0);
   std::vector<int> slot_of(count * kMaxTransforms, -1);
   for (int t = 0; t < count; t++) {
@@ -101,13 +100,17 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
     }
   }
   std::vector<int> use_of(matrices, -1);
-  int panels = 0, m_rows = 0;
+  const int blocks = g.groups * g.group_blocks;
+  const auto floats = [&](int rows) { return row_panel_floats(rows, blocks, k.lanes); };
+  int64_t v_floats = 0;
+  int m_rows = 0;
   for (int slot = 0; slot < matrices; slot++) {
     if (!rows[slot]) continue;
     use_of[slot] = table->uses.size();
     const int count = stores_taps(g.storage) ? div_up(rows[slot], k.max_rows) : row_panels(rows[slot], k);
-    table->uses.push_back({slot, rows[slot], panels, m_rows, count});
-    panels += count;
+    table->uses.push_back({slot, rows[slot], m_rows, count, static_cast<int32_t>(v_floats)});
+    const int small = rows[slot] / count, bigger = rows[slot] % count;
+    v_floats += bigger * floats(small + 1) + (count - bigger) * floats(small);
     m_rows += rows[slot];
     m_rows += m_rows % 2 == 0;  // an odd number of rows: no power of two between the products of two matrices
   }
@@ -117,13 +120,16 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
     const MatrixUse& use = table->uses[use_of[slot_of[i]]];
     const int row = m[i], small = use.rows / use.panels, bigger = use.rows % use.panels;
     const int in_bigger = bigger * (small + 1);
-    const int which = row < in_bigger ? row / (small + 1) : bigger + (row - in_bigger) / small;
-    const int within = row < in_bigger ? row % (small + 1) : (row - in_bigger) % small;
-    v[i] = (use.first_panel + which) * panel_pitch + within * k.lanes;
+    const bool big = row < in_bigger;
+    const int height = big ? small + 1 : small, from = big ? row : row - in_bigger;
+    v[i] = use.first_value + (big ? 0 : bigger * floats(small + 1)) + from / height * floats(height) +
+           from % height * k.lanes;
+    step[i] = height * k.lanes;
     m[i] = (use.first_row + row) * panel;
   }
-  table->view = {v.data(), m.data(), table->uses.data(), static_cast<int32_t>(table->uses.size()),
-                 panels,   m_rows};
+  table->view = {
+      v.data(), step.data(), m.data(), table->uses.data(), static_cast<int32_t>(table->uses.size()),
+      m_rows,   v_floats};
   tables_.push_back(std::move(table));
   return &tables_.back()->view;
 }
@@ -131,7 +137,7 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
 TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_rows, int out_cols,
                    int threads)
     : threads(threads) {
-  const int largest = largest_tile(g, images * out_rows * out_cols);
+  const int largest = largest_tile(g, k, images * out_rows * out_cols);
   sum_channels = largest == 6    ? kSumChannels6
                  : g.stride == 1 ? kSumChannels4
                                  : std::numeric_limits<int>::max();
@@ -147,8 +153,6 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
       }
     }
   }
-  // A little more than a whole number of cache lines between row panels: no power of two.
-  panel_pitch = int64_t{g.groups} * g.group_blocks * k.max_rows * k.lanes + 16;
   // Blocks do not straddle images unless several images fit into one: then as many as leave all threads as
   // many blocks.
   const int most = std::max(1, kBlockTiles / tiles_per_image);
@@ -178,7 +182,7 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
       if (!table) table = table_of(g, k, first, size);
       blocks.push_back({first, table, size});
       previous = &blocks.back();
-      v_floats = std::max(v_floats, previous->table->row_panels * panel_pitch);
+      v_floats = std::max(v_floats, previous->table->v_floats);
       m_floats = std::max(m_floats, int64_t{previous->table->m_rows} * 2 * k.lanes);
       at += size;
     }

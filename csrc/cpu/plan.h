@@ -20,10 +20,9 @@ Geometry geometry_of(const PackedHeader&);
 struct TilePlan {
   std::vector<Tile> tiles;
   std::vector<TileBlock> blocks;
-  int64_t panel_pitch;  // floats
-  int64_t v_floats;     // transformed inputs of the largest block
-  int64_t m_floats;     // products of the panels in flight
-  int64_t u_floats;     // expanded weights of a chunk
+  int64_t v_floats;  // transformed inputs of the largest block
+  int64_t m_floats;  // products of the panels in flight
+  int64_t u_floats;  // expanded weights of a chunk
   int32_t chunk_blocks, sum_channels;
   int32_t tiles_per_image;
   int threads;  // that it was made for
@@ -33,7 +32,7 @@ struct TilePlan {
 
  private:
   struct Table {
-    std::vector<int32_t> v_offset, m_offset;
+    std::vector<int32_t> v_offset, v_step, m_offset;
     std::vector<MatrixUse> uses;
     TileTable view;
   };

@@ -237,7 +237,6 @@ class NetworkRun {
     a.sums = workspace_.at(out.sums);
     a.scale = scales(l);
     a.offset = offsets(l);
-    a.panel_pitch = l.tiles->panel_pitch;
     a.sum_channels = l.tiles->sum_channels;
     a.chunk_blocks = l.tiles->chunk_blocks;
     return a;

@@ -25,7 +25,13 @@ constexpr int kLanes = PARNET_LANES;
 constexpr int kParts = kLanes / kNative;
 constexpr int kPanel = 2 * kLanes;     // output channels of a weight panel
 constexpr int kMaxRows = PARNET_ROWS;  // tiles of a row panel: 2*kMaxRows accumulators must fit the registers
-constexpr int kRowPitch = kMaxRows * kLanes;
+
+// Intel's cores with AVX-512 add in the units that multiply, and their L2 and memory answer late.
+#ifdef PARNET_INTEL
+constexpr bool kIntel = true;
+#else
+constexpr bool kIntel = false;
+#endif
 
 static_assert(kParts == 1 || kNative == 4, "masked loads and stores are of one part");
 
@@ -186,6 +192,8 @@ PARNET_INLINE void transpose(Vec* rows) {
 }
 
 PARNET_INLINE void prefetch(const float* at) { __builtin_prefetch(at, 0, 3); }
+// Of weights to come. Fewer lines can be on their way to L1 than Intel's memory needs.
+PARNET_INLINE void prefetch_weights(const float* at) { __builtin_prefetch(at, 0, kIntel ? 2 : 3); }
 PARNET_INLINE void prefetch_to_write(const float* at) { __builtin_prefetch(at, 1, 3); }
 template <class T>
 PARNET_INLINE T least(T a, T b) {

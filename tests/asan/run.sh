@@ -19,7 +19,7 @@ compile() {
         case " $3 " in *" ${name#isa_} "*) flags="$2 -fsanitize=$1 -fno-sanitize-recover=all" ;; *) flags=-O0 ;; esac
         [ "$(uname -m)" = x86_64 ] && case $name in
           isa_avx2) flags="$flags -mavx2 -mfma -mf16c" ;;
-          isa_avx512) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c" ;;
+          isa_avx512*) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c" ;;
         esac
         ;;
     esac
@@ -29,9 +29,8 @@ compile() {
 }
 
 levels="portable portable16"
-for level in avx2 avx512f; do
-  if grep -qw $level /proc/cpuinfo; then levels="$levels ${level%f}"; fi
-done
+if grep -qw avx2 /proc/cpuinfo; then levels="$levels avx2"; fi
+if grep -qw avx512f /proc/cpuinfo; then levels="$levels avx512 avx512_intel"; fi
 compile address,undefined -O0 "$levels"
 for level in $levels; do PARNET_CPU_ISA=$level "$out/address,undefined/driver" 5; done
 compile thread -O1 portable
