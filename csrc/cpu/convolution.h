@@ -7,12 +7,14 @@
 namespace parnet::cpu {
 namespace {
 
-// ---- Input transform of one tile and one block of channels.
+// ---- Input transform of one tile and one block of channels, which go to v[first + block * step].
 
 template <class Row, class Col>
 __attribute__((noinline)) void forward_tile(const float* from, int64_t row_pitch, float* v,
-                                            const int32_t* offset) {
+                                            const int32_t* first, const int32_t* step, int block) {
   constexpr int kStep = Col::kStride * Col::kOut;
+  int32_t offset[Row::kFreq * Col::kFreq];
+  for (int i = 0; i < Row::kFreq * Col::kFreq; i++) offset[i] = first[i] + block * step[i];
   Vec half[Row::kFreq][Col::kIn];
   PARNET_UNROLL for (int j = 0; j < Col::kIn; j++) {
     Vec d[Row::kIn], o[Row::kFreq];
@@ -49,7 +51,7 @@ __attribute__((noinline)) void inverse_tile(const float* m, const int32_t* offse
   }
 }
 
-typedef void (*ForwardTile)(const float*, int64_t, float*, const int32_t*);
+typedef void (*ForwardTile)(const float*, int64_t, float*, const int32_t*, const int32_t*, int);
 typedef void (*InverseTile)(const float*, const int32_t*, float*);
 
 #define PARNET_WINOGRAD_ROW(function, m) \
@@ -80,13 +82,11 @@ void transform(const ConvArgs& a, const TileBlock& block, int first, int last, f
     const float* plane = in.base + refs[b].block * in.block;
     for (int t = 0; t < block.count; t++) {
       const Tile& tile = block.tiles[t];
-      const int32_t *first = block.table->v_offset + t * kMaxTransforms,
-                    *step = block.table->v_step + t * kMaxTransforms;
-      int32_t offset[kMaxTransforms];
-      for (int i = 0; i < kMaxTransforms; i++) offset[i] = first[i] + b * step[i];
       const float* from = plane + tile.image * in.image + (int64_t{h.stride} * tile.row - 1) * in.row +
                           (int64_t{h.stride} * tile.col - 1) * kLanes;
-      kForward[h.stride - 1][tile.row_kind][tile.col_kind](from, in.row, v, offset);
+      kForward[h.stride - 1][tile.row_kind][tile.col_kind](from, in.row, v,
+                                                           block.table->v_offset + t * kMaxTransforms,
+                                                           block.table->v_step + t * kMaxTransforms, b);
     }
   }
 }
