@@ -131,11 +131,12 @@ PARNET_INLINE Native max(Native a, Native b) {
 PARNET_INLINE Vec min(Vec a, Vec b) { PARNET_EACH(min(a.part[p], b.part[p])); }
 PARNET_INLINE Vec max(Vec a, Vec b) { PARNET_EACH(max(a.part[p], b.part[p])); }
 
-// 1 + exp(-x), where exp(-x) is at most 2^limit; infinite if that is 128. NaN gives a finite value: callers
+// 1 + exp(-x), infinite from exp(-x) = 2^128 on. NaN gives a finite value: callers
 // keep NaN through their own use of x.
-PARNET_INLINE Vec one_plus_exp_minus(Vec x, float limit) {
-  // 2^t: 2^round(t) goes into the exponent bits, a polynomial (relative error 9e-8) does the rest.
-  const Vec t = min(max(-1.4426950408889634f * x, splat(-125.f)), splat(limit));
+PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
+  // 2^t: 2^round(t) goes into the exponent bits, a polynomial (relative error 9e-8) does the rest. t = 128 is
+  // infinity.
+  const Vec t = min(max(-1.4426950408889634f * x, splat(-125.f)), splat(128.f));
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
   const Vec shifted = t + splat(magic);
   const Vec f = t - (shifted - splat(magic));
@@ -154,16 +155,18 @@ PARNET_INLINE Vec one_plus_exp_minus(Vec x, float limit) {
 
 PARNET_INLINE Vec silu(Vec x) {
 #ifdef PARNET_INTEL
-  // A division of 16 lanes takes as many cycles. Newton's step makes 28 bits of 14.
-  const __m512 d = one_plus_exp_minus(x, 125.f).part[0], r = _mm512_rcp14_ps(d);
-  return {{_mm512_mul_ps(x.part[0], _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.f)), r))}};
+  // A division of 16 lanes takes as many cycles. Newton's step makes 28 bits of 14, but NaN of infinity:
+  // below -86 everything is -3e-36.
+  const Vec v = max(splat(-86.f), x);
+  const __m512 d = one_plus_exp_minus(v).part[0], r = _mm512_rcp14_ps(d);
+  return {{_mm512_mul_ps(v.part[0], _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.f)), r))}};
 #else
-  return x / one_plus_exp_minus(x, 128.f);
+  return x / one_plus_exp_minus(x);
 #endif
 }
 PARNET_INLINE Vec relu(Vec x) { return max(zero(), x); }  // max(0, NaN) is NaN
 PARNET_INLINE Vec sigmoid(Vec x) {
-  const Vec y = splat(1.f) / one_plus_exp_minus(x, 128.f);
+  const Vec y = splat(1.f) / one_plus_exp_minus(x);
   PARNET_EACH(x.part[p] == x.part[p] ? y.part[p] : x.part[p]);
 }
 
