@@ -4,6 +4,7 @@
     make bench BENCH_ARGS=--quick           about a minute
     python -m bench --suite all --variants s,m,l,xl --minutes 300
     python -m bench --suite net --variants s,m --batch 1 --threads 1 --engines ours,onnxruntime,ncnn
+    python -m bench --isa avx2              what processors without AVX-512 do, on one that has it
     python -m bench --profile --variants s  our layers within a run
     python -m bench --device cuda           on a GPU: see bench/gpu/__init__.py
     pip install -e '.[peers]'               the other engines; a missing one is reported
@@ -22,8 +23,9 @@ How it measures
 * Then rounds A B C …, B C … A, … of short bursts, so that a change of the machine's speed meets all engines. Reported
   are the median of all runs and the 10th and 90th percentiles.
 * Single layers take turns with so many distinct weights that these are cold, as in a network where all other layers lie
-  between two uses. Inputs and outputs are as an engine's interface has them: ncnn's stay packed, torch's have the
-  layout of the column; ONNX Runtime, OpenVINO and MNN may reorder them, which they avoid inside a network.
+  between two uses: 1.75 times the last cache, but at most a hundredth of memory. Inputs and outputs are as an engine's
+  interface has them: ncnn's stay packed, torch's have the layout of the column; ONNX Runtime, OpenVINO and MNN may
+  reorder them, which they avoid inside a network.
 
 How to read the numbers
 -----------------------

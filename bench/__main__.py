@@ -6,6 +6,7 @@ import datetime
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -113,6 +114,9 @@ def main(
         int | None, typer.Option(min=1, help="rounds over all engines; default 7, with --quick 3")
     ] = None,
     minutes: Annotated[float, typer.Option(help="stop after this time, keeping what is measured")] = 90,
+    isa: Annotated[
+        str, typer.Option(help="native, or avx2: hide AVX-512 from all engines (on x86-64 Linux, where it can be)")
+    ] = "native",
     size: Annotated[int, typer.Option(min=1, help="height and width of the images")] = 224,
     out: Annotated[Path | None, typer.Option(help="folder; default out/bench/<time>")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -130,8 +134,8 @@ def main(
     folder = out or Path("out") / "bench" / stamp
     if device != "cpu":
         _list("--device", device, ["cpu", "cuda"])
-        if profile or threads:
-            raise typer.BadParameter("does not go with --device cuda", param_hint="--profile or --threads")
+        if profile or threads or isa != "native":
+            raise typer.BadParameter("does not go with --device cuda", param_hint="--profile, --threads or --isa")
         _on_gpu(
             suite or "all",
             variants or ",".join(VARIANTS),
@@ -155,25 +159,31 @@ def main(
         size,
     )
     counts = _numbers("--threads", threads) if threads else [cores] if quick else sorted({1, cores})
-    plan = Plan(rounds=rounds or (3 if quick else 7), cold_bytes=max(56 << 20, 7 * machines.cache_bytes() // 4))
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    machine = machines.describe()
-    machines.measure_ceilings(machine, counts)
-    if profile:
-        _profile(chosen, counts, plan.rounds, machine, console)
-        return
+    hidden = _list("--isa", isa, ["native", "avx2"]) == ["avx2"]
+    if hidden and profile:
+        raise typer.BadParameter("does not go with --profile: PARNET_CPU_ISA does", param_hint="--isa")
+    machine = machines.describe(hidden)
+    plan = Plan(rounds=rounds or (3 if quick else 7), cold_bytes=machine.cold_bytes)
     wanted = _list("--engines", engines, list(ENGINES)) if engines else list(ENGINES)
     if quick and not engines:
         wanted = [name for name in wanted if not name.startswith("compile")]
     names = [name for name in ENGINES if name in wanted]
     rows: list[Row] = []
     try:
-        for row in run(chosen, counts, names, plan, machine, console, minutes):
-            rows.append(row)
+        with machines.avx512_hidden() if hidden else nullcontext():
+            machines.measure_ceilings(machine, counts)
+            if profile:
+                _profile(chosen, counts, plan.rounds, machine, console)
+                return
+            for row in run(chosen, counts, names, plan, machine, console, minutes):
+                rows.append(row)
     except KeyboardInterrupt:
         console.print("interrupted: what is measured is kept", style="yellow")
+    except machines.CannotHideError as error:
+        raise typer.BadParameter(str(error), param_hint="--isa") from None
     if not rows:
         raise typer.Exit(1)
     report.show(console, rows, machine)

@@ -9,12 +9,16 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
 SOURCE = Path(__file__).with_name("ceilings.cpp")
+HIDER = Path(__file__).with_name("without_avx512.c")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ class Machine:
     @property
     def busy(self) -> bool:
         return self.load > 0.25 * self.cores
+
+    @property
+    def cold_bytes(self) -> int:
+        """Weights that a layer cycles through so that they are cold: more than the last level of cache has, but ten
+        engines must have room for their forms of them, up to seven times as large.
+        """
+        return max(56 << 20, int(min(1.75 * self.cache_mb * 2**20, self.memory_gb * 2**30 / 100)))
 
     @property
     def place(self) -> str:
@@ -117,13 +128,19 @@ def _commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
-def describe() -> Machine:
+def describe(hidden: bool = False) -> Machine:
+    """hidden: within `avx512_hidden`."""
     cpuinfo = _read("/proc/cpuinfo")
     flags = set(_found(r"^(?:flags|Features)\s*:(.*)$", cpuinfo).split())
+    cpu = _found(r"^model name\s*:(.*)$", cpuinfo) or platform.processor() or platform.machine()
+    isa = [flag for flag in ISA_FLAGS if flag in flags]
+    if hidden:
+        cpu += " (AVX-512 hidden)"
+        isa = [flag for flag in isa if not flag.startswith(("avx512", "amx"))]
     memory = _found(r"^MemTotal:\s*(\d+)", _read("/proc/meminfo"))
     return Machine(
-        cpu=_found(r"^model name\s*:(.*)$", cpuinfo) or platform.processor() or platform.machine(),
-        isa=[flag for flag in ISA_FLAGS if flag in flags],
+        cpu=cpu,
+        isa=isa,
         cores=physical_cores(),
         cache_mb=cache_bytes() / 2**20,
         memory_gb=int(memory or 0) / 2**20,
@@ -133,6 +150,37 @@ def describe() -> Machine:
         load=os.getloadavg()[0],
         versions={"torch": importlib.metadata.version("torch")},
     )
+
+
+class CannotHideError(RuntimeError):
+    """Why this machine, or its system, lets nobody hide an instruction set."""
+
+
+@contextmanager
+def avx512_hidden() -> Iterator[None]:
+    """The processes that this one starts meanwhile see a processor without AVX-512, see `HIDER`.
+
+    Raises:
+        CannotHideError: with the reason, where that is not possible.
+    """
+    compiler = next((c for c in ("gcc", "clang", "cc") if shutil.which(c)), None)
+    if compiler is None or platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise CannotHideError("AVX-512 can be hidden on x86-64 Linux with a C compiler only")
+    with tempfile.TemporaryDirectory(prefix="parnet-bench-") as folder:
+        library = f"{folder}/without_avx512.so"
+        command = [compiler, "-shared", "-fPIC", "-O2", str(HIDER), "-o", library]
+        for step, environment in ((command, {}), ([sys.executable, "-c", ""], {"LD_PRELOAD": library})):
+            done = subprocess.run(step, capture_output=True, text=True, env={**os.environ, **environment})
+            if done.returncode:
+                raise CannotHideError(f"AVX-512 cannot be hidden: {done.stderr.strip()[:200]}")
+        before = os.environ.get("LD_PRELOAD")
+        os.environ["LD_PRELOAD"] = f"{library}:{before}" if before else library
+        try:
+            yield
+        finally:
+            del os.environ["LD_PRELOAD"]
+            if before:
+                os.environ["LD_PRELOAD"] = before
 
 
 def measure_ceilings(machine: Machine, thread_counts: list[int]) -> None:

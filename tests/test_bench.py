@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +23,7 @@ from bench.engines import ENGINES, Task
 from bench.engines.torch_eager import Eager, TorchProgram, TorchRunner
 from bench.limits import costs, gflop, multiplications
 from bench.lowering import lower
-from bench.machine import Ceilings, describe, measure_ceilings
+from bench.machine import CannotHideError, Ceilings, avx512_hidden, describe, measure_ceilings
 from bench.measure import COLUMNS, Bench, Plan, Row
 from bench.process import Handle, WorkerError
 from bench.profile import profile, table
@@ -299,3 +303,29 @@ def test_ceilings_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     measure_ceilings(machine, [1])
     assert not machine.ceilings
     assert "no C++ compiler" in machine.ceilings_line()
+
+
+def test_engines_do_not_see_hidden_instruction_sets() -> None:
+    """In processes started meanwhile, compilers included, whose own handlers of faults must not interfere."""
+    before = os.environ.get("LD_PRELOAD")
+    try:
+        with avx512_hidden():
+            told = [sys.executable, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())"]
+            sees = subprocess.run(told, capture_output=True, text=True, check=True).stdout
+            compiler = ["gcc", "-march=native", "-O2", "-x", "c", "-S", "-o", "-", "-"]
+            program = "float sum(float *x) { float s = 0; for (int i = 0; i < 64; i++) s += x[i] * x[i]; return s; }"
+            assembly = subprocess.run(compiler, input=program, capture_output=True, text=True, check=True).stdout
+    except CannotHideError as error:
+        pytest.skip(str(error))
+    assert "AVX512" not in sees
+    assert "zmm" not in assembly
+    assert os.environ.get("LD_PRELOAD") == before
+    assert "hidden" in describe(hidden=True).line()
+    assert "avx512" not in describe(hidden=True).line()
+
+
+def test_cold_weights_fit_into_memory() -> None:
+    """Ten engines with forms of up to seven times the size, also where the last cache is a server's."""
+    machine = dataclasses.replace(describe(), cache_mb=260.0, memory_gb=24.0)
+    assert 56 << 20 <= machine.cold_bytes <= (24 << 30) / 100
+    assert dataclasses.replace(machine, cache_mb=32.0).cold_bytes == 56 << 20
