@@ -23,7 +23,7 @@ How it measures
 * Then rounds A B C …, B C … A, … of short bursts, so that a change of the machine's speed meets all engines. Reported
   are the median of all runs and the 10th and 90th percentiles.
 * Single layers take turns with so many distinct weights that these are cold, as in a network where all other layers lie
-  between two uses: 1.75 times the last cache, but at most a hundredth of memory. Inputs and outputs are as an engine's
+  between two uses: 1.75 times the last cache, but at most 1/256 of memory. Inputs and outputs are as an engine's
   interface has them: ncnn's stay packed, torch's have the layout of the column; ONNX Runtime, OpenVINO and MNN may
   reorder them, which they avoid inside a network.
 

@@ -50,10 +50,10 @@ class Machine:
 
     @property
     def cold_bytes(self) -> int:
-        """Weights that a layer cycles through so that they are cold: more than the last level of cache has, but ten
-        engines must have room for their forms of them, up to seven times as large.
+        """Weights that a layer cycles through so that they are cold: more than the last level of cache has, but the
+        workers must all have room for their forms of them, which may be seven times as large.
         """
-        return max(56 << 20, int(min(1.75 * self.cache_mb * 2**20, self.memory_gb * 2**30 / 100)))
+        return max(56 << 20, int(min(1.75 * self.cache_mb * 2**20, self.memory_gb * 2**30 / 256)))
 
     @property
     def place(self) -> str:

@@ -23,7 +23,6 @@ BUILD_TIMEOUT_S = 900
 CALL_TIMEOUT_S = 300
 MIN_ROUNDS = 3
 MAX_BURST = 50
-MAX_KEPT_BYTES = 2 << 30  # a worker that holds more between cells (torch.compile keeps old weights) is started anew
 
 
 @dataclass
@@ -154,7 +153,8 @@ class Bench:
         for name in ready:
             with suppress(WorkerError):
                 kept = self.handles[name, threads].call("drop", timeout=CALL_TIMEOUT_S)
-                if kept > MAX_KEPT_BYTES:
+                # Started anew if it holds a large part of memory between cells: torch.compile keeps old weights.
+                if kept > self.machine.memory_gb * 2**30 / 24:
                     self.handles.pop((name, threads)).close()
         yield from rows.values()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,5 +111,7 @@ class Worker:
         """Frees what was built; returns the bytes this process still holds (0 where the system does not tell)."""
         self.runner = None
         gc.collect()
+        with suppress(OSError, AttributeError):  # elsewhere than with glibc, which keeps freed memory
+            ctypes.CDLL(None).malloc_trim(0)
         status = Path("/proc/self/statm")
         return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else 0

@@ -325,7 +325,7 @@ def test_engines_do_not_see_hidden_instruction_sets() -> None:
 
 
 def test_cold_weights_fit_into_memory() -> None:
-    """Ten engines with forms of up to seven times the size, also where the last cache is a server's."""
+    """Twenty workers with forms of up to seven times the size, also where the last cache is a server's."""
     machine = dataclasses.replace(describe(), cache_mb=260.0, memory_gb=24.0)
-    assert 56 << 20 <= machine.cold_bytes <= (24 << 30) / 100
+    assert 56 << 20 <= machine.cold_bytes <= (24 << 30) / 256
     assert dataclasses.replace(machine, cache_mb=32.0).cold_bytes == 56 << 20

@@ -16,10 +16,10 @@ namespace {
 struct Level {
   const Kernels* kernels;
   bool supported;
-  bool chosen = true;  // unless a later one is, or another one is asked for
+  bool chosen;  // unless a later one is, or another one is asked for
 };
 
-// Best last; portable16 is for tests and never chosen by itself.
+// Best last.
 const Level* levels(int* count) {
 #ifdef __x86_64__
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
@@ -28,9 +28,12 @@ const Level* levels(int* count) {
                     intel = __builtin_cpu_is("intel");
 #endif
   static const Level all[] = {
-      {&kernels_portable16, true}, {&kernels_portable, true},
+      {&kernels_portable16, true, false},  // for tests
+      {&kernels_portable, true, true},
 #ifdef __x86_64__
-      {&kernels_avx2, avx2},       {&kernels_avx512, avx512}, {&kernels_avx512_intel, avx512, intel},
+      {&kernels_avx2, avx2, true},
+      {&kernels_avx512, avx512, true},
+      {&kernels_avx512_intel, avx512, intel},
 #endif
   };
   *count = std::size(all);
