@@ -80,7 +80,7 @@ class DeployedParNet(nn.Module):
     The BatchNorms before a fusion are the output affine of the layer that produces their input: exact at the border
     too, where the zero padding comes after them. On the CPU and on CUDA devices the whole network is one call of the
     native kernels where they can take it, with packed weights that are made by `prepare` or at the first call and are
-    not part of the state dict; else each layer is one operator.
+    not part of the state dict; else, and where a layer has forward hooks, each layer is one operator.
     """
 
     head_weight: Tensor
@@ -152,9 +152,13 @@ class DeployedParNet(nn.Module):
         """The layers by depth; those of one level are independent of each other."""
         return levels(self.config)
 
+    def _is_hooked(self) -> bool:
+        """Whether someone wants to see the inputs or outputs of a layer."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self.layers.values())
+
     def _run(self, x: Tensor, result: str) -> Tensor:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
-        for whole in (self._native, self._cuda_network):
+        for whole in () if self._is_hooked() else (self._native, self._cuda_network):
             if whole.why_not(self, x) is None and (found := whole.run(self, x, result)) is not None:
                 return found
         made = {"image": x}

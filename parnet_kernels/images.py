@@ -11,6 +11,7 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 180_000_000  # after resizing; half a gigabyte
 
 
 def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
@@ -20,7 +21,7 @@ def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
 
     Raises:
         OSError: no such file, not an image, or a damaged one.
-        ValueError: for a number of channels other than 1 and 3.
+        ValueError: for a number of channels other than 1 and 3, or an image too elongated to be resized.
     """
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, the network wants {channels}")
@@ -34,9 +35,10 @@ def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"cannot read the image {path}: {error}") from error
     scale = size / crop / min(image.size)
-    image = image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR
-    )
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{path} is too elongated: its {image.width}×{image.height} pixels become {width}×{height}")
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
     x = torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)[None]

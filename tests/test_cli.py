@@ -131,6 +131,7 @@ def test_errors_are_one_line(folder: Path, arguments: tuple[str, ...], message: 
         (("info", "--why", "repvgg_sse,1x8x5x5,complex64,cpu"), "`x` must be a float64,"),
         (("info", "--why", "repvgg_sse,1x8x5x5,float8_e4m3fn,cpu"), "`x` must be a float64,"),
         (("predict", "half.png", "--checkpoint", "grey.safetensors"), "half.png"),
+        (("predict", "line.png", "--checkpoint", "grey.safetensors"), "too elongated: its 20000×2 pixels become"),
         (
             ("predict", "photo.png", "--checkpoint", "grey.safetensors", "--size", "1000000"),
             "less than or equal to 8192",
@@ -145,6 +146,7 @@ def test_errors_are_one_line(folder: Path, arguments: tuple[str, ...], message: 
 def test_more_errors_are_one_line(folder: Path, arguments: tuple[str, ...], message: str) -> None:
     whole = (folder / "photo.png").read_bytes()
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (20000, 2)).save(folder / "line.png")
     result = parnet(*(folder / a if a.endswith((".png", ".pth", ".safetensors")) else a for a in arguments))
     assert result.returncode != 0
     assert message in " ".join(result.stderr.replace("│", " ").split())

@@ -114,6 +114,26 @@ def test_layer_by_layer_equals_network_kernel() -> None:
 
 
 @torch.no_grad()
+def test_forward_hooks_of_layers_see_their_outputs() -> None:
+    _, deployed = pair(TINY["3 streams"])
+    x = image((64, 48))
+    expected = deployed(x)
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, y, name=name: seen.update({name: y}))
+        for name, layer in deployed.layers.items()
+    ]
+    assert error(deployed(x), expected) <= 5e-6
+    assert list(seen) == list(deployed.layers)
+    assert error(seen["combine_3"], deployed.forward_features(x)) == 0
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(deployed(x), expected)
+    deployed.layers["combine_3"].register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    assert not torch.allclose(deployed(x), expected)
+
+
+@torch.no_grad()
 def test_batches() -> None:
     _, deployed = pair(TINY["3 streams"])
     x = image((48, 64), n=5)
