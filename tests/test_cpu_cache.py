@@ -1,15 +1,17 @@
 """The cache of packed weights behind the public operators: hits, never stale, keeps nothing alive."""
 
+import functools
 import gc
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from cases import OPERATORS, arguments
 from oracle import error
 
-from parnet_kernels import _native, cpu, ops, reference
+from parnet_kernels import _native, checks, cpu, ops, reference
 
 pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
 each_operator = pytest.mark.parametrize("op", OPERATORS)
@@ -138,6 +140,115 @@ def test_other_parameters_with_the_same_weight(op: str) -> None:
     check(op, args, options | {"activation": "relu"})
     if op != "repvgg_sse":
         check(op, args, options | {"stride": 1})
+
+
+# ------------------------------------------------------------------ repeated calls, `cpu.again`
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one at every call that goes the long way."""
+    calls: list[str] = []
+    for op in OPERATORS:
+        check_arguments = getattr(checks, op)
+
+        def counting(*args, op=op, check_arguments=check_arguments, **kwargs) -> None:
+            calls.append(op)
+            check_arguments(*args, **kwargs)
+
+        monkeypatch.setattr(checks, op, counting)
+    return calls
+
+
+@each_operator
+def test_a_call_like_the_last_one_is_not_checked_again(op: str, checked: list[str]) -> None:
+    args, options = arguments(op, c=8, k=8)
+    maps = 2 if op == "fusion_se" else 1
+    for _ in range(3):
+        args[:maps] = [torch.randn_like(x) for x in args[:maps]]
+        check(op, args, options)
+    assert len(checked) == 1
+    others: list[dict[str, Any]] = [options | {"activation": "relu"}, options | {"out_scale": None, "out_shift": None}]
+    others += [options | {"stride": 1}] if op != "repvgg_sse" else []
+    for other in others:
+        check(op, args, other)
+    before = len(checked)
+    for shape in ((1, 8, 9, 9), (0, 8, 9, 9), (2, 8, 9, 10)):
+        args[:maps] = [torch.randn(shape)] * maps
+        assert getattr(torch.ops.parnet, op)(*args, **options).shape[0] == shape[0]
+    args[:maps] = [x.contiguous(memory_format=torch.channels_last) for x in args[:maps]]
+    check(op, args, options)
+    assert len(checked) == before + 4
+
+
+@each_operator
+def test_a_repeated_call_sees_what_is_not_finite(op: str) -> None:
+    args, options = arguments(op, c=8, k=8)
+    check(op, args, options)
+    for i in range(2 if op == "fusion_se" else 1):
+        x = args[i].clone()
+        x[0, 3, 1, 2] = float("nan")
+        found = getattr(torch.ops.parnet, op)(*args[:i], x, *args[i + 1 :], **options)
+        expected = getattr(reference, op)(*args[:i], x, *args[i + 1 :], **options)
+        assert torch.equal(found.isnan(), expected.isnan())
+
+
+def test_a_repeated_call_with_changed_arguments_is_checked() -> None:
+    args, options = arguments("downsample_se", c=8, k=8)
+    check("downsample_se", args, options)
+    call = functools.partial(torch.ops.parnet.downsample_se, **options)
+    with pytest.raises(ValueError, match="`x` must be a dense tensor"):
+        call(args[0].to_sparse(), *args[1:])
+    with pytest.raises(ValueError, match="`x` must have 4 dimensions"):
+        call(args[0][0], *args[1:])
+    with pytest.raises(ValueError, match="`weight` must have the dtype of `x`"):
+        call(args[0].double(), *args[1:])
+    with pytest.raises(ValueError, match="on the device of `x`, meta"):
+        call(args[0].to("meta"), *args[1:])
+    args[1].data = args[1].data.view(8, 24, 3)  # the same memory and version counter
+    with pytest.raises(ValueError, match="`weight` must have 4 dimensions"):
+        call(*args)
+    args[1].data = args[1].data.view(8, 8, 3, 3)
+    check("downsample_se", args, options)
+
+
+def test_a_repeated_call_with_a_parameter_in_another_place_is_checked() -> None:
+    args, options = arguments("downsample_se", c=8, k=8, affine=False)
+    check("downsample_se", args, options | {"out_scale": None, "out_shift": None})
+    with pytest.raises(ValueError, match="`out_shift` must be given together with `out_scale`"):
+        torch.ops.parnet.downsample_se(*args[:4], None, **options, out_scale=args[4])
+
+
+def test_a_repeated_call_goes_where_it_is_asked_to(checked: list[str]) -> None:
+    args, options = arguments("repvgg_sse", c=8)
+    for _ in range(2):
+        torch.ops.parnet.repvgg_sse(*args, **options)
+    for name in ("reference", "cpu", "reference"):
+        with ops.use_backend(name):
+            torch.ops.parnet.repvgg_sse(*args, **options)
+    assert len(checked) == 4
+
+
+def test_calls_are_remembered_up_to_a_limit(packs: list[str]) -> None:
+    args, options = arguments("repvgg_sse", c=4)
+    for width in range(1, 2 * cpu.MAX_LOOKS):
+        torch.ops.parnet.repvgg_sse(torch.randn(1, 4, 3, width), *args[1:], **options)
+        assert len(cpu._calls) <= cpu.MAX_LOOKS
+    assert len(packs) == 1
+    del args
+    gc.collect()
+    assert not cpu._calls
+
+
+def test_packed_weights_die_with_any_parameter() -> None:
+    args, options = arguments("repvgg_sse", c=8)
+    check("repvgg_sse", args, options)
+    packed = weakref.ref(next(iter(cpu._entries.values())).packed)
+    args[2] = args[2] + 1
+    gc.collect()
+    assert packed() is None
+    assert not cpu._entries
+    assert not cpu._calls
 
 
 def test_weights_that_live_for_one_call() -> None:
