@@ -77,16 +77,21 @@ PARNET_INLINE Vec read_pixel(const T* from, int channels) {
   }
 }
 
-// One row of one block of channels whose channels are adjacent in memory.
-template <class T>
-Vec enter_pixels(const T* from, int64_t stride, int channels, int width, float* to) {
-  Vec sum = zero();
+// One row of `Blocks` blocks of channels, all adjacent in memory, of which the last block has `channels`:
+// together they are whole cache lines of a pixel.
+template <class T, int Blocks>
+void enter_pixels(const T* from, int64_t stride, int channels, int width, float* to, int64_t block,
+                  float* sums) {
+  Vec sum[Blocks];
+  PARNET_UNROLL for (int b = 0; b < Blocks; b++) sum[b] = load(sums + b * kLanes);
   for (int w = 0; w < width; w++, from += stride, to += kLanes) {
-    const Vec v = read_pixel(from, channels);
-    sum = sum + v;
-    store(to, v);
+    PARNET_UNROLL for (int b = 0; b < Blocks; b++) {
+      const Vec v = read_pixel(from + b * kLanes, b + 1 < Blocks ? kLanes : channels);
+      sum[b] = sum[b] + v;
+      store(to + b * block, v);
+    }
   }
-  return sum;
+  PARNET_UNROLL for (int b = 0; b < Blocks; b++) store(sums + b * kLanes, sum[b]);
 }
 
 // One row of one block of channels, each channel a line elsewhere. `lines`: [kLanes][pitch].
@@ -113,9 +118,31 @@ Vec enter_lines(const float* const* line, int width, float* to) {
   return sum;
 }
 
+// Of tensors whose channels are adjacent in memory.
 template <class T>
-void enter_rows(const Strided& x, const View& view, int image, int first, int last, float* sums,
-                float* lines) {
+void enter_pixel_rows(const Strided& x, const View& view, int image, int first, int last, float* sums) {
+  constexpr int kAtOnce = 4;
+  const int channels = x.size[1], width = x.size[3], blocks = (channels + kLanes - 1) / kLanes;
+  for (int block = 0; block < blocks; block++) store(sums + block * kLanes, zero());
+  for (int h = first; h < last; h++) {
+    for (int block = 0; block < blocks; block += kAtOnce) {
+      const int count = least(kAtOnce, blocks - block);
+      const int rest = least(kLanes, channels - (block + count - 1) * kLanes);
+      const T* from = at<T>(x, image, block * kLanes, h);
+      float* to = view.base + image * view.image + block * view.block + h * view.row;
+      const auto enter = count == 4   ? enter_pixels<T, 4>
+                         : count == 3 ? enter_pixels<T, 3>
+                         : count == 2 ? enter_pixels<T, 2>
+                                      : enter_pixels<T, 1>;
+      enter(from, x.stride[3], rest, width, to, view.block, sums + block * kLanes);
+    }
+  }
+}
+
+// Of others. `lines`: [kLanes][pitch].
+template <class T>
+void enter_line_rows(const Strided& x, const View& view, int image, int first, int last, float* sums,
+                     float* lines) {
   const int channels = x.size[1], width = x.size[3], pitch = (width + 15) / 16 * 16;
   const bool direct = sizeof(T) == sizeof(float) && x.stride[3] == 1;
   for (int block = 0; block * kLanes < channels; block++) {
@@ -124,10 +151,6 @@ void enter_rows(const Strided& x, const View& view, int image, int first, int la
     Vec sum = zero();
     for (int h = first; h < last; h++) {
       const T* from = at<T>(x, image, first_channel, h);
-      if (x.stride[1] == 1) {
-        sum = sum + enter_pixels(from, x.stride[3], count, width, to + h * view.row);
-        continue;
-      }
       const float* line[kLanes];
       for (int c = 0; c < kLanes; c++) {
         line[c] = lines + c * pitch;
@@ -143,6 +166,13 @@ void enter_rows(const Strided& x, const View& view, int image, int first, int la
     }
     store(sums + block * kLanes, sum);
   }
+}
+
+template <class T>
+void enter_rows(const Strided& x, const View& view, int image, int first, int last, float* sums,
+                float* lines) {
+  x.stride[1] == 1 ? enter_pixel_rows<T>(x, view, image, first, last, sums)
+                   : enter_line_rows<T>(x, view, image, first, last, sums, lines);
 }
 
 // Rows of a zero-padded planar copy. Row 0 and column 0 of a plane are halo, as is everything beyond the
@@ -168,6 +198,22 @@ void enter_plane_rows(const Strided& x, const StemArgs& a, int image, int first,
   }
 }
 
+// The first `count` lanes.
+template <class T>
+PARNET_INLINE void write_lanes(T* to, Vec v, int count) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    count == kLanes ? store_unaligned(to, v) : store_first(to, v, count);
+  } else {
+    alignas(64) float lanes[kLanes];
+    store(lanes, v);
+    if (count == kLanes) {
+      PARNET_UNROLL for (int i = 0; i < kLanes; i++) narrow(lanes[i], to + i);
+    } else {
+      for (int i = 0; i < count; i++) narrow(lanes[i], to + i);
+    }
+  }
+}
+
 template <class T>
 void leave_rows(const View& view, const Strided& y, int image, int first, int last) {
   const int channels = y.size[1], width = y.size[3];
@@ -178,9 +224,7 @@ void leave_rows(const View& view, const Strided& y, int image, int first, int la
       T* to = const_cast<T*>(at<T>(y, image, first_channel, h));
       const float* row = from + h * view.row;
       if (y.stride[1] == 1) {
-        for (int w = 0; w < width; w++) {
-          for (int c = 0; c < count; c++) narrow(row[w * kLanes + c], to + w * y.stride[3] + c);
-        }
+        for (int w = 0; w < width; w++) write_lanes(to + w * y.stride[3], load(row + w * kLanes), count);
         continue;
       }
       for (int w = 0; w < width; w += kLanes) {
@@ -189,15 +233,8 @@ void leave_rows(const View& view, const Strided& y, int image, int first, int la
         // Beyond the row lies halo or the next row: readable, not used.
         PARNET_UNROLL for (int i = 0; i < kLanes; i++) square[i] = load(row + (w + i) * kLanes);
         transpose(square);
-        alignas(64) float line[kLanes * kLanes];
-        PARNET_UNROLL for (int c = 0; c < kLanes; c++) store(line + c * kLanes, square[c]);
-        for (int c = 0; c < count; c++) {
-          T* out = to + c * y.stride[1] + w;
-          if (valid == kLanes) {
-            PARNET_UNROLL for (int i = 0; i < kLanes; i++) narrow(line[c * kLanes + i], out + i);
-          } else {
-            for (int i = 0; i < valid; i++) narrow(line[c * kLanes + i], out + i);
-          }
+        PARNET_UNROLL for (int c = 0; c < kLanes; c++) {
+          if (c < count) write_lanes(to + c * y.stride[1] + w, square[c], valid);
         }
       }
     }
