@@ -83,7 +83,7 @@ template <class T, int Blocks>
 void enter_pixels(const T* from, int64_t stride, int channels, int width, float* to, int64_t block,
                   float* sums) {
   Vec sum[Blocks];
-  PARNET_UNROLL for (int b = 0; b < Blocks; b++) sum[b] = load(sums + b * kLanes);
+  PARNET_UNROLL for (int b = 0; b < Blocks; b++) sum[b] = zero();
   for (int w = 0; w < width; w++, from += stride, to += kLanes) {
     PARNET_UNROLL for (int b = 0; b < Blocks; b++) {
       const Vec v = read_pixel(from + b * kLanes, b + 1 < Blocks ? kLanes : channels);
@@ -91,7 +91,7 @@ void enter_pixels(const T* from, int64_t stride, int channels, int width, float*
       store(to + b * block, v);
     }
   }
-  PARNET_UNROLL for (int b = 0; b < Blocks; b++) store(sums + b * kLanes, sum[b]);
+  PARNET_UNROLL for (int b = 0; b < Blocks; b++) store(sums + b * kLanes, load(sums + b * kLanes) + sum[b]);
 }
 
 // One row of one block of channels, each channel a line elsewhere. `lines`: [kLanes][pitch].
