@@ -1,5 +1,6 @@
 """The native CPU kernels (csrc/cpu), each variant against the float64 reference."""
 
+import functools
 import json
 import os
 import subprocess
@@ -233,6 +234,38 @@ def test_network(size: tuple[int, int], n: int, stem: int) -> None:
     last = network(x.contiguous(memory_format=torch.channels_last), channels_last=True)
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(last, network(x))
+
+
+@pytest.mark.parametrize("stem", [3, 8])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_large_maps_of_a_batch_go_image_by_image(stem: int, threads: int) -> None:
+    """Through buffers that the images share: none may see another one's values, nor be overwritten too early."""
+    network = Chain(stem=stem)
+    x = torch.randn(5, stem, 160, 144, generator=torch.Generator().manual_seed(1))
+    torch.set_num_threads(threads)
+    alone = [network(image[None]) for image in x]
+    assert error(alone[4], network.expected(x[4:])) <= 5e-6
+    for _ in range(3):
+        assert torch.allclose(network(x), torch.cat(alone), rtol=1e-4, atol=1e-5)
+    pooled = network(x, pooled=True)
+    assert torch.allclose(pooled, torch.cat(alone).mean((2, 3)), rtol=1e-4, atol=1e-5)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(network(last, channels_last=True), network(x))
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_large_maps_of_a_batch_go_image_by_image_through_one_layer(op: str, threads: int) -> None:
+    args, options = arguments(op, 5, 20, 20, (62, 75))
+    inputs = 2 if op == "fusion_se" else 1
+    torch.set_num_threads(threads)
+    call = functools.partial(getattr(torch.ops.parnet, op), **options)
+    alone = [call(*(x[i : i + 1] for x in args[:inputs]), *args[inputs:]) for i in range(5)]
+    assert error(alone[4], expected_of(op, [x[4:] for x in args[:inputs]] + args[inputs:], options)) <= 3e-6
+    last = [x.contiguous(memory_format=torch.channels_last) for x in args[:inputs]]
+    for _ in range(3):
+        assert torch.equal(call(*args), torch.cat(alone))
+        assert torch.equal(call(*last, *args[inputs:]), torch.cat(alone))
 
 
 @pytest.mark.parametrize("classes", [1, 10, 67])

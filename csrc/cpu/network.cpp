@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <list>
+#include <numeric>
 
 #include "pack.h"
 
@@ -16,6 +17,8 @@ constexpr int64_t kSharedBytes = int64_t{32} << 20;
 // Regions of shared transformed inputs, used in turn: a layer's inputs are transformed while the two layers
 // before it may still be multiplied.
 constexpr int kRegions = 3;
+// Images that have buffers where a batch goes image by image: one is finished while the next one begins.
+constexpr int64_t kImages = 2;
 // Plans keep their workspaces: of the most recently used, at most this many and this many bytes (the last one
 // always).
 constexpr size_t kCachedPlans = 32;
@@ -50,7 +53,8 @@ int NetworkPlan::add_stage(Work work, int index, int64_t images, int64_t items_p
   std::sort(after.begin(), after.end());
   after.erase(std::unique(after.begin(), after.end()), after.end());
   const int64_t items = items_per_image * (image < 0 ? images : 1);
-  stages_.push_back({work, index, items, std::max(image, 0) * items_per_image, tickets_, std::move(after)});
+  stages_.push_back({work, index, items, items_per_image, std::max(image, 0) * items_per_image, tickets_,
+                     std::move(after)});
   tickets_ += items;
   return stages_.size() - 1;
 }
@@ -85,14 +89,14 @@ int NetworkPlan::reserve_activation(Value& v, int level) {
   for (size_t i = idle_values_.size(); i-- > 0;) {  // the last one is most likely still in cache
     Value& dead = values_[idle_values_[i]];
     const Layer& reader = layers_[dead.last_use];
-    if (dead.shape == v.shape && (reader.level < level || !is_undivided(reader))) {
+    if (dead.shape == v.shape && dead.kept == v.kept && (reader.level < level || !is_undivided(reader))) {
       v.start = dead.start;
       reused = idle_values_[i];
       idle_values_.erase(idle_values_.begin() + i);
       break;
     }
   }
-  v.floats = v.shape[0] * v.view.image;
+  v.floats = v.kept * v.view.image;
   // Conversions read whole vectors of pixels, up to `lanes` pixels beyond the last row.
   if (v.start < 0) v.start = reserve(v.floats + lanes * lanes);
   v.offset = v.start + v.view.row + lanes;
@@ -152,7 +156,7 @@ void NetworkPlan::plan_inputs() {
       // Pixels of a row panel are read to the full width of the panel, at most at stride 2.
       const int64_t pitch = div_up(v.shape[3] + 2 + 2 * kernels_.max_rows, 16) * 16, rows = v.shape[2] + 3;
       v.view = {nullptr, v.shape[1] * rows * pitch, rows * pitch, pitch, 1};
-      v.floats = v.shape[0] * v.view.image;
+      v.floats = v.kept * v.view.image;
       v.start = v.offset = reserve(v.floats);
     } else {
       reserve_activation(v, 0);
@@ -160,11 +164,11 @@ void NetworkPlan::plan_inputs() {
   }
 }
 
-void NetworkPlan::enter_inputs(int image) {
+void NetworkPlan::enter_inputs(int image, const std::vector<int>& after) {
   for (size_t i = 0; i < request_.inputs.size(); i++) {
     Value& v = values_[i];
     const Work work = v.view.pixel == 1 ? Work::kEnterPlanes : Work::kEnter;
-    v.stages.push_back(add_stage(work, i, v.shape[0], v.sum_rows, image, {}));
+    v.stages.push_back(add_stage(work, i, v.shape[0], v.sum_rows, image, after));
   }
 }
 
@@ -245,11 +249,13 @@ void NetworkPlan::plan_items() {
 }
 
 // Large maps of a batch go image by image through the first layers, as far as their blocks of tiles occupy
-// all threads: what a layer leaves is still in cache when the next one reads it.
+// all threads: what a layer leaves is still in cache when the next one reads it. What only these layers read
+// is kept for the last images only, so that it stays there.
 void NetworkPlan::order_layers() {
   const int inputs = request_.inputs.size();
   std::vector<bool> by_image(values_.size());
   for (int i = 0; i < inputs; i++) by_image[i] = values_[i].shape[0] > 1;
+  for (Value& v : values_) v.kept = std::min(v.shape[0], kImages);
   for (Layer& l : layers_) {
     const int64_t images = values_[l.output].shape[0];
     const int64_t blocks = l.stem || l.tiles->blocks.size() % images ? 0 : l.tiles->blocks.size() / images;
@@ -257,6 +263,9 @@ void NetworkPlan::order_layers() {
     l.by_image = by_image[l.input] && (l.other < 0 || by_image[l.other]) &&
                  (l.stem || blocks >= 2 * threads || (blocks >= 2 && blocks % threads == 0));
     by_image[l.output] = l.by_image;
+    for (const int value : {l.input, l.other, l.output}) {
+      if (value >= 0 && !l.by_image) values_[value].kept = images;
+    }
     const int64_t panels = request_.layers[l.step.packed].panels;
     l.gate_items = std::clamp<int64_t>(l.by_image ? threads : div_up(threads, images), 1, panels);
   }
@@ -320,6 +329,12 @@ void NetworkPlan::reserve_output(Layer& l) {
   release_inputs(l);
 }
 
+int NetworkPlan::leave_result(int image) {
+  const Value& out = values_[result_];
+  const auto after = image < 0 ? out.stages : std::vector{out.stages[image]};
+  return add_stage(Work::kLeave, result_, out.shape[0], sum_chunks(out.shape[2]), image, after);
+}
+
 // After the last layer that reads a value, its buffer serves later values of the same shape.
 void NetworkPlan::release_inputs(const Layer& l) {
   const auto release = [&](int value) {
@@ -335,22 +350,31 @@ void NetworkPlan::release_inputs(const Layer& l) {
 NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(request), kernels_(k) {
   result_shape(request);  // validates the program
   plan_values();
-  plan_inputs();
   plan_tiles();
   plan_items();
   order_layers();
+  plan_inputs();
   for (Layer& l : layers_) reserve_output(l);
   const size_t by_image =
       std::count_if(layers_.begin(), layers_.end(), [](const Layer& l) { return l.by_image; });
   const int images = by_image ? values_[layers_[0].output].shape[0] : 0;
+  const bool leaves = !request_.pooled && !request_.direct,
+             leaves_by_image = leaves && by_image == layers_.size();
+  std::vector<int> stages[kImages];  // of the last images
   for (int image = 0; image < images; image++) {
-    enter_inputs(image);
+    std::vector<int>& own = stages[image % kImages];
+    const int first = stages_.size();
+    enter_inputs(image, own);  // when the image before that had these buffers is finished
+    // What is entered meanwhile fills the time in which a thread waits for the last item of the image before.
+    if (leaves_by_image && image) stages[(image - 1) % kImages].push_back(leave_result(image - 1));
     for (size_t i = 0; i < by_image; i++) {
       plan_gate(layers_[i], image);
       plan_main(layers_[i], image);
     }
+    own.resize(stages_.size() - first);
+    std::iota(own.begin(), own.end(), first);
   }
-  if (!images) enter_inputs(-1);
+  if (!images) enter_inputs(-1, {});
   // The gates and transforms of a layer stand before the products of the layer before it, if they depend
   // neither on it nor on a long item: threads that run out of products find these instead of waiting.
   size_t prepared = by_image;
@@ -365,15 +389,14 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
     }
     plan_main(layers_[i], -1);
   }
-  const Value& out = values_[result_];
+  if (leaves) leave_result(leaves_by_image ? images - 1 : -1);
   if (request_.pooled) {
+    const Value& out = values_[result_];
     const int means = add_stage(Work::kMeans, result_, out.shape[0], 1, -1, out.stages);
     if (request_.classifier) {
       means_ = reserve(out.shape[0] * out.blocks * kernels_.lanes);
       add_stage(Work::kClassify, result_, 1, request_.classifier->panels, -1, {means});
     }
-  } else if (!request_.direct) {
-    add_stage(Work::kLeave, result_, out.shape[0], sum_chunks(out.shape[2]), -1, out.stages);
   }
   // Scratch of each worker; lines for conversions share the space of the expanded weights.
   for (const auto& shape : request_.inputs) {

@@ -63,6 +63,7 @@ class NetworkPlan {
   struct Value {
     std::array<int64_t, 4> shape;
     int blocks;
+    int64_t kept;         // images that have a buffer; image i has that of i % kept
     View view;            // base unused
     int64_t offset = -1;  // of pixel (0, 0) in the workspace, or -1: not stored there
     int64_t floats;       // whole buffer, from `start`
@@ -95,7 +96,7 @@ class NetworkPlan {
   struct Stage {
     Work work;
     int index;  // of the layer, or of the value
-    int64_t items, first_item, first_ticket;
+    int64_t items, items_per_image, first_item, first_ticket;
     std::vector<int> after;
   };
 
@@ -106,7 +107,8 @@ class NetworkPlan {
 
   void plan_values();
   void plan_inputs();
-  void enter_inputs(int image);
+  void enter_inputs(int image, const std::vector<int>& after);
+  int leave_result(int image);  // its stage
   std::shared_ptr<const TilePlan> tiles_for(const Layer&, int threads);
   void plan_tiles();
   bool is_undivided(const Layer& l) const { return values_[l.output].undivided; }

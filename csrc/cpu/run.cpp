@@ -109,14 +109,17 @@ class NetworkRun {
     }
   }
 
-  View view_of(const Value& v) const {
+  // For the items of one image, if not all images have a buffer.
+  View view_of(const Value& v, int64_t image) const {
     View view = v.view;
-    view.base = v.offset >= 0 ? workspace_.at(v.offset) : nullptr;
-    return view;
-  }
-  View output_view(const Layer& l) const {
-    View view = view_of(plan_.values_[l.output]);
-    if (l.output == plan_.result_ && plan_.request_.direct) view.base = static_cast<float*>(output_.data);
+    if (v.offset < 0) {
+      view.base = static_cast<float*>(output_.data);
+    } else if (v.kept == v.shape[0]) {
+      view.base = workspace_.at(v.offset);
+    } else {
+      view.base = workspace_.at(v.offset + image % v.kept * view.image);
+      view.image = 0;
+    }
     return view;
   }
   const PackedHeader& packed_of(const Layer& l) const { return *packed_[l.step.packed]; }
@@ -143,8 +146,8 @@ class NetworkRun {
         return stem(plan_.layers_[stage.index], item);
       case Work::kLeave: {
         const Value& v = plan_.values_[stage.index];
-        const Rows rows = rows_of(item, v.shape[2], stage.items / v.shape[0]);
-        return plan_.kernels_.leave(view_of(v), output_, rows.image, rows.first, rows.last);
+        const Rows rows = rows_of(item, v.shape[2], stage.items_per_image);
+        return plan_.kernels_.leave(view_of(v, rows.image), output_, rows.image, rows.first, rows.last);
       }
       case Work::kMeans: {
         const Value& v = plan_.values_[stage.index];
@@ -173,20 +176,26 @@ class NetworkRun {
             static_cast<int>(rows * (chunk + 1) / chunks)};
   }
 
-  StemArgs stem_args(const Layer& l) const {
-    const Value &in = plan_.values_[l.input], &out = plan_.values_[l.output];
-    StemArgs a{};
+  StemArgs stem_args(const Layer& l, int64_t image) const {
+    const Value& out = plan_.values_[l.output];
+    StemArgs a = planes_of(plan_.values_[l.input], image);
     a.packed = &packed_of(l);
-    a.planes = workspace_.at(in.offset);
-    a.image = in.view.image;
-    a.channel = in.view.block;
-    a.pitch = in.view.row;
-    a.out = output_view(l);
+    a.out = view_of(out, image);
     a.sums = workspace_.at(out.sums);
     a.scale = scales(l);
     a.offset = offsets(l);
     a.out_rows = out.shape[2];
     a.out_cols = out.shape[3];
+    return a;
+  }
+
+  StemArgs planes_of(const Value& v, int64_t image) const {
+    const View view = view_of(v, image);
+    StemArgs a{};
+    a.planes = view.base;
+    a.image = view.image;
+    a.channel = view.block;
+    a.pitch = view.row;
     return a;
   }
 
@@ -196,14 +205,9 @@ class NetworkRun {
     const Rows rows = rows_of(item, v.shape[2], v.sum_rows);
     float* sums = workspace_.at(v.sums) + item * v.blocks * plan_.kernels_.lanes;
     if (stage.work == Work::kEnter) {
-      plan_.kernels_.enter(x, view_of(v), rows.image, rows.first, rows.last, sums, lines);
+      plan_.kernels_.enter(x, view_of(v, rows.image), rows.image, rows.first, rows.last, sums, lines);
     } else {
-      StemArgs a{};
-      a.planes = workspace_.at(v.offset);
-      a.image = v.view.image;
-      a.channel = v.view.block;
-      a.pitch = v.view.row;
-      plan_.kernels_.enter_planes(x, a, rows.image, rows.first, rows.last, sums);
+      plan_.kernels_.enter_planes(x, planes_of(v, rows.image), rows.image, rows.first, rows.last, sums);
     }
     // A sum is finite only if everything in it is.
     const auto is_finite = [](float sum) { return std::isfinite(sum); };
@@ -227,13 +231,14 @@ class NetworkRun {
     plan_.kernels_.gate(a, panels.image, panels.first, panels.last);
   }
 
-  ConvArgs conv_args(const Layer& l) const {
+  ConvArgs conv_args(const Layer& l, const TileBlock& tiles) const {
+    const int64_t image = tiles.tiles[0].image;
     const Value& out = plan_.values_[l.output];
     ConvArgs a{};
     a.packed = &packed_of(l);
-    a.in[0] = view_of(plan_.values_[l.input]);
-    if (l.other >= 0) a.in[1] = view_of(plan_.values_[l.other]);
-    a.out = output_view(l);
+    a.in[0] = view_of(plan_.values_[l.input], image);
+    if (l.other >= 0) a.in[1] = view_of(plan_.values_[l.other], image);
+    a.out = view_of(out, image);
     a.sums = workspace_.at(out.sums);
     a.scale = scales(l);
     a.offset = offsets(l);
@@ -247,18 +252,19 @@ class NetworkRun {
   }
 
   void transform(const Layer& l, int64_t item) {
-    const ConvArgs a = conv_args(l);
-    const Rows blocks = rows_of(item, a.packed->groups * a.packed->group_blocks, l.transform_items);
-    plan_.kernels_.transform(a, l.tiles->blocks[blocks.image], blocks.first, blocks.last,
+    const PackedHeader& h = packed_of(l);
+    const Rows blocks = rows_of(item, h.groups * h.group_blocks, l.transform_items);
+    const TileBlock& tiles = l.tiles->blocks[blocks.image];
+    plan_.kernels_.transform(conv_args(l, tiles), tiles, blocks.first, blocks.last,
                              shared_v(l, blocks.image));
   }
 
   void convolve(const Layer& l, int64_t item, Scratch& scratch, float* m, float* u) {
-    const ConvArgs a = conv_args(l);
-    const int64_t items = (a.packed->panels + l.panels_per_item - 1) / l.panels_per_item;
+    const int64_t panels = packed_of(l).panels, items = (panels + l.panels_per_item - 1) / l.panels_per_item;
     const int64_t block = item / items, first = item % items * l.panels_per_item;
-    const int last = std::min<int64_t>(first + l.panels_per_item, a.packed->panels);
+    const int last = std::min(first + l.panels_per_item, panels);
     const TileBlock& tiles = l.tiles->blocks[block];
+    const ConvArgs a = conv_args(l, tiles);
     const float* v = l.v_region >= 0 ? shared_v(l, block) : scratch.v;
     if (l.v_region < 0 && (scratch.layer != &l || scratch.block != block)) {
       scratch.layer = &l, scratch.block = block;
@@ -268,9 +274,8 @@ class NetworkRun {
   }
 
   void stem(const Layer& l, int64_t item) {
-    const StemArgs a = stem_args(l);
-    const Rows rows = rows_of(item, a.out_rows, l.row_items);
-    plan_.kernels_.stem(a, rows.image, rows.first, rows.last);
+    const Rows rows = rows_of(item, plan_.values_[l.output].shape[2], l.row_items);
+    plan_.kernels_.stem(stem_args(l, rows.image), rows.image, rows.first, rows.last);
   }
 
   void poison() {
@@ -287,7 +292,7 @@ class NetworkRun {
     for (const Value& v : plan_.values_) {
       fill(v.sums, v.shape[0] * v.sum_rows * v.blocks * plan_.kernels_.lanes);
       if (v.offset < 0 || v.view.pixel == 1) continue;
-      for (int64_t i = 0; i < v.shape[0] * v.blocks * v.shape[2]; i++) {
+      for (int64_t i = 0; i < v.kept * v.blocks * v.shape[2]; i++) {
         const int64_t row = i % v.shape[2], block = i / v.shape[2] % v.blocks,
                       image = i / v.shape[2] / v.blocks;
         fill(v.offset + image * v.view.image + block * v.view.block + row * v.view.row,

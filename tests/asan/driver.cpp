@@ -246,7 +246,8 @@ void small_network() {
       again(Kind::kRepVGG, 12, 12, 1), fine(Kind::kDownsample, 12, 20, 2),
       coarse(Kind::kDownsample, 12, 20, 2), deep(Kind::kRepVGG, 20, 20, 1), fusion(Kind::kFusion, 20, 24, 1),
       last(Kind::kDownsample, 24, 16, 2);
-  const Map image = random_map(pick({1, 2}), 3, pick({17, 32}), pick({20, 31}));
+  // The largest maps go image by image.
+  const Map image = random_map(pick({1, 2, 5}), 3, pick({17, 32, 61}), pick({20, 31, 120}));
   const Map a = stem.expected(image, nullptr), b = again.expected(skip.expected(a, nullptr), nullptr);
   const Map c = fine.expected(b, nullptr), d = deep.expected(coarse.expected(a, nullptr), nullptr);
   const Map features = last.expected(fusion.expected(d, &c), nullptr);
