@@ -52,6 +52,24 @@ PARNET_INLINE const T* at(const Strided& x, int64_t n, int64_t c, int64_t h) {
   return static_cast<const T*>(x.data) + n * x.stride[0] + c * x.stride[1] + h * x.stride[2];
 }
 
+// Hardware does not foresee the few rows of each of many channels: asks for what comes `kRowsAhead` rows
+// after row `h` of `block`, in this block of channels or the next one.
+constexpr int kRowsAhead = 2;
+template <class T, bool ToWrite>
+PARNET_INLINE void fetch_lines(const Strided& x, int image, int block, int h, int first, int last) {
+  h += kRowsAhead;
+  if (h >= last) h += first - last, block++;
+  const int channels = least(kLanes, static_cast<int>(x.size[1]) - block * kLanes);
+  if (h >= last || channels <= 0 || x.stride[3] != 1) return;
+  const T* line = at<T>(x, image, block * kLanes, h);
+  for (int c = 0; c < channels; c++, line += x.stride[1]) {
+    for (int64_t w = 0; w < x.size[3]; w += 64 / sizeof(T)) {
+      const auto* from = reinterpret_cast<const float*>(line + w);
+      ToWrite ? prefetch_to_write(from) : prefetch(from);
+    }
+  }
+}
+
 template <class T>
 void read_line(const T* from, int64_t stride, int count, float* to) {
   if (stride == 1) {
@@ -151,6 +169,7 @@ void enter_line_rows(const Strided& x, const View& view, int image, int first, i
     Vec sum = zero();
     for (int h = first; h < last; h++) {
       const T* from = at<T>(x, image, first_channel, h);
+      fetch_lines<T, false>(x, image, block, h, first, last);
       const float* line[kLanes];
       for (int c = 0; c < kLanes; c++) {
         line[c] = lines + c * pitch;
@@ -227,6 +246,7 @@ void leave_rows(const View& view, const Strided& y, int image, int first, int la
         for (int w = 0; w < width; w++) write_lanes(to + w * y.stride[3], load(row + w * kLanes), count);
         continue;
       }
+      fetch_lines<T, true>(y, image, block, h, first, last);
       for (int w = 0; w < width; w += kLanes) {
         const int valid = least(kLanes, width - w);
         Vec square[kLanes];
