@@ -99,11 +99,12 @@ PARNET_INLINE Vec read_pixel(const T* from, int channels) {
 // together they are whole cache lines of a pixel.
 template <class T, int Blocks>
 void enter_pixels(const T* from, int64_t stride, int channels, int width, float* to, int64_t block,
-                  float* sums) {
+                  float* sums, int64_t ahead) {
   Vec sum[Blocks];
   PARNET_UNROLL for (int b = 0; b < Blocks; b++) sum[b] = zero();
   for (int w = 0; w < width; w++, from += stride, to += kLanes) {
     PARNET_UNROLL for (int b = 0; b < Blocks; b++) {
+      prefetch(reinterpret_cast<const float*>(from + b * kLanes + ahead));
       const Vec v = read_pixel(from + b * kLanes, b + 1 < Blocks ? kLanes : channels);
       sum[b] = sum[b] + v;
       store(to + b * block, v);
@@ -152,7 +153,7 @@ void enter_pixel_rows(const Strided& x, const View& view, int image, int first, 
                          : count == 3 ? enter_pixels<T, 3>
                          : count == 2 ? enter_pixels<T, 2>
                                       : enter_pixels<T, 1>;
-      enter(from, x.stride[3], rest, width, to, view.block, sums + block * kLanes);
+      enter(from, x.stride[3], rest, width, to, view.block, sums + block * kLanes, x.stride[2]);
     }
   }
 }
