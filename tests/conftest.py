@@ -3,8 +3,17 @@
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))  # `import ptxsim` from everywhere
 
 from ptxsim.device import add_option as pytest_addoption  # noqa: F401
 from ptxsim.device import device  # noqa: F401
 from ptxsim.device import mark_items as pytest_collection_modifyitems  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """A test that passes once passes again: no random weights that are ill-conditioned one time in a hundred."""
+    torch.manual_seed(0)

@@ -14,37 +14,76 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-PARNET_INLINE float as_float(uint32_t bits) {
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
+// Of one value (U: uint32_t, F: float) or of a vector of them.
+template <class F, class U>
+PARNET_INLINE F widen(BFloat16, U bits) {
+  return __builtin_bit_cast(F, bits << 16);
 }
-PARNET_INLINE uint32_t as_bits(float f) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &f, 4);
-  return bits;
+template <class F, class U>
+PARNET_INLINE F widen(Half, U bits) {
+  const U magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+  // Moving the exponent by a multiplication also normalises subnormal halves.
+  const U finite = __builtin_bit_cast(U, __builtin_bit_cast(F, magnitude) * 0x1p112f);
+  return __builtin_bit_cast(F, (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite) | sign);
+}
+template <class U, class F>
+PARNET_INLINE U narrow(BFloat16, F f) {
+  const U u = __builtin_bit_cast(U, f);
+  const U finite = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = u - u + 0x7fc0u;
+  return (u & 0x7fffffffu) > 0x7f800000u ? nan : finite;
+}
+template <class U, class F>
+PARNET_INLINE U narrow(Half, F f) {
+  const U bits = __builtin_bit_cast(U, f), u = bits & 0x7fffffffu, sign = bits >> 31 << 15;
+  const U normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
+  // The addition rounds at 2^-24.
+  const U subnormal = __builtin_bit_cast(U, __builtin_bit_cast(F, u) + .5f) - 0x3f000000u;
+  const U finite = u < 0x38800000u ? subnormal : normal, infinity = u - u + 0x7c00u, nan = infinity + 0x200u;
+  return (u > 0x7f800000u ? nan : u >= 0x47800000u ? infinity : finite) | sign;
 }
 
 PARNET_INLINE float widen(float x) { return x; }
-PARNET_INLINE float widen(BFloat16 x) { return as_float(uint32_t{x.bits} << 16); }
-PARNET_INLINE float widen(Half x) {
-  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
-  // Moving the exponent by a multiplication also normalises subnormal halves.
-  const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
-  return as_float((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite) | sign);
+template <class T>
+PARNET_INLINE float widen(T x) {
+  return widen<float>(T{}, uint32_t{x.bits});
+}
+PARNET_INLINE void narrow(float f, float* to) { *to = f; }
+template <class T>
+PARNET_INLINE void narrow(float f, T* to) {
+  to->bits = narrow<uint32_t>(T{}, f);
 }
 
-PARNET_INLINE void narrow(float f, float* to) { *to = f; }
-PARNET_INLINE void narrow(float f, BFloat16* to) {
-  const uint32_t u = as_bits(f);
-  to->bits = (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0 : (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+// kLanes values, adjacent in memory.
+typedef uint16_t NativeShort __attribute__((vector_size(kNative * 2), aligned(2), may_alias));
+typedef uint32_t NativeBits __attribute__((vector_size(kNative * 4)));
+PARNET_INLINE Vec read_lanes(const float* from) { return load_unaligned(from); }
+template <class T>
+PARNET_INLINE Vec read_lanes(const T* from) {
+  const NativeShort* bits = reinterpret_cast<const NativeShort*>(from);  // `auto` would align it
+  PARNET_EACH(widen<Native>(T{}, __builtin_convertvector(bits[p], NativeBits)));
 }
-PARNET_INLINE void narrow(float f, Half* to) {
-  const uint32_t u = as_bits(f) & 0x7fffffffu, sign = as_bits(f) >> 31 << 15;
-  const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1)) >> 13;
-  const uint32_t subnormal = as_bits(as_float(u) + .5f) - 0x3f000000u;  // the addition rounds at 2^-24
-  const uint32_t finite = u < 0x38800000u ? subnormal : normal;
-  to->bits = (u > 0x7f800000u ? 0x7e00 : u >= 0x47800000u ? 0x7c00 : finite) | sign;
+PARNET_INLINE void write_lanes(float* to, Vec v) { store_unaligned(to, v); }
+template <class T>
+PARNET_INLINE void write_lanes(T* to, Vec v) {
+  NativeShort* bits = reinterpret_cast<NativeShort*>(to);
+  PARNET_UNROLL for (int p = 0; p < kParts; p++) {
+    bits[p] = __builtin_convertvector(narrow<NativeBits>(T{}, v.part[p]), NativeShort);
+  }
+}
+// The first `count` of them.
+PARNET_INLINE Vec read_first(const float* from, int count) { return load_first(from, count); }
+template <class T>
+PARNET_INLINE Vec read_first(const T* from, int count) {
+  alignas(64) float lanes[kLanes] = {};
+  for (int i = 0; i < count; i++) lanes[i] = widen(from[i]);
+  return load(lanes);
+}
+PARNET_INLINE void write_first(float* to, Vec v, int count) { store_first(to, v, count); }
+template <class T>
+PARNET_INLINE void write_first(T* to, Vec v, int count) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < count; i++) narrow(lanes[i], to + i);
 }
 
 template <class T>
@@ -72,27 +111,11 @@ PARNET_INLINE void fetch_lines(const Strided& x, int image, int block, int h, in
 
 template <class T>
 void read_line(const T* from, int64_t stride, int count, float* to) {
+  int i = 0;
   if (stride == 1) {
-    for (int i = 0; i < count; i++) to[i] = widen(from[i]);
-  } else {
-    for (int i = 0; i < count; i++) to[i] = widen(from[i * stride]);
+    for (; i + kLanes <= count; i += kLanes) store_unaligned(to + i, read_lanes(from + i));
   }
-}
-
-// The channels of one pixel, adjacent in memory, and zeros.
-template <class T>
-PARNET_INLINE Vec read_pixel(const T* from, int channels) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return channels == kLanes ? load_unaligned(from) : load_first(from, channels);
-  } else {
-    alignas(64) float pixel[kLanes] = {};
-    if (channels == kLanes) {
-      PARNET_UNROLL for (int c = 0; c < kLanes; c++) pixel[c] = widen(from[c]);
-    } else {
-      for (int c = 0; c < channels; c++) pixel[c] = widen(from[c]);
-    }
-    return load(pixel);
-  }
+  for (; i < count; i++) to[i] = widen(from[i * stride]);
 }
 
 // One row of `Blocks` blocks of channels, all adjacent in memory, of which the last block has `channels`:
@@ -105,7 +128,8 @@ void enter_pixels(const T* from, int64_t stride, int channels, int width, float*
   for (int w = 0; w < width; w++, from += stride, to += kLanes) {
     PARNET_UNROLL for (int b = 0; b < Blocks; b++) {
       prefetch(reinterpret_cast<const float*>(from + b * kLanes + ahead));
-      const Vec v = read_pixel(from + b * kLanes, b + 1 < Blocks ? kLanes : channels);
+      const bool whole = b + 1 < Blocks || channels == kLanes;
+      const Vec v = whole ? read_lanes(from + b * kLanes) : read_first(from + b * kLanes, channels);
       sum[b] = sum[b] + v;
       store(to + b * block, v);
     }
@@ -218,22 +242,6 @@ void enter_plane_rows(const Strided& x, const StemArgs& a, int image, int first,
   }
 }
 
-// The first `count` lanes.
-template <class T>
-PARNET_INLINE void write_lanes(T* to, Vec v, int count) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    count == kLanes ? store_unaligned(to, v) : store_first(to, v, count);
-  } else {
-    alignas(64) float lanes[kLanes];
-    store(lanes, v);
-    if (count == kLanes) {
-      PARNET_UNROLL for (int i = 0; i < kLanes; i++) narrow(lanes[i], to + i);
-    } else {
-      for (int i = 0; i < count; i++) narrow(lanes[i], to + i);
-    }
-  }
-}
-
 template <class T>
 void leave_rows(const View& view, const Strided& y, int image, int first, int last) {
   const int channels = y.size[1], width = y.size[3];
@@ -244,7 +252,11 @@ void leave_rows(const View& view, const Strided& y, int image, int first, int la
       T* to = const_cast<T*>(at<T>(y, image, first_channel, h));
       const float* row = from + h * view.row;
       if (y.stride[1] == 1) {
-        for (int w = 0; w < width; w++) write_lanes(to + w * y.stride[3], load(row + w * kLanes), count);
+        for (int w = 0; w < width; w++) {
+          T* pixel = to + w * y.stride[3];
+          const Vec v = load(row + w * kLanes);
+          count == kLanes ? write_lanes(pixel, v) : write_first(pixel, v, count);
+        }
         continue;
       }
       fetch_lines<T, true>(y, image, block, h, first, last);
@@ -255,7 +267,9 @@ void leave_rows(const View& view, const Strided& y, int image, int first, int la
         PARNET_UNROLL for (int i = 0; i < kLanes; i++) square[i] = load(row + (w + i) * kLanes);
         transpose(square);
         PARNET_UNROLL for (int c = 0; c < kLanes; c++) {
-          if (c < count) write_lanes(to + c * y.stride[1] + w, square[c], valid);
+          if (c >= count) break;
+          T* line = to + c * y.stride[1] + w;
+          valid == kLanes ? write_lanes(line, square[c]) : write_first(line, square[c], valid);
         }
       }
     }
