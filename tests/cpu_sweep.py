@@ -1,8 +1,9 @@
 """Random cases of the native CPU kernels against the float64 reference. Also a script, because the instruction set is
-chosen once per process: PARNET_CPU_ISA=portable python tests/cpu_sweep.py SEED COUNT"""
+chosen once per process: PARNET_CPU_ISA=portable python tests/cpu_sweep.py SEED COUNT. And all 16-bit numbers."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 
@@ -81,9 +82,29 @@ def failure(rng: random.Random) -> str | None:
     return f"{case} {storage=} {threads=} {how=}: error {found_error:.2e}, {found.shape}, {found.dtype}"
 
 
+def wrong_conversions(dtype: torch.dtype) -> list[str]:
+    """Of every 16-bit number (bfloat16: none so large that sums overflow), in and, multiplied, out again."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).view(1, 16, 64, 64)
+    x = torch.where(x.abs() < 1e30, x, 1).to(dtype)  # NaN and infinity as well
+    x = torch.cat([x, x[..., :9]], 3)  # whole vectors, and some pixels more
+    c = x.shape[1]
+    zero, one = torch.zeros(c, dtype=dtype), torch.ones(c, dtype=dtype)
+    wrong = []
+    for sign, factor, how in itertools.product((1, -1), (1, 0.8, 1.7, 3e4, 3e-5), ("contiguous", "channels_last")):
+        # Neither convolution nor bias, a gate of 1: relu(±x) times a factor.
+        args = [as_strides(x, how), x.new_zeros(c, c, 3, 3), zero, sign * one, zero, x.new_zeros(c, c), 100 * one]
+        found = run("repvgg_sse", args, {"activation": "relu", "out_scale": factor * one, "out_shift": zero}, "full")
+        expected = (torch.relu(sign * x.float()) * (factor * one[0]).float()).to(dtype)
+        if not torch.equal(found, expected):
+            wrong.append(f"{dtype} {sign=} {factor=} {how}: {(found != expected).sum()} wrong")
+    return wrong
+
+
 def main(seed: int, count: int) -> None:
     rng = random.Random(seed)
     failures = [text for _ in range(count) if (text := failure(rng))]
+    failures += wrong_conversions(torch.float16) + wrong_conversions(torch.bfloat16)
     print(*failures, f"{torch.ops.parnet._cpu_info()}: {count} cases, {len(failures)} failures", sep="\n")
     sys.exit(bool(failures))
 
