@@ -1,7 +1,8 @@
 """The public operators: documentation, and their registration with PyTorch's dispatcher.
 
 A call of torch.ops.parnet.<op> passes, top down: autocast (casts floating arguments), autograd (`gradients.py`), then
-the kernel, which checks the arguments (`checks.py`) and runs the first backend of `BACKENDS` that can take them.
+the kernel, which checks the arguments (`checks.py`) and runs the first backend of `BACKENDS` that can take them; a call
+like an earlier one on the CPU skips both (`cpu.again`).
 """
 
 from __future__ import annotations
