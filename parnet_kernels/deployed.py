@@ -187,7 +187,7 @@ class DeployedParNet(nn.Module):
         return self._run(x, "logits" if self.num_classes else "pooled")
 
     def capture(self, x: Tensor) -> CapturedNetwork:
-        """The whole network as one CUDA graph for images like `x`: see `CapturedNetwork`.
+        """The whole network as one CUDA graph for images like `x`: see `CapturedNetwork`. It calls no forward hooks.
 
         Raises:
             RuntimeError: with the reason, where the CUDA kernels cannot run this network on `x`.

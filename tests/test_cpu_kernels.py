@@ -240,7 +240,7 @@ def test_network(size: tuple[int, int], n: int, stem: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_large_maps_of_a_batch_go_image_by_image(stem: int, threads: int) -> None:
     """Through buffers that the images share: none may see another one's values, nor be overwritten too early."""
-    network = Chain(stem=stem)
+    network = Chain((33, 20, 36), stem)
     x = torch.randn(5, stem, 160, 144, generator=torch.Generator().manual_seed(1))
     torch.set_num_threads(threads)
     alone = [network(image[None]) for image in x]

@@ -14,7 +14,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Of one value (U: uint32_t, F: float) or of a vector of them.
+// Of one value (U: uint32_t, F: float) or of a vector of them; `u - u` is zero in either.
 template <class F, class U>
 PARNET_INLINE F widen(BFloat16, U bits) {
   return __builtin_bit_cast(F, bits << 16);
