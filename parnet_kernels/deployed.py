@@ -201,7 +201,7 @@ class DeployedParNet(nn.Module):
         those that bypass autograd's version counter (`weight.data.mul_(2)`, NumPy views): call it again after these.
 
         storage: of the 9 values of a kernel, "wide" keeps the 64 transformed ones of tiles of 6 × 6, "full" the 36 of
-        4 × 4, "rows" 18, "compact" 9; the rest is made at each call. Less memory takes more time, but for large layers
+        4 × 4, "rows" 24, "compact" 9; the rest is made at each call. Less memory takes more time, but for large layers
         bound by reading it. "auto", the start: "wide" for maps of an eighth of the image or larger, else "full"; with
         AVX-512, "rows" from 270 × 270 channels on; "compact" from 1200 × 1200 on. None: as before.
 

@@ -51,6 +51,7 @@ def expected_of(op: str, args: list, options: dict) -> torch.Tensor:
         (1, 92, 130, (7, 7)),
         (3, 130, 12, (5, 6)),
         (1, 24, 20, (65, 67)),
+        (4, 72, 40, (13, 14)),
     ],
     ids=str,
 )
@@ -134,6 +135,13 @@ def test_activation_of_large_values(activation: str) -> None:
     args[2].copy_(torch.tensor([-1e30, -200.0, -88.8, -88.0, 88.0, 200.0, 1e30, 0.0]))
     expected = expected_of("downsample_se", args, options)
     torch.testing.assert_close(cpu_sweep.run("downsample_se", args, options).double(), expected, rtol=2e-6, atol=1e-13)
+
+
+def test_activation_of_infinity() -> None:
+    """A product with the skip input that overflows."""
+    one, zero = torch.ones(8), torch.zeros(8)
+    args = [1e20 * torch.ones(1, 8, 2, 2), torch.zeros(8, 8, 3, 3), zero, 1e20 * one, zero, torch.zeros(8, 8), one]
+    assert cpu_sweep.run("repvgg_sse", args, {"activation": "silu"}).isposinf().all()
 
 
 # ------------------------------------------------------------------ determinism and threads

@@ -131,13 +131,14 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
   const int slots = slots_of(h.stride, h.storage);
   const int blocks = h.group_blocks, chunks = div_up(blocks, a.chunk_blocks);
   const int64_t block = int64_t{compact ? 9 : 3} * kLanes * kPanel, row = blocks * block;
-  const int64_t panel = compact ? row : slots * row;
-  const float* weights = section<float>(h, h.weight);
+  const auto taps_of = [&](int panel, int slot_row) {
+    const int64_t rows = compact ? panel : row_of_taps(h.panels, panel, slot_row);
+    return section<float>(h, h.weight) + rows * row;
+  };
   for (int k = first; k < last; k++) {
     float* mk = m + int64_t{k - first} * table.m_rows * kPanel;
-    const float* wk = weights + k * panel;
-    const float* after = k + 1 < h.panels ? wk + panel : wk;
-    for (int from = 0, to; from < table.num_uses; from = to) {
+    const float* after = taps_of(least(k + 1, h.panels - 1), 0);
+    for (int from = 0, to, share = 0; from < table.num_uses; from = to, share++) {
       const int slot_row = table.uses[from].slot / slots;
       int passes = 0;
       for (to = from; to < table.num_uses && table.uses[to].slot / slots == slot_row; to++) {
@@ -146,17 +147,17 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
       for (int chunk = 0; chunk < chunks; chunk++) {
         const int b = chunk * a.chunk_blocks, count = least(a.chunk_blocks, blocks - b);
         const int channels = least(count * kLanes, group_channels(h) - b * kLanes);
-        const float* taps = wk + (compact ? 0 : slot_row * row) + b * block;
+        const float* taps = taps_of(k, slot_row) + b * block;
         const float* next;  // what memory is asked for meanwhile: of compact taps, a share of the next panel
         int64_t floats = count * block;
         if (compact) {
-          next = after + (slot_row * row + b * block) / slots;
-          floats /= slots;
+          next = after + (share * row + b * block) / table.slot_rows;
+          floats /= table.slot_rows;
           expand_rows(taps, channels, u, h.stride, slot_row);
           taps = u;
         } else {
           next = b + count < blocks    ? taps + count * block
-                 : to < table.num_uses ? wk + table.uses[to].slot / slots * row
+                 : to < table.num_uses ? taps_of(k, table.uses[to].slot / slots)
                                        : after;
         }
         const int64_t step = fetch_step(floats, int64_t{passes} * channels);

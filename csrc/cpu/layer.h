@@ -8,16 +8,22 @@ namespace parnet::cpu {
 
 enum class Kind : int32_t { kRepVGG, kDownsample, kFusion, kClassifier };
 enum class Activation : int32_t { kSiLU, kReLU };
-// Of transformed weights, for F(6, 3) or F(4, 3), or of taps; see PackedHeader.
+// Of transformed weights, for F(6, 3) or only for F(4, 3), or of taps; see PackedHeader.
 enum class Storage : int32_t { kWide, kFull, kRows, kCompact };
 constexpr bool stores_taps(Storage s) { return s == Storage::kRows || s == Storage::kCompact; }
 enum class Dtype : int32_t { kFloat, kHalf, kBFloat16 };
 
 // Weight slots (evaluation points) along one axis, see winograd.h: a layer has the square of it as matrices
-// of transformed weights. F(6, 3) needs 8.
-constexpr int kMaxSlots = 8;
+// of transformed weights. F(6, 3) needs 8, F(4, 3) the first 6 of them.
+constexpr int kMaxSlots = 8, kFewSlots = 6;
 constexpr int slots_of(int stride, Storage storage) {
-  return stride == 1 && storage == Storage::kWide ? kMaxSlots : 6;
+  return stride == 1 && storage != Storage::kFull ? kMaxSlots : kFewSlots;
+}
+// Where the taps of a row of slots stand among those of all panels: what only F(6, 3) needs behind everything
+// else, so that F(4, 3) reads memory without gaps.
+constexpr int64_t row_of_taps(int panels, int panel, int row) {
+  return row < kFewSlots ? int64_t{panel} * kFewSlots + row
+                         : int64_t{panels} * kFewSlots + panel * (kMaxSlots - kFewSlots) + row - kFewSlots;
 }
 // The largest 2-D tile, stride-2 4x4 outputs, has 9 x 9 transformed values; its products use the 36 matrices
 // repeatedly.
@@ -42,7 +48,7 @@ struct PackedHeader {
   int32_t panels;        // all groups
   int64_t total_bytes;
   int64_t weight;  // wide and full: [panel][row slot][column slot][group channel][2*lanes]; of taps, rows:
-                   // [panel][row slot][group channel][3][2*lanes], compact: [panel][group
+                   // [row_of_taps][group channel][3][2*lanes], compact: [panel][group
                    // channel][9][2*lanes]; of a classifier: [panel][channel][2*lanes]
   int64_t stem_weight;  // [panel][channel*9][2*lanes], at most kStemChannels channels
   int64_t gate_weight;  // [panel][group channel][2*lanes]
@@ -91,6 +97,7 @@ struct TileTable {
   const int32_t* m_offset;  // [tile][kMaxTransforms], floats from the start of a panel of products
   const MatrixUse* uses;
   int32_t num_uses, m_rows;
+  int32_t slot_rows;  // rows of slots in use
   int64_t v_floats;
 };
 

@@ -105,8 +105,9 @@ MultiplyRows choose_taps(Form form, int rows) {
     case Form::kSumTwice:
       return choose_rows<true, Form::kSumTwice>(rows);
     case Form::kPlusHalf:
+      return choose_rows<true, Form::kPlusHalf>(rows);
     case Form::kMinusHalf:
-      break;  // only of F(6, 3), whose weights are stored
+      return choose_rows<true, Form::kMinusHalf>(rows);
   }
   return nullptr;
 }

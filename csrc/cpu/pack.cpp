@@ -158,7 +158,8 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
       taps(block, c, c + lanes);
       for (int row = 0; row < slots; row++) {
         if (h.storage == Storage::kRows) {
-          k.expand_rows(block, lanes, weight + (row * channels + c) * 3 * panel, h.stride, row);
+          const int64_t at = row_of_taps(h.panels, index, row) * channels + c;
+          k.expand_rows(block, lanes, floats(to, h.weight) + at * 3 * panel, h.stride, row);
         } else {
           k.expand_rows(block, lanes, rows, h.stride, row);
           k.expand_columns(rows, lanes, weight + (row * slots * channels + c) * panel, channels * panel,

@@ -8,7 +8,7 @@
 namespace parnet::cpu {
 
 constexpr uint64_t kPackMagic = 0x31304b4341505450;  // "PTPACK01"
-constexpr int kPackVersion = 3;
+constexpr int kPackVersion = 4;
 
 // Contiguous float parameters in the layout of the public operators; null where absent.
 struct LayerParameters {

@@ -20,8 +20,9 @@ constexpr int64_t kTapBytes = 24 << 10;
 // Channels summed in registers. Of sums of sums less is lost: F(6, 3) has 0.6 of the error at 128 channels,
 // 0.4 at 400; for 1 to 2 % of the time.
 constexpr int kSumChannels6 = 32, kSumChannels4 = 64;
-// More channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise).
-constexpr int kMaxWinograd6Channels = 512;
+// More channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise). So can have single
+// output channels: layers with few of them, which gain little.
+constexpr int kMaxWinograd6Channels = 512, kMinWinograd6Outputs = 12;
 // Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
 // more rows.
 constexpr int64_t kFewOutputs = 128;
@@ -59,8 +60,11 @@ const std::vector<int>& slots(int stride, int kind) {
 
 int largest_tile(const Geometry& g, const Kernels& k, int64_t outputs) {
   if (g.stride == 2) return outputs <= kFewOutputs ? 2 : 4;
-  const bool wide = outputs >= k.few_wide_outputs && g.in_channels <= kMaxWinograd6Channels;
-  return wide && g.storage == Storage::kWide ? 6 : 4;
+  // Of taps, F(6, 3) reads a third more than F(4, 3); of transformed weights, 7/9 more.
+  const int64_t few = stores_taps(g.storage) ? k.few_wide_outputs * 3 / 5 : k.few_wide_outputs;
+  const bool wide = g.storage != Storage::kFull && outputs >= few && g.in_channels <= kMaxWinograd6Channels &&
+                    g.out_channels >= kMinWinograd6Outputs;
+  return wide ? 6 : 4;
 }
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
@@ -103,9 +107,10 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   const int blocks = g.groups * g.group_blocks;
   const auto floats = [&](int rows) { return row_panel_floats(rows, blocks, k.lanes); };
   int64_t v_floats = 0;
-  int m_rows = 0;
+  int m_rows = 0, slot_rows = 0;
   for (int slot = 0; slot < matrices; slot++) {
     if (!rows[slot]) continue;
+    if (table->uses.empty() || table->uses.back().slot / axis != slot / axis) slot_rows++;
     use_of[slot] = table->uses.size();
     const int count = stores_taps(g.storage) ? div_up(rows[slot], k.max_rows) : row_panels(rows[slot], k);
     table->uses.push_back({slot, rows[slot], m_rows, count, static_cast<int32_t>(v_floats)});
@@ -129,7 +134,7 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   }
   table->view = {
       v.data(), step.data(), m.data(), table->uses.data(), static_cast<int32_t>(table->uses.size()),
-      m_rows,   v_floats};
+      m_rows,   slot_rows,   v_floats};
   tables_.push_back(std::move(table));
   return &tables_.back()->view;
 }
@@ -159,6 +164,7 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
   int whole = most;
   const auto uneven = [&](int64_t blocks) { return blocks % threads && blocks < 2 * threads; };
   while (images > most && whole > div_up(most, 2) && uneven(div_up(images, whole))) whole--;
+  whole = div_up(images, div_up(images, whole));
   const int unit = whole * tiles_per_image, units = div_up(tiles.size(), unit);
   const int few = g.stride == 2 && largest == 4 ? kFewStridedTiles : kFewTiles;
   v_floats = m_floats = 0;

@@ -131,9 +131,22 @@ PARNET_INLINE Native max(Native a, Native b) {
 PARNET_INLINE Vec min(Vec a, Vec b) { PARNET_EACH(min(a.part[p], b.part[p])); }
 PARNET_INLINE Vec max(Vec a, Vec b) { PARNET_EACH(max(a.part[p], b.part[p])); }
 
-// 1 + exp(-x), infinite from exp(-x) = 2^128 on. NaN gives a finite value: callers
+// 1 + exp(-x), infinite from exp(-x) = 2^128 on. NaN can give a finite value: callers
 // keep NaN through their own use of x.
 PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
+#if defined(__AVX512F__) && !defined(PARNET_INTEL)
+  // 2^t is 2^floor(t) times a polynomial of the rest (relative error 8e-8), which is 0 if t is infinite. On
+  // Intel's processors results below 1e-38 could take very long.
+  const Vec t = -1.4426950408889634f * x;
+  const Vec f = {_mm512_reduce_ps(t.part[0], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  Vec y = splat(.001867145299911499f);
+  y = fma(y, f, splat(.009016993455588818f));
+  y = fma(y, f, splat(.0557999461889267f));
+  y = fma(y, f, splat(.24016444385051727f));
+  y = fma(y, f, splat(.6931512951850891f));
+  y = fma(y, f, splat(1.f));
+  return splat(1.f) + Vec{_mm512_scalef_ps(y.part[0], t.part[0])};
+#else
   // 2^t: 2^round(t) goes into the exponent bits, a polynomial (relative error 9e-8) does the rest. t = 128 is
   // infinity.
   const Vec t = min(max(-1.4426950408889634f * x, splat(-125.f)), splat(128.f));
@@ -151,6 +164,7 @@ PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
     y.part[p] = (Native)((NativeInt)y.part[p] + ((NativeInt)shifted.part[p] << 23));
   }
   return y + splat(1.f);
+#endif
 }
 
 PARNET_INLINE Vec silu(Vec x) {
