@@ -6,6 +6,7 @@
     python -m bench --suite net --variants s,m --batch 1 --threads 1 --engines ours,onnxruntime,ncnn
     python -m bench --isa avx2              what processors without AVX-512 do, on one that has it
     python -m bench --profile --variants s  our layers within a run
+    python -m bench --calls                 what public operators cost beside their kernels
     python -m bench --device cuda           on a GPU: see bench/gpu/__init__.py
     pip install -e '.[peers]'               the other engines; a missing one is reported
 
@@ -36,5 +37,6 @@ How to read the numbers
 * "vs best peer" is the fastest right peer's median over ours, "vs compile" the faster torch.compile's.
 
 The files: `workloads` (what is run), `lowering` and `onnx_model` (in which form), `engines` (by whom), `worker` and
-`process` (where), `measure` (how often), `machine` and `limits` (what is possible), `report` and `plot`, `profile`.
+`process` (where), `measure` (how often), `machine` and `limits` (what is possible), `report` and `plot`, `profile`,
+`calls`.
 """

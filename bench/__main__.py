@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench import calls as public_calls
 from bench import machine as machines
 from bench import profile as layer_profile
 from bench import report
@@ -110,6 +111,9 @@ def main(
     profile: Annotated[
         bool, typer.Option("--profile", help="instead, time the layers of our networks within a run")
     ] = False,
+    calls: Annotated[
+        bool, typer.Option("--calls", help="instead, what public operators cost beside calls with packed weights")
+    ] = False,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="rounds over all engines; default 7, with --quick 3")
     ] = None,
@@ -134,8 +138,10 @@ def main(
     folder = out or Path("out") / "bench" / stamp
     if device != "cpu":
         _list("--device", device, ["cpu", "cuda"])
-        if profile or threads or isa != "native":
-            raise typer.BadParameter("does not go with --device cuda", param_hint="--profile, --threads or --isa")
+        if profile or calls or threads or isa != "native":
+            raise typer.BadParameter(
+                "does not go with --device cuda", param_hint="--profile, --calls, --threads or --isa"
+            )
         _on_gpu(
             suite or "all",
             variants or ",".join(VARIANTS),
@@ -151,9 +157,11 @@ def main(
         )
     if suite not in SUITES:
         raise typer.BadParameter(f"{suite!r} not among {list(SUITES)[1:]}", param_hint="--suite")
+    if calls and (profile or suite == "net"):
+        raise typer.BadParameter("goes with single layers, not with --profile or --suite net", param_hint="--calls")
     cores = machines.physical_cores()
     chosen = select(
-        ["net"] if profile else SUITES[suite],
+        ["net"] if profile else SUITES[suite or "blocks"] if calls else SUITES[suite],
         _list("--variants", "s" if quick else variants or "s,m", list(VARIANTS)),
         _numbers("--batch", "1" if quick else batch or "1,8"),
         size,
@@ -163,8 +171,8 @@ def main(
     if not console.is_terminal:
         console = Console(width=200)
     hidden = _list("--isa", isa, ["native", "avx2"]) == ["avx2"]
-    if hidden and profile:
-        raise typer.BadParameter("does not go with --profile: PARNET_CPU_ISA does", param_hint="--isa")
+    if hidden and (profile or calls):
+        raise typer.BadParameter("does not go with --profile or --calls: PARNET_CPU_ISA does", param_hint="--isa")
     machine = machines.describe(hidden)
     plan = Plan(rounds=rounds or (3 if quick else 7), cold_bytes=machine.cold_bytes)
     wanted = _list("--engines", engines, list(ENGINES)) if engines else list(ENGINES)
@@ -174,6 +182,9 @@ def main(
     rows: list[Row] = []
     try:
         with machines.avx512_hidden() if hidden else nullcontext():
+            if calls:
+                _calls([w for w in chosen if w.suite == "ops"], counts, plan, machine, console)
+                return
             machines.measure_ceilings(machine, counts)
             if profile:
                 _profile(chosen, counts, plan.rounds, machine, console)
@@ -236,6 +247,19 @@ def _profile(
                 times, whole = layer_profile.profile(workload, threads, Path(folder), rounds)
                 ceilings = machine.ceilings.get(threads)
                 console.print(layer_profile.table(workload, threads, times, whole, ceilings))
+    console.print(machine.line(), style="dim", highlight=False)
+
+
+def _calls(
+    workloads: list[Workload], thread_counts: list[int], plan: Plan, machine: machines.Machine, console: Console
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="parnet-bench-") as folder:
+        rows = [
+            (workload, threads, public_calls.measure(workload, threads, plan.cold_bytes, Path(folder), plan.rounds))
+            for workload in workloads
+            for threads in thread_counts
+        ]
+    console.print(public_calls.table(rows))
     console.print(machine.line(), style="dim", highlight=False)
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import report
+from bench import calls, report
 from bench.__main__ import app
 from bench.engines import ENGINES, Task
 from bench.engines.torch_eager import Eager, TorchProgram, TorchRunner
@@ -104,6 +105,27 @@ def test_profile_names_every_layer(tmp_path: Path) -> None:
     network = workload.network(tmp_path)
     with pytest.raises(RuntimeError, match="no profile without"):
         network._native.profile(network, workload.inputs()[0].double())
+
+
+@pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
+def test_public_operators_against_packed_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layer in LAYERS:
+        workload = tiny(layer)
+        time = calls.measure(workload, threads=1, cold_bytes=COLD, folder=tmp_path, rounds=2)
+        assert 0 < time.packed < 1
+        assert 0 < time.public < 1
+        assert time.copies == workload.copies(COLD)
+    text = Console(width=200, record=True)
+    text.print(calls.table([(workload, 2, calls.CallTime(1.2e-3, 1e-3, 3))]))
+    assert "20.0 %" in text.export_text()
+    # No time for different results.
+    monkeypatch.setattr(calls.Ours, "build", lambda *_: wrong_runner(workload))
+    with pytest.raises(RuntimeError, match="disagree"):
+        calls.measure(workload, threads=1, cold_bytes=COLD, folder=tmp_path, rounds=2)
+
+
+def wrong_runner(workload: Workload) -> SimpleNamespace:
+    return SimpleNamespace(inputs=workload.inputs(), run=lambda copy: torch.zeros(1))
 
 
 def test_limits_count_the_network() -> None:
