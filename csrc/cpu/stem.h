@@ -38,14 +38,21 @@ __attribute__((noinline)) void stem_pixels(StemRow& row, int start, int groups) 
     }
     PARNET_UNROLL for (int half = 0; half < 2; half++) {
       if (half == row.halves) break;
-      float* y = row.y + half * row.block + start * row.pixel;
+      // Copies, which no store to y could change.
+      const Vec scale = row.scale[half], offset = row.offset[half];
+      const Vec out_scale = row.out_scale[half], out_shift = row.out_shift[half];
+      const bool affine = row.affine;
+      const int channels = row.channels[half];
+      const int64_t pixel = row.pixel;
+      float* y = row.y + half * row.block + start * pixel;
+      Vec sum = row.sum[half];
       PARNET_UNROLL for (int p = 0; p < Pixels; p++) {
-        Vec v = activate<SiLU>(fma(row.scale[half], acc[half][p], row.offset[half]));
-        if (row.affine) v = fma(v, row.out_scale[half], row.out_shift[half]);
-        row.sum[half] = row.sum[half] + v;
-        row.channels[half] == kLanes ? store_unaligned(y + p * row.pixel, v)
-                                     : store_first(y + p * row.pixel, v, row.channels[half]);
+        Vec v = activate<SiLU>(fma(scale, acc[half][p], offset));
+        if (affine) v = fma(v, out_scale, out_shift);
+        sum = sum + v;
+        channels == kLanes ? store_unaligned(y + p * pixel, v) : store_first(y + p * pixel, v, channels);
       }
+      row.sum[half] = sum;
     }
   }
 }
