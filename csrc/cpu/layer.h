@@ -19,6 +19,8 @@ constexpr int kMaxSlots = 8, kFewSlots = 6;
 constexpr int slots_of(int stride, Storage storage) {
   return stride == 1 && storage != Storage::kFull ? kMaxSlots : kFewSlots;
 }
+// More channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise).
+constexpr int kMaxWinograd6Channels = 512;
 // Where the taps of a row of slots stand among those of all panels: what only F(6, 3) needs behind everything
 // else, so that F(4, 3) reads memory without gaps.
 constexpr int64_t row_of_taps(int panels, int panel, int row) {

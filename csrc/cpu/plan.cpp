@@ -20,9 +20,8 @@ constexpr int64_t kTapBytes = 24 << 10;
 // Channels summed in registers. Of sums of sums less is lost: F(6, 3) has 0.6 of the error at 128 channels,
 // 0.4 at 400; for 1 to 2 % of the time.
 constexpr int kSumChannels6 = 32, kSumChannels4 = 64;
-// More channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise). So can have single
-// output channels: layers with few of them, which gain little.
-constexpr int kMaxWinograd6Channels = 512, kMinWinograd6Outputs = 12;
+// Single output channels can have errors above 3e-6 with F(6, 3), and layers with few of them gain little.
+constexpr int kMinWinograd6Outputs = 12;
 // Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
 // more rows.
 constexpr int64_t kFewOutputs = 128;
