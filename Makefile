@@ -36,7 +36,7 @@ test-all: setup ## the test suite with the long sweeps
 bench: setup .venv/peers ## speed against other engines; writes out/bench (BENCH_ARGS=--quick: a minute)
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
-.venv/peers: pyproject.toml ## the engines that the benchmark compares with; it reports those it does not get
+.venv/peers: pyproject.toml | .venv/ready ## the engines that the benchmark compares with; it reports those it does not get
 	-$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[peers]'
 	@touch $@
 
