@@ -64,7 +64,8 @@ class Handle:
         self.pipe, theirs = context.Pipe()
         log = folder / f"{name}-{threads}.log"
         self.process = context.Process(target=serve, args=(theirs, name, threads, folder, log), daemon=True)
-        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        # NumPy's threads would go on spinning after they have compared results, and disturb what is timed next.
+        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
         before = dict(os.environ)
         os.environ.update(own)
         try:
