@@ -201,10 +201,10 @@ class DeployedParNet(nn.Module):
         those that bypass autograd's version counter (`weight.data.mul_(2)`, NumPy views): call it again after these.
 
         storage: of the 9 values of a kernel, "wide" keeps the 64 transformed ones of tiles of 6 × 6, "full" the 36 of
-        4 × 4, "rows" 24, "compact" 9; the rest is made at each call. Less memory takes more time, but for large layers
-        bound by reading it; "full" takes more for batches and large maps only. "auto", the start: "wide"; but "compact"
-        from 1200 × 1200 channels on, "full" from 512 input channels on, and with AVX-512, where maps are smaller than
-        an eighth of the image, "rows" from 270 × 270 channels on. None: as before.
+        4 × 4, "rows" 24, "compact" 9; the rest is made at each call (more than 512 input channels, strides of 2: 36,
+        36, 18, 9). Less memory takes more time, but for large layers bound by reading it; "full" takes more for batches
+        and large maps only. "auto", the start: "wide"; but "compact" from 1200 × 1200 channels on and, with AVX-512,
+        where maps are smaller than an eighth of the image, "rows" from 270 × 270 channels on. None: as before.
 
         Raises:
             ValueError: for another storage.

@@ -52,6 +52,7 @@ def expected_of(op: str, args: list, options: dict) -> torch.Tensor:
         (3, 130, 12, (5, 6)),
         (1, 24, 20, (65, 67)),
         (4, 72, 40, (13, 14)),
+        (2, 516, 14, (18, 17)),
     ],
     ids=str,
 )

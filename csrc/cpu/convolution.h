@@ -102,7 +102,7 @@ PARNET_INLINE int group_channels(const PackedHeader& h) {
 void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, int first, int last, float* m) {
   const PackedHeader& h = *a.packed;
   const int blocks = h.group_blocks, channels = group_channels(h);
-  const int slots = slots_of(h.stride, h.storage);
+  const int slots = slots_of(h.stride, h.storage, h.in_channels);
   const int64_t matrix = int64_t{blocks} * kLanes * kPanel, panel = matrix * slots * slots;
   const float* weights = section<float>(h, h.weight);
   for (int i = 0; i < table.num_uses; i++) {
@@ -128,7 +128,7 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
                    float* u) {
   const PackedHeader& h = *a.packed;
   const bool compact = h.storage == Storage::kCompact;
-  const int slots = slots_of(h.stride, h.storage);
+  const int slots = slots_of(h.stride, h.storage, h.in_channels);
   const int blocks = h.group_blocks, chunks = div_up(blocks, a.chunk_blocks);
   const int64_t block = int64_t{compact ? 9 : 3} * kLanes * kPanel, row = blocks * block;
   const auto taps_of = [&](int panel, int slot_row) {

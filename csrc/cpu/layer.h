@@ -13,14 +13,15 @@ enum class Storage : int32_t { kWide, kFull, kRows, kCompact };
 constexpr bool stores_taps(Storage s) { return s == Storage::kRows || s == Storage::kCompact; }
 enum class Dtype : int32_t { kFloat, kHalf, kBFloat16 };
 
+// More input channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise).
+constexpr int kMaxWinograd6Channels = 512;
 // Weight slots (evaluation points) along one axis, see winograd.h: a layer has the square of it as matrices
 // of transformed weights. F(6, 3) needs 8, F(4, 3) the first 6 of them.
 constexpr int kMaxSlots = 8, kFewSlots = 6;
-constexpr int slots_of(int stride, Storage storage) {
-  return stride == 1 && storage != Storage::kFull ? kMaxSlots : kFewSlots;
+constexpr int slots_of(int stride, Storage storage, int channels) {
+  const bool six = stride == 1 && storage != Storage::kFull && channels <= kMaxWinograd6Channels;
+  return six ? kMaxSlots : kFewSlots;
 }
-// More channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise).
-constexpr int kMaxWinograd6Channels = 512;
 // Where the taps of a row of slots stand among those of all panels: what only F(6, 3) needs behind everything
 // else, so that F(4, 3) reads memory without gaps.
 constexpr int64_t row_of_taps(int panels, int panel, int row) {

@@ -83,7 +83,7 @@ PackedHeader plan_pack(const LayerParameters& p, const Kernels& k) {
   if (p.kind == Kind::kDownsample && h.in_channels <= kStemChannels) {
     h.stem_weight = reserve(h.panels * h.in_channels * 9 * panel);
   }
-  h.weight = reserve(h.panels * channels * panel * weights_per_channel(p.stride, p.storage));
+  h.weight = reserve(h.panels * channels * panel * weights_per_channel(h));
   return h;
 }
 
@@ -145,9 +145,8 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
     if (h.stem_weight) {
       taps(floats(to, h.stem_weight) + index * h.in_channels * 9 * panel, 0, h.in_channels);
     }
-    const int slots = slots_of(h.stride, h.storage);
-    float* weight =
-        floats(to, h.weight) + index * channels * panel * weights_per_channel(h.stride, h.storage);
+    const int slots = slots_of(h.stride, h.storage, h.in_channels);
+    float* weight = floats(to, h.weight) + index * channels * panel * weights_per_channel(h);
     if (h.storage == Storage::kCompact) return taps(weight, 0, channels);
     // A block of channels at a time keeps the taps in cache.
     std::vector<float> scratch(lanes * (9 + 3) * panel + 16);

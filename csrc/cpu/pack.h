@@ -24,8 +24,9 @@ struct LayerParameters {
 using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
 // Values stored for the 9 of a kernel.
-inline int weights_per_channel(int stride, Storage s) {
-  const int slots = slots_of(stride, s);
+inline int weights_per_channel(const PackedHeader& h) {
+  const Storage s = h.storage;
+  const int slots = slots_of(h.stride, s, h.in_channels);
   return s == Storage::kCompact ? 9 : s == Storage::kRows ? slots * 3 : slots * slots;
 }
 
@@ -38,7 +39,7 @@ inline Storage best_storage(int64_t out_channels, int64_t weight_channels, int l
   const int64_t kernels = out_channels * weight_channels;
   if (kernels > 1'400'000) return Storage::kCompact;  // memory is spared
   if (lanes == 16 && kernels > 70'000) return Storage::kRows;
-  return weight_channels <= kMaxWinograd6Channels ? Storage::kWide : Storage::kFull;
+  return Storage::kWide;
 }
 
 // The header alone: sizes and offsets.

@@ -61,9 +61,8 @@ int largest_tile(const Geometry& g, const Kernels& k, int64_t outputs) {
   if (g.stride == 2) return outputs <= kFewOutputs ? 2 : 4;
   // Of taps, F(6, 3) reads a third more than F(4, 3); of transformed weights, 7/9 more.
   const int64_t few = stores_taps(g.storage) ? k.few_wide_outputs * 3 / 5 : k.few_wide_outputs;
-  const bool wide = g.storage != Storage::kFull && outputs >= few && g.in_channels <= kMaxWinograd6Channels &&
-                    g.out_channels >= kMinWinograd6Outputs;
-  return wide ? 6 : 4;
+  const bool stored = slots_of(g.stride, g.storage, g.in_channels) == kMaxSlots;
+  return stored && outputs >= few && g.out_channels >= kMinWinograd6Outputs ? 6 : 4;
 }
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
@@ -84,7 +83,7 @@ Geometry geometry_of(const PackedHeader& h) {
 
 const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const Tile* tiles, int count) {
   // uses[slot] lists the rows of each weight matrix in the order of the tiles.
-  const int axis = slots_of(g.stride, g.storage), matrices = axis * axis;
+  const int axis = slots_of(g.stride, g.storage, g.in_channels), matrices = axis * axis;
   std::vector<int> rows(matrices, 0);
   auto table = std::make_unique<Table>();
   std::vector<int32_t>&v = table->v_offset, &step = table->v_step, &m = table->m_offset;

@@ -207,7 +207,7 @@ PARNET_INLINE Vec value_at(const float* taps, int pitch) {
 // column][kPanel].
 template <int Stride, int Row = 0>
 void expand_rows(const float* taps, int channels, float* rows, int row) {
-  if constexpr (Row < slots_of(Stride, Storage::kWide)) {
+  if constexpr (Row < (Stride == 1 ? kMaxSlots : kFewSlots)) {
     if (row != Row) return expand_rows<Stride, Row + 1>(taps, channels, rows, row);
     for (int c = 0; c < channels; c++, taps += 9 * kPanel, rows += 3 * kPanel) {
       PARNET_UNROLL for (int i = 0; i < 3 * kPanel; i += kLanes) {
@@ -220,7 +220,7 @@ void expand_rows(const float* taps, int channels, float* rows, int row) {
 // One row of slots to the first `slots` slots of the row, [slot][channel][kPanel].
 template <int Stride, int Slot = 0>
 void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride, int slots) {
-  if constexpr (Slot < slots_of(Stride, Storage::kWide)) {
+  if constexpr (Slot < (Stride == 1 ? kMaxSlots : kFewSlots)) {
     if (Slot >= slots) return;
     for (int c = 0; c < channels; c++) {
       PARNET_UNROLL for (int i = 0; i < kPanel; i += kLanes) {
