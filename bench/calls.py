@@ -17,8 +17,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bench.engines import Task
+from bench.engines import ENGINES, Task
 from bench.engines.ours import Ours
+from bench.worker import norm_error
 from bench.workloads import Workload
 from parnet_kernels import _native, cpu
 
@@ -35,7 +36,8 @@ def measure(workload: Workload, threads: int, cold_bytes: int, folder: Path, rou
     """Of a single layer, on channels_last maps.
 
     Raises:
-        RuntimeError: there are no native kernels, or the two ways to call them do not return the same.
+        RuntimeError: there are no native kernels, the two ways to call them do not return the same, or not what the
+            float64 reference does.
     """
     if _native.cpu_error:
         raise RuntimeError(f"parnet_kernels: no packed calls without the native CPU kernels: {_native.cpu_error}")
@@ -59,6 +61,10 @@ def measure(workload: Workload, threads: int, cold_bytes: int, folder: Path, rou
         for copy in range(copies):
             if not torch.equal(runner.run(copy), packed(copy)):
                 raise RuntimeError(f"{workload.title}: the public operator and the packed call disagree")
+        for copy in workload.checked_copies(copies):
+            error = norm_error(runner.output(packed(copy)), workload.expected(copy, folder))
+            if not error <= (limit := ENGINES["ours"].tolerance):
+                raise RuntimeError(f"{workload.title}: error {error:.1e} > {limit:.0e}")
         gc.disable()
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
@@ -77,10 +83,10 @@ def table(rows: list[tuple[Workload, int, CallTime]]) -> Table:
     """A line for each (workload, threads)."""
     made = Table(title="Public operators against calls with packed weights: median ms", title_justify="left")
     made.add_column("layer")
-    for heading in ("batch", "thr.", "packed", "public", "more by µs", "of the packed call"):
+    for heading in ("batch", "thr.", "copies", "packed", "public", "more by µs", "of the packed call"):
         made.add_column(heading, justify="right")
     for workload, threads, t in rows:
         more = t.public - t.packed
         times = f"{1e3 * t.packed:.3f}", f"{1e3 * t.public:.3f}", f"{1e6 * more:.0f}", f"{100 * more / t.packed:.1f} %"
-        made.add_row(workload.title, str(workload.batch), str(threads), *times)
+        made.add_row(workload.title, str(workload.batch), str(threads), str(t.copies), *times)
     return made

@@ -76,9 +76,9 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
 
 
 def storage_of(outputs: int, weight: Tensor | None) -> str:
-    """Of the weights of a layer with maps of `outputs` pixels: "wide" where tiles of 6 × 6 may be used
-    (csrc/cpu/plan.cpp) or, with stride 2, maps are as large (making weights from taps for each block of tiles takes
-    longer there: 6 to 8 % at 320 and 400 channels), unless the weights are very many; else "auto" (csrc/cpu/pack.h).
+    """Of the weights of a layer with maps of `outputs` pixels: "wide" for large maps, with many blocks of tiles (making
+    weights from taps for each takes longer there: 6 to 8 % at 320 and 400 channels), unless the weights are very many
+    or too many for tiles of 6 × 6 (csrc/cpu/layer.h); else "auto" (csrc/cpu/pack.h).
     """
     assert weight is not None
     wide = outputs >= 500 and weight.shape[1] <= 512 and weight.numel() <= 12 << 20

@@ -1,6 +1,7 @@
 """The deployed network: equal to the training form at every size, dtype and layout, and a well-behaved module."""
 
 import copy
+import json
 import pickle
 import threading
 import weakref
@@ -231,6 +232,23 @@ def test_conversion_frees_packed_weights() -> None:
     held = weakref.ref(deployed._native.prepare(deployed).weights)
     deployed.double()
     assert held() is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "auto", "others"),
+    [
+        pytest.param("s", {16: 201, 8: 389}, (265, 163, 72), id="s"),
+        pytest.param("m", {16: 370, 8: 716}, (496, 302, 134), id="m", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_packed_weights(variant: str, auto: dict[int, int], others: tuple[int, int, int]) -> None:
+    """README's numbers, in MB; "auto" is not the same for vectors of 16 and of 8 lanes."""
+    network = DeployedParNet(VARIANTS[variant])
+    lanes = json.loads(torch.ops.parnet._cpu_info())["lanes"]
+    for storage, expected in zip(("auto", "full", "rows", "compact"), (auto[lanes], *others), strict=True):
+        packed = network.prepare(storage=storage)._native.prepare(network)
+        assert packed is not None
+        assert round(packed.weights.numel() / 1e6) == expected
 
 
 @torch.no_grad()

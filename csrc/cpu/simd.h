@@ -131,6 +131,13 @@ PARNET_INLINE Native max(Native a, Native b) {
 PARNET_INLINE Vec min(Vec a, Vec b) { PARNET_EACH(min(a.part[p], b.part[p])); }
 PARNET_INLINE Vec max(Vec a, Vec b) { PARNET_EACH(max(a.part[p], b.part[p])); }
 
+// Terms from the highest power down.
+PARNET_INLINE Vec polynomial(Vec x, const float (&terms)[6]) {
+  Vec y = splat(terms[0]);
+  PARNET_UNROLL for (int i = 1; i < 6; i++) y = fma(y, x, splat(terms[i]));
+  return y;
+}
+
 // 1 + exp(-x), infinite from exp(-x) = 2^128 on. NaN can give a finite value: callers
 // keep NaN through their own use of x.
 PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
@@ -139,12 +146,8 @@ PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
   // Intel's processors results below 1e-38 could take very long.
   const Vec t = -1.4426950408889634f * x;
   const Vec f = {_mm512_reduce_ps(t.part[0], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
-  Vec y = splat(.001867145299911499f);
-  y = fma(y, f, splat(.009016993455588818f));
-  y = fma(y, f, splat(.0557999461889267f));
-  y = fma(y, f, splat(.24016444385051727f));
-  y = fma(y, f, splat(.6931512951850891f));
-  y = fma(y, f, splat(1.f));
+  const Vec y = polynomial(f, {.001867145299911499f, .009016993455588818f, .0557999461889267f,
+                               .24016444385051727f, .6931512951850891f, 1.f});
   return splat(1.f) + Vec{_mm512_scalef_ps(y.part[0], t.part[0])};
 #else
   // 2^t: 2^round(t) goes into the exponent bits, a polynomial (relative error 9e-8) does the rest. t = 128 is
@@ -153,12 +156,8 @@ PARNET_INLINE Vec one_plus_exp_minus(Vec x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
   const Vec shifted = t + splat(magic);
   const Vec f = t - (shifted - splat(magic));
-  Vec y = splat(.0013264714772814497f);
-  y = fma(y, f, splat(.009671513630859167f));
-  y = fma(y, f, splat(.055507337855797007f));
-  y = fma(y, f, splat(.24022242064467392f));
-  y = fma(y, f, splat(.6931469775692789f));
-  y = fma(y, f, splat(1.f));
+  Vec y = polynomial(f, {.0013264714772814497f, .009671513630859167f, .055507337855797007f,
+                         .24022242064467392f, .6931469775692789f, 1.f});
   PARNET_UNROLL
   for (int p = 0; p < kParts; p++) {
     y.part[p] = (Native)((NativeInt)y.part[p] + ((NativeInt)shifted.part[p] << 23));
