@@ -21,7 +21,8 @@ from bench.engines import ENGINES, Task
 from bench.engines.ours import Ours
 from bench.worker import norm_error
 from bench.workloads import Workload
-from parnet_kernels import _native, cpu
+from parnet_kernels import _native
+from parnet_kernels.cpu import backend as cpu
 
 
 class CallTime(NamedTuple):

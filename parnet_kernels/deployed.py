@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from parnet_kernels import _native, ops
 from parnet_kernels.config import Layer, ParNetConfig, layers, levels
-from parnet_kernels.cpu_network import CpuNetwork
-from parnet_kernels.cuda_network import CapturedNetwork, CudaNetwork
+from parnet_kernels.cpu.network import CpuNetwork
+from parnet_kernels.cuda.network import CapturedNetwork, CudaNetwork
 from parnet_kernels.reference import ACTIVATIONS, per_channel
 from parnet_kernels.reparam import affine_of
 

@@ -12,7 +12,8 @@ from cases import OPERATORS, arguments, to
 from oracle import error
 from torch import Tensor
 
-from parnet_kernels import cpu, reference
+from parnet_kernels import reference
+from parnet_kernels.cpu import backend as cpu
 
 LIMITS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CHANNELS = (1, 2, 3, 5, 8, 12, 16, 31, 33, 64, 92, 130)

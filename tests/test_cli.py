@@ -165,7 +165,8 @@ def test_bad_instruction_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_demo_checks_itself(tmp_path: Path) -> None:
     """One epoch is not enough for the accuracy: the demo's parts run, its other checks hold, and it says so."""
     code = (
-        "import sys; from pathlib import Path; from rich.console import Console; from parnet_kernels.demo import run; "
+        "import sys; from pathlib import Path; from rich.console import Console; "
+        "from parnet_kernels.app.demo import run; "
         f"sys.exit(0 if run(Path({str(tmp_path)!r}), Console(width=150), epochs=1) else 1)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)

@@ -11,7 +11,8 @@ import torch
 from cases import OPERATORS, arguments
 from oracle import error
 
-from parnet_kernels import _native, checks, cpu, ops, reference
+from parnet_kernels import _native, checks, ops, reference
+from parnet_kernels.cpu import backend as cpu
 
 pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
 each_operator = pytest.mark.parametrize("op", OPERATORS)

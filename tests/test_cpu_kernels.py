@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from cases import OPERATORS, arguments, to
 from oracle import error
 
-from parnet_kernels import _native, cpu, reference
+from parnet_kernels import _native, reference
+from parnet_kernels.cpu import backend as cpu
 
 pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from ptxsim.device import Device
 
-from parnet_kernels.cuda_program import ClassifierCall, EnterCall, Strided
+from parnet_kernels.cuda.program import ClassifierCall, EnterCall, Strided
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 THREADS, ENTER_PIXELS, CHANNEL_PAD = 128, 64, 32

@@ -20,7 +20,7 @@ def test_without_compiled_libraries(tmp_path: Path) -> None:
     """Only the reference backend is left, and it says so."""
     shutil.copytree(PACKAGE, tmp_path / "parnet_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     out = run(
-        "import torch, parnet_kernels as p; from parnet_kernels import ops, cli; "
+        "import torch, parnet_kernels as p; from parnet_kernels import ops; from parnet_kernels.app import cli; "
         f"assert p.__file__.startswith({str(tmp_path)!r}); "
         "print(ops.explain('repvgg_sse', torch.zeros(1, 2, 3, 3))['cpu']); "
         "print(p.ParNet(p.ParNetConfig((4, 4, 4), (2, 2))).deploy()(torch.zeros(1, 3, 32, 32)).shape); "
@@ -47,7 +47,7 @@ def test_without_optional_packages(tmp_path: Path) -> None:
     optional = ("triton", "sklearn", "matplotlib", "pybind11", "ninja", "hypothesis")
     run(
         f"import sys; sys.modules.update(dict.fromkeys({optional})); "
-        "import torch, parnet_kernels as p, parnet_kernels.cli; "
+        "import torch, parnet_kernels as p, parnet_kernels.app.cli; "
         "p.ParNet(p.ParNetConfig((4, 4, 4), (2, 2))).deploy()(torch.zeros(1, 3, 32, 32))",
         tmp_path,
     )

@@ -18,7 +18,7 @@ from bench.engines.torch_compile import _own_forward
 from bench.engines.torch_eager import TorchProgram
 from bench.gpu.tasks import GpuTask, run_layers
 from bench.gpu.timing import Call
-from parnet_kernels import ops, reference
+from parnet_kernels import ops, reference, selection
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _triton(task: GpuTask, mode: str) -> Built:
 
 def _operator(task: GpuTask, backend: str) -> Built:
     """The public operators, layer by layer."""
-    if reason := ops.BACKENDS[backend].why_not(task.graph.nodes[0].kind, task.inputs[0]):
+    if reason := selection.BACKENDS[backend].why_not(task.graph.nodes[0].kind, task.inputs[0]):
         raise RuntimeError(reason)
     layers = _on_backend(backend)
 

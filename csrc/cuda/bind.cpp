@@ -42,7 +42,7 @@ void play(const std::vector<Tensor>& buffers, const Tensor& program) {
 
 std::string info() { return PARNET_CUDA_ARCHS; }
 
-// The order of cuda_plan.Policy.
+// The order of parnet_kernels.cuda.plan.Policy.
 std::vector<int64_t> policy(int64_t architecture) {
   std::vector<int64_t> values = {cuda::stages(static_cast<int>(architecture)),
                                  cuda::kThreads,
@@ -61,7 +61,7 @@ std::vector<int64_t> policy(int64_t architecture) {
   return values;
 }
 
-// Sizes of the structs that cuda_program.py mirrors, and the kernels' names.
+// Sizes of the structs that parnet_kernels/cuda/program.py mirrors, and the kernels' names.
 std::vector<int64_t> layout() {
   return {sizeof(cuda::LayerCall), sizeof(cuda::LevelCall), sizeof(cuda::StemCall), sizeof(cuda::EnterCall),
           sizeof(cuda::ClassifierCall)};

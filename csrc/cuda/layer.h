@@ -1,4 +1,4 @@
-// What the kernels are told: plain data, written by parnet_kernels/cuda_program.py (ctypes mirrors of these
+// What the kernels are told: plain data, written by parnet_kernels/cuda/program.py (ctypes mirrors of these
 // structs), passed by value. Maps are NHWC with padded channels; a padded channel holds zero.
 #pragma once
 #include <cstdint>

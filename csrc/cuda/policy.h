@@ -1,5 +1,5 @@
 // The tile shapes of the convolution kernels: the one place to tune them. Constants only; read by device
-// code, by the host and, through `_cuda_policy`, by the planner (parnet_kernels/cuda_plan.py), which picks
+// code, by the host and, through `_cuda_policy`, by the planner (parnet_kernels/cuda/plan.py), which picks
 // one of them for a layer.
 //
 // Common to all tiles: 4 warps, 64 output channels; a pipeline stage is one kernel row (3 taps) of one chunk

@@ -1,4 +1,4 @@
-// A program: launches recorded by parnet_kernels/cuda_program.py, with addresses as (buffer, offset). Playing
+// A program: launches recorded by parnet_kernels/cuda/program.py, with addresses as (buffer, offset). Playing
 // one means to put addresses into each launch's arguments and launch it. No torch, no CUDA: tests play
 // programs without either.
 #pragma once

@@ -13,10 +13,10 @@ import functools
 import torch
 from torch import Tensor
 
+from parnet_kernels.precision import current_precision as current_precision
+from parnet_kernels.precision import float32_precision as float32_precision
 from parnet_kernels.triton.operators import backward as backward
 from parnet_kernels.triton.operators import run as run
-from parnet_kernels.triton.precision import current_precision as current_precision
-from parnet_kernels.triton.precision import float32_precision as float32_precision
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parnet_kernels.checks import is_channels_last
-from parnet_kernels.triton.precision import current_precision
+from parnet_kernels.precision import current_precision
 
 
 def _inputs(op: str) -> int:

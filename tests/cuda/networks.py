@@ -12,10 +12,10 @@ from ptxsim.device import Device
 from single import MATHS
 from torch import Tensor
 
-from parnet_kernels import cuda_network
 from parnet_kernels.config import VARIANTS, ParNetConfig
-from parnet_kernels.cuda_plan import A100, Gpu
-from parnet_kernels.cuda_record import COUNTER_BYTES
+from parnet_kernels.cuda import network as cuda_network
+from parnet_kernels.cuda.plan import A100, Gpu
+from parnet_kernels.cuda.record import COUNTER_BYTES
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
 

@@ -17,7 +17,7 @@ import torch
 from ptxsim.device import Device
 from torch import Tensor
 
-from parnet_kernels.cuda_record import COUNTER_BYTES
+from parnet_kernels.cuda.record import COUNTER_BYTES
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 THREADS = 128

@@ -11,10 +11,13 @@ from player import play, workspace
 from ptxsim.device import Device
 from torch import Tensor
 
-from parnet_kernels import cuda, cuda_plan, cuda_record, reference
-from parnet_kernels.cuda_pack import PackedLayer
-from parnet_kernels.cuda_plan import A100, Gpu, Pairing, plan_level
-from parnet_kernels.cuda_record import COUNTER_BYTES
+from parnet_kernels import reference
+from parnet_kernels.cuda import backend as cuda
+from parnet_kernels.cuda import plan as cuda_plan
+from parnet_kernels.cuda import record as cuda_record
+from parnet_kernels.cuda.pack import PackedLayer
+from parnet_kernels.cuda.plan import A100, Gpu, Pairing, plan_level
+from parnet_kernels.cuda.record import COUNTER_BYTES
 
 #: (dtype, precision, norm-wise error allowed)
 MATHS = {

@@ -11,10 +11,14 @@ from cases import arguments, to
 from oracle import error
 from single import MATHS
 
-from parnet_kernels import cuda, cuda_network, cuda_plan, ops, reference, selftest
+from parnet_kernels import ops, reference
+from parnet_kernels.app import selftest
 from parnet_kernels.config import ParNetConfig
-from parnet_kernels.cuda_plan import A100
-from parnet_kernels.cuda_program import EnterCall
+from parnet_kernels.cuda import backend as cuda
+from parnet_kernels.cuda import network as cuda_network
+from parnet_kernels.cuda import plan as cuda_plan
+from parnet_kernels.cuda.plan import A100
+from parnet_kernels.cuda.program import EnterCall
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -16,8 +16,8 @@ from single import MATHS
 
 from bench import cuda_levels
 from parnet_kernels.config import VARIANTS
-from parnet_kernels.cuda_plan import A100, H100
-from parnet_kernels.cuda_program import ClassifierCall, LevelCall
+from parnet_kernels.cuda.plan import A100, H100
+from parnet_kernels.cuda.program import ClassifierCall, LevelCall
 
 REGISTERS = 65536  # of a multiprocessor; 128 threads a block, allocated by 8 a thread
 

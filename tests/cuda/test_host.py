@@ -7,8 +7,9 @@ import pytest
 import torch
 from player import decode
 
-from parnet_kernels import _native, cuda
-from parnet_kernels.cuda_program import STRUCTURES, ClassifierCall, EnterCall, Kind, Program, address, strided
+from parnet_kernels import _native
+from parnet_kernels.cuda import backend as cuda
+from parnet_kernels.cuda.program import STRUCTURES, ClassifierCall, EnterCall, Kind, Program, address, strided
 
 needs_library = pytest.mark.skipif(bool(_native.cuda_error), reason=f"no CUDA library: {_native.cuda_error}")
 

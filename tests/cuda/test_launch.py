@@ -8,7 +8,7 @@ import pytest
 from ptxsim import Unavailable
 from ptxsim.toolchain import find_tool
 
-from parnet_kernels.cuda_program import COOPERATIVE, DEPENDENT, PAIRS
+from parnet_kernels.cuda.program import COOPERATIVE, DEPENDENT, PAIRS
 
 LEVEL_F16, STEM_F16, ENTER_F16, LEVEL_BF16, LEVEL_TF32, ENTER_TF32 = 0, 4, 8, 1, 2, 10
 HOPPER_F16, HOPPER_BF16, HOPPER_TF32 = 16, 17, 18

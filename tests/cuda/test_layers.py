@@ -5,7 +5,7 @@ import torch
 from oracle import error
 from single import MATHS, run
 
-from parnet_kernels.cuda_plan import A100, H100, L4
+from parnet_kernels.cuda.plan import A100, H100, L4
 
 OPS = ["repvgg_sse", "downsample_se", "fusion_se"]
 

@@ -7,10 +7,10 @@ from oracle import error
 from player import PAIRS, decode
 from single import MATHS
 
-from parnet_kernels import cuda_network
 from parnet_kernels.config import VARIANTS, ParNetConfig
-from parnet_kernels.cuda_plan import A100, H100, L2_SHARES, L4, RTX4090, policy
-from parnet_kernels.cuda_program import Arena, LevelCall
+from parnet_kernels.cuda import network as cuda_network
+from parnet_kernels.cuda.plan import A100, H100, L2_SHARES, L4, RTX4090, policy
+from parnet_kernels.cuda.program import Arena, LevelCall
 
 TOLERANCE = {"f16": 5e-3, "bf16": 4e-2, "tf32": 5e-3, "f32": 5e-6}  # a dozen layers, random weights
 

@@ -11,9 +11,10 @@ from player import CUDA, decode
 from ptxsim import Unavailable, compile_cuda, ptxas_info
 from single import MATHS, run
 
-from parnet_kernels import cuda_plan, cuda_record
-from parnet_kernels.cuda_plan import H100, Gpu, Shape, plan_level, policy
-from parnet_kernels.cuda_program import LevelCall
+from parnet_kernels.cuda import plan as cuda_plan
+from parnet_kernels.cuda import record as cuda_record
+from parnet_kernels.cuda.plan import H100, Gpu, Shape, plan_level, policy
+from parnet_kernels.cuda.program import LevelCall
 
 TILES = {3: 1, 4: 2}  # stride of each
 ALWAYS = Gpu(90, 132, 228 << 10, 227 << 10, "always")

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parnet_kernels import cuda, cuda_plan, ops, reference
+from parnet_kernels import ops, reference, selection
 from parnet_kernels.config import ParNetConfig
+from parnet_kernels.cuda import backend as cuda
+from parnet_kernels.cuda import plan as cuda_plan
 from parnet_kernels.deployed import DeployedParNet
-from parnet_kernels.triton.precision import float32_precision
+from parnet_kernels.precision import float32_precision
 
 #: (name, dtype, precision of float32, norm-wise error allowed of one layer)
 ARITHMETICS = [
@@ -75,7 +77,7 @@ def _backend_rows(backend: str, device: torch.device, prefix: str = "") -> list[
     rows = []
     for name, dtype, precision, allowed in ARITHMETICS:
         x = torch.empty(1, 8, 4, 4, dtype=dtype, device=device)
-        if ops.BACKENDS[backend].why_not("repvgg_sse", x) is not None or (prefix and dtype == torch.float32):
+        if selection.BACKENDS[backend].why_not("repvgg_sse", x) is not None or (prefix and dtype == torch.float32):
             continue
         with ops.use_backend(backend), float32_precision(precision), torch.no_grad():
             for op, strides in (("repvgg_sse", (1,)), ("downsample_se", (1, 2)), ("fusion_se", (1, 2))):

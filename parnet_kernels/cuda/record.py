@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from parnet_kernels.cuda_pack import COLUMNS, Layout, PackedLayer, PackedStem
-from parnet_kernels.cuda_plan import Gpu, Pairing, Shape, Tiling, block_costs, blocks_per_sm, plan_level, policy
-from parnet_kernels.cuda_program import (
+from parnet_kernels.cuda.pack import COLUMNS, Layout, PackedLayer, PackedStem
+from parnet_kernels.cuda.plan import Gpu, Pairing, Shape, Tiling, block_costs, blocks_per_sm, plan_level, policy
+from parnet_kernels.cuda.program import (
     COOPERATIVE,
     DEPENDENT,
     MAX_LAYERS,

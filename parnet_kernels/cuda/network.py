@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from parnet_kernels import ops
+from parnet_kernels import selection
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import Layer, ParNetConfig, layers, levels
-from parnet_kernels.cuda import tensor_missing
-from parnet_kernels.cuda_pack import Layout, PackedLayer, PackedStem, fits_stem, pack, pack_stem
-from parnet_kernels.cuda_plan import Gpu
-from parnet_kernels.cuda_program import math_of, play
-from parnet_kernels.cuda_record import RESULT, Map, Recorder, Step
-from parnet_kernels.cuda_workspace import allocate, capturing, finish, workspace
-from parnet_kernels.triton.precision import current_precision
-from parnet_kernels.watch import Watch
+from parnet_kernels.cuda.backend import tensor_missing
+from parnet_kernels.cuda.pack import Layout, PackedLayer, PackedStem, fits_stem, pack, pack_stem
+from parnet_kernels.cuda.plan import Gpu
+from parnet_kernels.cuda.program import math_of, play
+from parnet_kernels.cuda.record import RESULT, Map, Recorder, Step
+from parnet_kernels.cuda.workspace import allocate, capturing, finish, workspace
+from parnet_kernels.precision import current_precision
+from parnet_kernels.unchanged import Watch
 
 if TYPE_CHECKING:
     from parnet_kernels.deployed import DeployedLayer, DeployedParNet
@@ -166,8 +166,8 @@ class CudaNetwork:
         """The reason why this call must go layer by layer, or None."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "the network is being traced"
-        if ops.forced_backend() not in (None, "cuda"):
-            return f"the backend {ops.forced_backend()!r} is asked for"
+        if selection.forced_backend() not in (None, "cuda"):
+            return f"the backend {selection.forced_backend()!r} is asked for"
         if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return f"x is a {type(x).__name__}"
         if reason := tensor_missing(x):

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from parnet_kernels import environment
-from parnet_kernels.cuda_pack import CHUNK_BYTES
+from parnet_kernels.cuda.pack import CHUNK_BYTES
 
 MAX_SPLITS = 8  # that add their sums by way of global memory
 # Units: one output row of a tile in one stage, 6 clocks of an A100's tensor cores. Estimates: a stage's cost besides
@@ -354,7 +354,7 @@ def _options(s: Shape, gpu: Gpu, math: str) -> list[_Option]:
 
 @functools.lru_cache(maxsize=1024)
 def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, math: str) -> tuple[Tiling, ...]:
-    """A tiling for each layer of one launch. math: as in `cuda_program.math_of`."""
+    """A tiling for each layer of one launch. math: as in `program.math_of`."""
     rate = L2_REACHED * L2_BYTES.get(gpu.architecture, L2_BYTES[90])
     shares = L2_SHARES.get(gpu.architecture, L2_SHARES[90])
     ranked = []

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from parnet_kernels import _native, checks, ops
+from parnet_kernels import _native, checks, dispatch, ops
 from parnet_kernels._version import __version__
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
 
@@ -63,7 +63,7 @@ def _choice(call: str) -> dict[str, Any]:
     """`call` as in `parnet info --why` → for each backend, in order of preference, what it says to this call."""
     match = re.fullmatch(r"(\w+),(\d+)x(\d+)x(\d+)x(\d+),(\w+),([\w:]+)", call)
     dtype = getattr(torch, match[6], None) if match else None
-    if match is None or match[1] not in ops.OPERATORS or not isinstance(dtype, torch.dtype):
+    if match is None or match[1] not in dispatch.OPERATORS or not isinstance(dtype, torch.dtype):
         raise typer.BadParameter(
             f"expected OP,NxCxHxW,DTYPE,DEVICE such as repvgg_sse,1x128x56x56,float32,cpu, got {call!r}"
         )
@@ -78,7 +78,7 @@ def _choice(call: str) -> dict[str, Any]:
 
 
 def _selftest() -> bool:
-    from parnet_kernels.selftest import selftest
+    from parnet_kernels.app.selftest import selftest
 
     rows = selftest()
     table = Table("backend", "kernel", "error", "allowed", "")
@@ -119,7 +119,7 @@ def demo(
 ) -> None:
     """Train a small ParNet on handwritten digits, deploy it, compare and time; exits 1 if a check fails."""
     try:
-        from parnet_kernels.demo import run
+        from parnet_kernels.app.demo import run
     except ImportError as error:
         raise typer.BadParameter(f"the demo needs `pip install parnet-kernels[demo]`: {error}") from error
     out.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
@@ -140,7 +140,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Classify images."""
-    from parnet_kernels.images import load_image
+    from parnet_kernels.app.images import load_image
 
     if size / crop > 16384:
         raise typer.BadParameter(f"size / crop must be at most 16384 pixels, got {size} / {crop}")
@@ -192,7 +192,7 @@ def convert(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Measure speed against other engines (`parnet bench --help`); needs the source checkout."""
-    checkout = Path(__file__).parent.parent
+    checkout = Path(__file__).parents[2]
     if not (checkout / "bench" / "__main__.py").is_file():
         raise typer.BadParameter("the benchmark is not part of the installed package: run it from a source checkout")
     sys.path.insert(0, str(checkout))

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from parnet_kernels import _native, cpu, ops
+from parnet_kernels import _native, selection
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import layers
-from parnet_kernels.watch import Watch
+from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.unchanged import Watch
 
 if TYPE_CHECKING:
     from parnet_kernels.deployed import DeployedParNet
@@ -49,7 +50,7 @@ class CpuNetwork:
             return "the network is being traced"
         if _native.cpu_error:
             return _native.cpu_error
-        if (forced := ops.forced_backend()) not in (None, "cpu"):
+        if (forced := selection.forced_backend()) not in (None, "cpu"):
             return f"the backend {forced!r} is asked for"
         if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return f"x is a {type(x).__name__}"

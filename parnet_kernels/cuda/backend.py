@@ -1,7 +1,7 @@
 """The CUDA backend of the public operators: hand-written kernels (csrc/cuda) for low latency, batches of 1 to 8.
 
 A call is two or three launches: the input to the kernels' layout with its channel sums, then the layer; whole networks
-(`cuda_network.py`) need the first for no layer but one. Packed weights are cached per weight tensor as long as every
+(`network.py`) need the first for no layer but one. Packed weights are cached per weight tensor as long as every
 parameter is the same tensor object, at the same address, with the same version counter; updates that bypass the counter
 (`weight.data.mul_(2)`) are not seen: call `clear_cache()` after one. Parameters that require gradients, and inference
 tensors, are never cached: such calls go to Triton, or pack anew where it is missing.
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from parnet_kernels import _native, gradients, triton
 from parnet_kernels.checks import is_channels_last
-from parnet_kernels.cuda_pack import Layout, PackedLayer, chunk_channels, pack
-from parnet_kernels.cuda_plan import Gpu, policy
-from parnet_kernels.cuda_program import math_of, play
-from parnet_kernels.cuda_record import RESULT, WORKSPACE, Recorder, Step
-from parnet_kernels.cuda_workspace import capturing, finish, workspace
-from parnet_kernels.triton.precision import current_precision
+from parnet_kernels.cuda.pack import Layout, PackedLayer, chunk_channels, pack
+from parnet_kernels.cuda.plan import Gpu, policy
+from parnet_kernels.cuda.program import math_of, play
+from parnet_kernels.cuda.record import RESULT, WORKSPACE, Recorder, Step
+from parnet_kernels.cuda.workspace import capturing, finish, workspace
+from parnet_kernels.precision import current_precision
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)

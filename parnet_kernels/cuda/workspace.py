@@ -1,7 +1,7 @@
 """Scratch memory of the CUDA kernels: one block for each device and stream, so that streams never share one.
 
 Launches of a program follow each other on their stream; the lock keeps two threads from interleaving theirs on one.
-Blocks grow and are kept, so a warm call allocates nothing. Their counters (cuda_record.COUNTER_BYTES) start zero and
+Blocks grow and are kept, so a warm call allocates nothing. Their counters (record.COUNTER_BYTES) start zero and
 every launch leaves them zero.
 """
 

@@ -1,0 +1,1 @@
+"""The CPU backend: native fused Winograd kernels (csrc/cpu)."""

@@ -1,0 +1,1 @@
+"""The CUDA backend: hand-written level kernels (csrc/cuda) for low latency."""
