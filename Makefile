@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) parnet_kernels/schemas.inc
 CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.h' 'tests/*.cu')
 
-.PHONY: help setup build demo test test-all bench asan lint format clean
+.PHONY: help setup build demo test test-all bench asan lint format docs clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -53,6 +53,10 @@ format: .venv/ready ## apply ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+docs: .venv/ready ## the documentation as a site in out/site; warnings and broken links are errors (seconds)
+	$(BIN)/python docs/figures.py
+	$(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove what was built, and .venv
 	rm -rf .venv build out parnet_kernels/*.so *.egg-info
