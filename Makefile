@@ -54,9 +54,10 @@ format: .venv/ready ## apply ruff and clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# Not --quiet: that hides warnings from --strict.
 docs: .venv/ready ## the documentation as a site in out/site; warnings and broken links are errors (seconds)
 	$(BIN)/python docs/figures.py
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 clean: ## remove what was built, and .venv
 	rm -rf .venv build out parnet_kernels/*.so *.egg-info
