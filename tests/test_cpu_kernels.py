@@ -382,7 +382,9 @@ def test_bad_programs() -> None:
 def test_packing_needs_a_place() -> None:
     args, options = arguments("downsample_se", stride=2)
     layer = cpu.OPTIONAL | dict(zip(("weight", "bias", "gate_weight", "gate_bias"), args[1:], strict=True))
-    layer |= {"kind": "downsample_se", "stride": 2, "activation": options["activation"], "storage": "full"}
+    layer = cpu.coded(
+        layer | {"kind": "downsample_se", "stride": 2, "activation": options["activation"], "storage": "full"}
+    )
     pack, empty = torch.ops.parnet._cpu_pack, torch.empty(0, dtype=torch.uint8)
     size = pack(empty, 0, **layer)
     assert pack(torch.ops.parnet._cpu_bytes(size + 64), 64, **layer) == size + 64

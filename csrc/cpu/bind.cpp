@@ -77,24 +77,19 @@ Tensor zeroed_bytes(int64_t bytes) {
   return result;
 }
 
-// Returns where the layer ends; writes it only if `into` is not empty.
-int64_t pack(const Tensor& into, int64_t at, const std::string& kind, int64_t stride, const Tensor& weight_in,
+// Returns where the layer ends; writes it only if `into` is not empty. Names travel as numbers
+// (cpu.backend.CODES), since the stable ABI loses the memory of every string argument.
+int64_t pack(const Tensor& into, int64_t at, int64_t kind, int64_t stride, const Tensor& weight_in,
              const Tensor& bias_in, const Tensor& gate_weight_in, const std::optional<Tensor>& gate_bias_in,
              const std::optional<Tensor>& skip_scale_in, const std::optional<Tensor>& skip_shift_in,
              const std::optional<Tensor>& out_scale_in, const std::optional<Tensor>& out_shift_in,
-             const std::string& activation, const std::string& storage) {
+             int64_t activation, int64_t storage) {
+  STD_TORCH_CHECK(0 <= kind && kind < 3, "`kind` must be 0 to 2, got ", kind);
+  STD_TORCH_CHECK(0 <= activation && activation < 2, "`activation` must be 0 or 1, got ", activation);
+  STD_TORCH_CHECK(0 <= storage && storage < 5, "`storage` must be 0 to 4, got ", storage);
   parnet::cpu::LayerParameters p{};
-  if (kind == "repvgg_sse") {
-    p.kind = Kind::kRepVGG;
-  } else if (kind == "downsample_se") {
-    p.kind = Kind::kDownsample;
-  } else {
-    STD_TORCH_CHECK(kind == "fusion_se", "`kind` must be repvgg_sse, downsample_se or fusion_se, got ", kind);
-    p.kind = Kind::kFusion;
-  }
-  STD_TORCH_CHECK(activation == "silu" || activation == "relu", "`activation` must be silu or relu, got ",
-                  activation);
-  p.activation = activation == "silu" ? parnet::cpu::Activation::kSiLU : parnet::cpu::Activation::kReLU;
+  p.kind = static_cast<Kind>(kind);
+  p.activation = static_cast<parnet::cpu::Activation>(activation);
   STD_TORCH_CHECK(stride == 1 || (stride == 2 && p.kind != Kind::kRepVGG),
                   "`stride` must be 1, or 2 without a skip");
   p.stride = stride;
@@ -115,19 +110,8 @@ int64_t pack(const Tensor& into, int64_t at, const std::string& kind, int64_t st
   p.out_channels = outputs;
   p.weight_channels = channels;
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
-  if (storage == "auto") {
-    p.storage = parnet::cpu::best_storage(outputs, channels, k.lanes);
-  } else if (storage == "wide") {
-    p.storage = Storage::kWide;
-  } else if (storage == "full") {
-    p.storage = Storage::kFull;
-  } else if (storage == "rows") {
-    p.storage = Storage::kRows;
-  } else {
-    STD_TORCH_CHECK(storage == "compact", "`storage` must be auto, wide, full, rows or compact, got ",
-                    storage);
-    p.storage = Storage::kCompact;
-  }
+  p.storage = storage == 0 ? parnet::cpu::best_storage(outputs, channels, k.lanes)
+                           : static_cast<Storage>(storage - 1);
   const bool measuring = into.numel() == 0;  // values do not matter: the large ones are not converted
   const Tensor weight = measuring ? weight_in : as_float(weight_in),
                gate_weight = measuring ? gate_weight_in : as_float(gate_weight_in);

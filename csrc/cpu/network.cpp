@@ -1,5 +1,7 @@
 #include "network.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <list>
 #include <numeric>
@@ -352,17 +354,42 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
   pool_ = std::make_unique<WorkspacePool>(floats_, 2 + stages_.size());
 }
 
+namespace {
+
+struct Cache {
+  std::mutex mutex;
+  std::list<std::shared_ptr<const NetworkPlan>> plans;  // most recently used first
+};
+
+// A forked child gets a cache of its own: a thread that it does not have may have held a mutex of the
+// parent's, or have been changing its list. The parent's is left behind.
+Cache* cache = [] {
+  pthread_atfork(nullptr, nullptr, [] { cache = new Cache; });
+  return new Cache;
+}();
+
+}  // namespace
+
 std::shared_ptr<const NetworkPlan> plan_for(const Request& request, const Kernels& k) {
-  static std::mutex mutex;
-  static std::list<std::shared_ptr<const NetworkPlan>> plans;  // most recently used first
-  const std::lock_guard lock(mutex);
-  for (auto it = plans.begin(); it != plans.end(); ++it) {
-    if ((*it)->request() == request) {
-      plans.splice(plans.begin(), plans, it);
-      return plans.front();
+  auto& [mutex, plans] = *cache;
+  const auto known = [&]() -> std::shared_ptr<const NetworkPlan> {
+    for (auto it = plans.begin(); it != plans.end(); ++it) {
+      if ((*it)->request() == request) {
+        plans.splice(plans.begin(), plans, it);
+        return plans.front();
+      }
     }
+    return nullptr;
+  };
+  {
+    const std::lock_guard lock(mutex);
+    if (auto plan = known()) return plan;
   }
-  plans.push_front(std::make_shared<NetworkPlan>(request, k));
+  // Planned without the lock, so that a new shape in one thread does not stop the others.
+  auto made = std::make_shared<NetworkPlan>(request, k);
+  const std::lock_guard lock(mutex);
+  if (auto plan = known()) return plan;  // of another thread that was faster
+  plans.push_front(std::move(made));
   int64_t bytes = plans.front()->workspace_bytes();
   auto keep = std::next(plans.begin());
   for (size_t kept = 1; keep != plans.end() && kept < kCachedPlans; ++keep, kept++) {

@@ -20,7 +20,6 @@ A call that went through is remembered with its entry: `again` makes the next on
 from __future__ import annotations
 
 import operator
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from parnet_kernels import _native
 from parnet_kernels.checks import is_channels_last
+from parnet_kernels.locks import Lock
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PARAMETERS = {
@@ -38,6 +38,12 @@ _PARAMETERS = {
     "fusion_se": ("weight", "bias", "gate_weight", "gate_bias"),
 }
 _INPUTS = {"repvgg_sse": 1, "downsample_se": 1, "fusion_se": 2}
+#: The names that native code knows by number, in the order of the enumerations of csrc/cpu/layer.h.
+CODES = {
+    "kind": ("repvgg_sse", "downsample_se", "fusion_se"),
+    "activation": ("silu", "relu"),
+    "storage": ("auto", "wide", "full", "rows", "compact"),
+}
 OPTIONAL = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
 
 Parameters = dict[str, Tensor | None]
@@ -87,16 +93,22 @@ def storage_of(outputs: int, weight: Tensor | None) -> str:
 
 def pack_layers(layers: Sequence[dict[str, Any]]) -> tuple[Tensor, list[int]]:
     """Layers, one behind the other in one tensor, and the bytes they start at. Each is given by arguments of
-    `_cpu_pack`.
+    `_cpu_pack`, with names (`CODES`) instead of numbers.
     """
+    layers = [coded(layer) for layer in layers]
     pack = torch.ops.parnet._cpu_pack.default
-    measured, ends = torch.empty(0, dtype=torch.uint8), [0]
+    measured, ends = torch.empty(0, dtype=torch.uint8, device="cpu"), [0]
     for layer in layers:
         ends.append(pack(measured, ends[-1], **layer))
     packed = torch.ops.parnet._cpu_bytes(ends.pop())
     for start, layer in zip(ends, layers, strict=True):
         pack(packed, start, **layer)
     return packed, ends
+
+
+def coded(layer: dict[str, Any]) -> dict[str, Any]:
+    """`layer` with the numbers of `CODES`."""
+    return layer | {name: codes.index(layer[name]) for name, codes in CODES.items()}
 
 
 def pack(op: str, stride: int, activation: str, parameters: Parameters, storage: str = "auto") -> Tensor:
@@ -131,7 +143,7 @@ class _Entry(NamedTuple):
 _Key = tuple[str, int, int, str, str]
 _Look = tuple[Any, ...]
 _entries: dict[_Key, _Entry] = {}
-_lock = threading.Lock()
+_lock = Lock()
 _version = operator.attrgetter("_version")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,12 +13,13 @@ from parnet_kernels import _native, selection
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import layers
 from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.locks import Lock
 from parnet_kernels.unchanged import Watch
 
 if TYPE_CHECKING:
     from parnet_kernels.deployed import DeployedParNet
 
-STORAGES = ("auto", "wide", "full", "rows", "compact")
+STORAGES = cpu.CODES["storage"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,7 +39,7 @@ class CpuNetwork:
     def __init__(self, storage: str = "auto") -> None:
         self.storage = storage
         self._packed: _Packed | None = None
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[CpuNetwork], tuple[str]]:
         return CpuNetwork, (self.storage,)
@@ -125,7 +125,7 @@ class CpuNetwork:
         classifier = None
         if network.num_classes and not network.config.pointwise_head:
             classifier = torch.ops.parnet._cpu_pack_classifier(network.head_weight, network.head_bias)
-        return _Packed(watch, weights, torch.tensor(program), classifier)
+        return _Packed(watch, weights, torch.tensor(program, dtype=torch.int64, device="cpu"), classifier)
 
     def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor | None:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map. None: not with these weights."""

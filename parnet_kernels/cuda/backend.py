@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from parnet_kernels.cuda.plan import Gpu, policy
 from parnet_kernels.cuda.program import math_of, play
 from parnet_kernels.cuda.record import RESULT, WORKSPACE, Recorder, Step
 from parnet_kernels.cuda.workspace import capturing, finish, workspace
+from parnet_kernels.locks import Lock
 from parnet_kernels.precision import current_precision
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -199,7 +199,7 @@ class _Entry(NamedTuple):
 
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def clear_cache() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +20,7 @@ from parnet_kernels.cuda.plan import Gpu
 from parnet_kernels.cuda.program import math_of, play
 from parnet_kernels.cuda.record import RESULT, Map, Recorder, Step
 from parnet_kernels.cuda.workspace import allocate, capturing, finish, workspace
+from parnet_kernels.locks import Lock
 from parnet_kernels.precision import current_precision
 from parnet_kernels.unchanged import Watch
 
@@ -157,7 +157,7 @@ class CudaNetwork:
     def __init__(self) -> None:
         self._weights: dict[str, tuple[Watch, Weights]] = {}  # by precision
         self._lowered: dict[tuple[Any, ...], Lowered] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[CudaNetwork], tuple[()]]:
         return CudaNetwork, ()
@@ -266,7 +266,7 @@ class CapturedNetwork:
             )
         head = [t.clone() for t in weights.tensors[-2:]]
         self._weights = weights._replace(tensors=[*weights.tensors[:-2], *head])
-        self._lock = threading.Lock()
+        self._lock = Lock()
         with torch.cuda.device(x.device):
             self.input = x.detach().clone(memory_format=torch.preserve_format)
             self._end: Callable[[Tensor], Tensor] | None = None  # what follows the kernels

@@ -7,22 +7,23 @@ every launch leaves them zero.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from parnet_kernels.locks import Lock
+
 
 class _Block:
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.memory: Tensor | None = None
 
 
 _blocks: dict[tuple[int, int], _Block] = {}
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def allocate(device: torch.device, size: int) -> Tensor:
