@@ -39,11 +39,17 @@ class DeployedLayer(nn.Module):
             shapes |= {"skip_scale": (c,), "skip_shift": (c,)}
         if with_affine:
             shapes |= {"out_scale": (k,), "out_shift": (k,)}
+        self.names = tuple(shapes)
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape))
 
+    def extra_repr(self) -> str:
+        k, c = self.weight.shape[:2]
+        return f"{self.kind}, {c} → {k} channels, stride {self.stride}, {self.activation}"
+
     def arguments(self) -> dict[str, Tensor]:
-        return dict(self.named_buffers())
+        """The operator's tensors by name, whatever they are now: buffers, Parameters, parametrized."""
+        return {name: getattr(self, name) for name in self.names}
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if self.kind == "pointwise":
@@ -72,15 +78,29 @@ def _slot(name: str) -> str:
     return name.replace(".", "_")
 
 
+def _global_hooks() -> bool:
+    g = torch.nn.modules.module
+    return bool(
+        g._global_forward_hooks
+        or g._global_forward_pre_hooks
+        or g._global_backward_hooks
+        or g._global_backward_pre_hooks
+    )
+
+
 class DeployedParNet(nn.Module):
-    """ParNet for inference. Make one with `ParNet.deploy()` or `load_deployed`; it has no parameters to train.
+    """ParNet for inference. Make one with `ParNet.deploy()` or `load_deployed`.
 
     Input [N, in_chans, H, W], H, W ≥ 1; output logits [N, num_classes] ([N, P] without a classifier).
 
     The BatchNorms before a fusion are the output affine of the layer that produces their input: exact at the border
     too, where the zero padding comes after them. On the CPU and on CUDA devices the whole network is one call of the
     native kernels where they can take it, with packed weights that are made by `prepare` or at the first call and are
-    not part of the state dict; else, and where a layer has forward hooks, each layer is one operator.
+    not part of the state dict; else, and wherever something was done to a layer that those kernels would not see
+    (`why_layer_by_layer`), each layer is one operator.
+
+    Weights are buffers. One that asks for a gradient (`network.head_weight.requires_grad_()`), or is replaced by a
+    Parameter, gets it; then each layer is one operator.
     """
 
     head_weight: Tensor
@@ -104,6 +124,7 @@ class DeployedParNet(nn.Module):
         self.has_affines = len(self.affines) > 0
         self.register_buffer("head_weight", torch.zeros(config.num_classes, self.num_features))
         self.register_buffer("head_bias", torch.zeros(config.num_classes))
+        self._built = {name: (m.kind, m.stride, m.activation) for name, m in self.layers.items()}
         self._native = CpuNetwork()
         self._cuda_network = CudaNetwork()
         self.eval()
@@ -152,13 +173,36 @@ class DeployedParNet(nn.Module):
         """The layers by depth; those of one level are independent of each other."""
         return levels(self.config)
 
-    def _is_hooked(self) -> bool:
-        """Whether someone wants to see the inputs or outputs of a layer."""
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self.layers.values())
+    def why_layer_by_layer(self) -> str | None:
+        """What was done to the network that a single call of the native kernels would ignore, or None: layers replaced,
+        wrapped, patched or hooked, weights that are Parameters or need a gradient, a transform of torch.func.
+        """
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a transform of torch.func is active"
+        if _global_hooks():
+            return "there are global module hooks"
+        if self._parameters:
+            return f"{', '.join(self._parameters)} is a Parameter"
+        layers = self.layers._modules
+        if [*layers] != [*self._built]:
+            return "layers were added, removed or reordered"
+        for name, built in self._built.items():
+            m: Any = layers[name]
+            d = m.__dict__  # asked at every call, with cold caches: no attribute look-ups
+            if type(m) is not DeployedLayer or d["_modules"] or d["_parameters"] or "forward" in d:
+                return f"layers.{name} was replaced or changed"
+            if (d["kind"], d["stride"], d["activation"]) != built:
+                return f"layers.{name} has other settings than it was built with"
+            if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+                return f"layers.{name} has hooks"
+        if torch.is_grad_enabled() and any(b.requires_grad for b in self.buffers()):
+            return "weights need gradients"
+        return None
 
     def _run(self, x: Tensor, result: str) -> Tensor:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
-        for whole in () if self._is_hooked() else (self._native, self._cuda_network):
+        whole_network = () if self.why_layer_by_layer() else (self._native, self._cuda_network)
+        for whole in whole_network:
             if whole.why_not(self, x) is None and (found := whole.run(self, x, result)) is not None:
                 return found
         made = {"image": x}
@@ -186,6 +230,11 @@ class DeployedParNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x, "logits" if self.num_classes else "pooled")
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map → logits [N, num_classes], or pooled features [N, P] if `pre_logits` or without a classifier."""
+        pooled = x.mean((2, 3))
+        return pooled if pre_logits or not self.num_classes else F.linear(pooled, self.head_weight, self.head_bias)
+
     def capture(self, x: Tensor) -> CapturedNetwork:
         """The whole network as one CUDA graph for images like `x`: see `CapturedNetwork`. It calls no forward hooks.
 
@@ -197,8 +246,10 @@ class DeployedParNet(nn.Module):
     def prepare(self, storage: str | None = None) -> DeployedParNet:
         """Packs the weights for the native CPU kernels now, not at the first call; returns itself.
 
-        Without these kernels, or with weights elsewhere, nothing happens. Later changes of weights are seen, but for
-        those that bypass autograd's version counter (`weight.data.mul_(2)`, NumPy views): call it again after these.
+        Without these kernels, with weights elsewhere, or with a reason to go layer by layer (`why_layer_by_layer`),
+        nothing happens. Later changes of weights are seen: those that autograd's version counter tells, and of those
+        that bypass it (collectives, `weight.data.mul_(2)`, NumPy views) all that change any of 64 values spread over
+        each tensor, or any value of a vector. After others call it again: it always packs anew.
 
         storage: of the 9 values of a kernel, "wide" keeps the 64 transformed ones of tiles of 6 × 6, "full" the 36 of
         4 × 4, "rows" 24, "compact" 9; the rest is made at each call (more than 512 input channels, strides of 2: 36,
@@ -210,6 +261,6 @@ class DeployedParNet(nn.Module):
             ValueError: for another storage.
         """
         self._native.use(storage)
-        if not _native.cpu_error:
+        if not _native.cpu_error and self.why_layer_by_layer() is None:
             self._native.prepare(self)
         return self

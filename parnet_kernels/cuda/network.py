@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from parnet_kernels.deployed import DeployedLayer, DeployedParNet
 
 IMAGE = RESULT + 1
+MAX_SHAPES = 128  # whose programs are kept
 
 
 class Weights(NamedTuple):
@@ -220,6 +221,8 @@ class CudaNetwork:
             shape = tuple(x.shape)
             found = lower(network.config, weights, shape, x.stride(), x.dtype, precision, gpu, result, aligned)
             with self._lock:
+                if len(self._lowered) >= MAX_SHAPES:
+                    self._lowered.clear()
                 self._lowered[key] = found
         return found
 
