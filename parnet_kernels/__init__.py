@@ -6,6 +6,7 @@ from parnet_kernels._version import __version__ as __version__
 from parnet_kernels.checkpoint import CheckpointError as CheckpointError
 from parnet_kernels.checkpoint import load_checkpoint as load_checkpoint
 from parnet_kernels.checkpoint import load_deployed as load_deployed
+from parnet_kernels.checkpoint import load_model as load_model
 from parnet_kernels.checkpoint import save as save
 from parnet_kernels.config import ParNetConfig as ParNetConfig
 from parnet_kernels.deployed import DeployedParNet as DeployedParNet

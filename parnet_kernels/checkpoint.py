@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from parnet_kernels.checks import DTYPES
-from parnet_kernels.config import VARIANTS, ParNetConfig
+from parnet_kernels.config import VARIANTS, ParNetConfig, layers
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
 
@@ -38,10 +38,13 @@ def load_checkpoint(
 
     Args:
         path_or_dict: a file written by torch.save (as the published ones) or by `save` (.safetensors), or what such a
-            file holds: a state dict, or a dict with `state_dict` (and perhaps `state_dict_ema`).
+            file holds: a state dict, or a dict with one under `state_dict`, `model`, `net` (of
+            averages, `state_dict_ema` or `ema`). Prefixes of wrappers (`module.`,
+            `_orig_mod.`, `model.`, in any order) are taken off.
         ema: take the exponential moving average of the weights.
-        activation: "silu" or "relu"; None: read it off the weights. Both activations have the same state dict, but
-            under ReLU no running mean of an activated map is negative.
+        activation: "silu" or "relu"; None: what the file says (ours its configuration, the published ones the options
+            of the training script), else SiLU. The weights can only prove SiLU, by a negative running mean of an
+            activated map: nothing proves ReLU.
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,10 +62,10 @@ def load_checkpoint(
     state = _state_dict(content, ema, name)
     if config is None:
         config = infer_config(state, name)
-        config = config.replace(activation=_activation(state, activation, name))
+        config = config.replace(activation=_activation(content, state, activation, name))
     elif activation not in (None, config.activation):
         raise CheckpointError(f"{name} was saved with activation {config.activation!r}, asked for {activation!r}")
-    model = ParNet(config)
+    model = ParNet(_fits(config, state, name))
     _load(model, state, name)
     return model.eval()
 
@@ -83,7 +86,7 @@ def load_deployed(path: str | Path) -> DeployedParNet:
     dtype = checked["head_weight"].dtype
     if dtype not in DTYPES:
         raise CheckpointError(f"{path}: entry 'head_weight' must be one of {DTYPES}, got {dtype}")
-    model = DeployedParNet(config).to(dtype)
+    model = DeployedParNet(_fits(config, checked, str(path))).to(dtype)
     _load(model, checked, str(path))
     return model
 
@@ -107,17 +110,31 @@ def load_model(path: str | Path, ema: bool = False, activation: str | None = Non
 
 
 def save(model: ParNet | DeployedParNet, path: str | Path) -> None:
-    """Writes a model of either form as safetensors, with its configuration.
+    """Writes a model of either form as safetensors, with its configuration. The file appears when it is complete, with
+    the permissions of any new file. Wrappers (torch.compile, DataParallel, AveragedModel) are taken off.
 
     Raises:
         OSError: the file cannot be written.
+        TypeError: for another module.
     """
+    while not isinstance(model, ParNet | DeployedParNet):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, torch.nn.Module):
+            raise TypeError(f"save: `model` must be a ParNet or DeployedParNet, got a {type(model).__name__}")
+        model = inner
     form = "deployed" if isinstance(model, DeployedParNet) else "training"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses tensors that share memory
+    content = serialize(state, {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config))})
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(state, path, {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config))})
-    except SafetensorError as error:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def infer_config(state: Mapping[str, Tensor], name: str = "the state dict") -> ParNetConfig:
@@ -133,12 +150,16 @@ def infer_config(state: Mapping[str, Tensor], name: str = "the state dict") -> P
 
     dense = "block.rbr_dense.conv.weight"
     streams = _count(state, r"inits\.(\d+)\.")
+    if streams > len(state):
+        raise CheckpointError(f"{name} is not a ParNet checkpoint: streams are missing between those that it has")
     if streams < 2:
         raise CheckpointError(f"{name} is not a ParNet checkpoint: it has no entries 'inits.1.*'")
     planes = [shape(f"inits.0.1.{dense}")[0]]
     planes += [shape(f"inits.{s}.{dense}")[0] for s in range(1, streams)]
     pointwise = "combine.3.block.dense.conv.weight" in state
     planes.append(shape("combine.3.block.dense.conv.weight" if pointwise else f"combine.3.{dense}")[0])
+    if any(_count(state, rf"streams\.{s}\.(\d+)\.") > len(state) for s in range(streams)):
+        raise CheckpointError(f"{name} is not a ParNet checkpoint: blocks are missing between those that it has")
     num_classes = shape("head.fc.weight", 2)[0] if "head.fc.weight" in state else 0
     stem_width, in_chans = shape(f"inits.0.0.{dense}")[:2]
     try:
@@ -164,29 +185,59 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def _activation(state: Mapping[str, Tensor], asked: str | None, name: str) -> str:
-    """φ as the weights tell it: these are means of activated maps, never negative under ReLU."""
+def _activation(content: Mapping[str, Any], state: Mapping[str, Tensor], asked: str | None, name: str) -> str:
+    """φ: what is asked for, else what the file says, else SiLU. A negative mean of an activated map proves SiLU;
+    nothing proves ReLU, as maps may have positive means under SiLU too.
+    """
     pattern = re.compile(
         r"(streams\.\d+\.\d+\.block\.rbr_identity|(downsamples_2\.\d+|combine)\.0\.b[12])\.running_mean"
     )
     means = [tensor.float() for key, tensor in state.items() if pattern.fullmatch(key)]
     negative = any(bool((mean < 0).any()) for mean in means)
-    trained = any(bool(mean.any()) for mean in means)
     if negative and asked == "relu":
         raise CheckpointError(f"{name} was not trained with ReLU: running means of activated maps are negative")
-    if asked == "silu" and trained and not negative:
-        warnings.warn(f"{name} looks trained with ReLU: no running mean of an activated map is negative", stacklevel=3)
-    return asked or ("relu" if trained and not negative else "silu")
+    if asked is not None or negative:
+        return asked or "silu"
+    # The authors' script makes SiLU of an element "swish"; their configurations nest the list, which makes ReLU.
+    options = content.get("args")
+    options = options if isinstance(options, Mapping) else getattr(options, "__dict__", {})
+    branches = options.get("additional_branches")
+    return "relu" if isinstance(branches, list | tuple) and "swish" not in branches else "silu"
+
+
+#: Where training scripts put the weights, and the names that wrappers put before those of their module.
+_PLACES = {False: ("state_dict", "model", "model_state", "model_state_dict", "net"), True: ("state_dict_ema", "ema")}
+_WRAPPERS = re.compile(r"((?:module|model|_orig_mod)\.)+")
 
 
 def _state_dict(content: Mapping[str, Any], ema: bool, name: str) -> dict[str, Tensor]:
-    key = "state_dict_ema" if ema else "state_dict"
-    if ema and key not in content:
+    """The weights, by their names without wrappers (DataParallel, torch.compile, AveragedModel, Lightning)."""
+    found = [content[place] for place in _PLACES[ema] if isinstance(content.get(place), Mapping)]
+    if ema and not found and "n_averaged" not in content:
         raise CheckpointError(f"{name} holds no EMA weights (`state_dict_ema`)")
-    state = content.get(key, content)
+    state = found[0] if found else content
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{name} holds no state dict: expected tensors by name, or a dict with `state_dict`")
-    return {key.removeprefix("module."): value for key, value in _checked(state, name).items()}
+    checked = _checked({key: value for key, value in state.items() if key != "n_averaged"}, name)
+    wrapped = {key: value for key, value in checked.items() if _WRAPPERS.match(key)}
+    if not wrapped:
+        return checked
+    return {_WRAPPERS.sub("", key, count=1): value for key, value in wrapped.items()}
+
+
+def _fits(config: ParNetConfig, state: Mapping[str, Tensor], name: str) -> ParNetConfig:
+    """`config`, if the file holds as many numbers as its weights: asked before anything of that size is made.
+
+    Raises:
+        CheckpointError: if it declares more than it holds.
+    """
+    held = sum(tensor.numel() for tensor in state.values())
+    declared = config.planes[-1] * config.num_classes
+    if sum(config.num_blocks) <= len(state):  # else the graph of layers itself would be large
+        declared += sum(layer.in_channels * layer.out_channels for layer in layers(config))
+    if declared > held or sum(config.num_blocks) > len(state):
+        raise CheckpointError(f"{name} declares a larger network than it holds: {held} numbers in {len(state)} entries")
+    return config
 
 
 def _checked(state: Mapping[Any, Tensor], name: str) -> dict[str, Tensor]:
@@ -194,9 +245,13 @@ def _checked(state: Mapping[Any, Tensor], name: str) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str):
             raise CheckpointError(f"{name}: names of entries must be strings, got {key!r}")
+        if value.is_nested:
+            raise CheckpointError(f"{name}: entry {key!r} must be a dense tensor of real values, got a nested tensor")
         if value.is_meta or value.layout != torch.strided or value.is_quantized or value.is_complex():
             got = "a meta tensor" if value.is_meta else f"{value.dtype}, {value.layout}"
             raise CheckpointError(f"{name}: entry {key!r} must be a dense tensor of real values, got {got}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{name}: entry {key!r} must hold all its values, got an expanded tensor")
     return dict(state)
 
 
@@ -265,6 +320,6 @@ def _config(text: str, path: Path) -> ParNetConfig:
         if any(type(n) is not int for n in (*counts, config.num_classes)) or type(config.pointwise_head) is not bool:
             raise TypeError("widths and counts must be integers, `pointwise_head` true or false")
         return config
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         requirement = "metadata `parnet_config` must hold the fields of a ParNetConfig as JSON"
         raise CheckpointError(f"{path}: {requirement}, got {text[:200]!r}: {error}") from error

@@ -1,8 +1,11 @@
 """Published checkpoints, our own files, and files that are wrong."""
 
 import argparse
+import json
 import os
 import pickle
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -29,14 +32,15 @@ def trained(activation: str, seed: int = 0) -> OracleParNet:
 
 
 def published(network: torch.nn.Module, ema: torch.nn.Module | None = None, prefix: str = "") -> dict:
-    """The dict that the training script's saver writes."""
+    """The dict that the training script's saver writes; its configurations nest the list, which makes ReLU networks."""
+    branches = [["swish"]] if any(isinstance(m, torch.nn.ReLU) for m in network.modules()) else ["swish"]
     content = {
         "epoch": 3,
         "arch": "simpnet",
         "state_dict": {prefix + k: v for k, v in network.state_dict().items()},
         "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]},
         "version": 2,
-        "args": argparse.Namespace(lr=0.1, additional_branches=[["swish"]], resume=None),
+        "args": argparse.Namespace(lr=0.1, additional_branches=branches, resume=None),
         "metric": 76.6,
     }
     if ema is not None:
@@ -84,10 +88,17 @@ def test_cifar_form_is_inferred() -> None:
 def test_activation_is_cross_checked() -> None:
     silu, relu = trained("silu").state_dict(), trained("relu").state_dict()
     assert load_checkpoint(silu).config.activation == "silu"
-    assert load_checkpoint(relu).config.activation == "relu"
+    assert load_checkpoint(relu).config.activation == "silu"  # nothing in weights proves ReLU
+    assert load_checkpoint(published(trained("relu"))).config.activation == "relu"  # the training script's options do
+    assert load_checkpoint(relu, activation="relu").config.activation == "relu"
+    assert load_checkpoint(published(trained("relu")), activation="silu").config.activation == "silu"
+    early = parnet_cifar(8).train()
+    early(torch.randn(16, 3, 32, 32))
+    assert load_checkpoint(early.state_dict()).config.activation == "silu"
     with pytest.raises(CheckpointError, match="was not trained with ReLU"):
         load_checkpoint(silu, activation="relu")
-    with pytest.warns(UserWarning, match="looks trained with ReLU"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert load_checkpoint(relu, activation="silu").config.activation == "silu"
     fresh = OracleParNet(CONFIG.planes, CONFIG.num_blocks, 4).state_dict()
     assert load_checkpoint(fresh).config.activation == "silu"
@@ -97,7 +108,7 @@ def test_activation_is_cross_checked() -> None:
 
 @torch.no_grad()
 def test_safetensors_of_both_forms(tmp_path: Path) -> None:
-    model = load_checkpoint(trained("relu").state_dict())
+    model = load_checkpoint(trained("relu").state_dict(), activation="relu")
     deployed = model.deploy()
     x = torch.randn(1, 3, 64, 64)
     save(model, tmp_path / "training.safetensors")
@@ -244,3 +255,94 @@ def test_save_names_the_file_that_it_cannot_write(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "net.safetensors", tmp_path):
         with pytest.raises(OSError, match=f"cannot write {path}"):
             save(ParNet(CONFIG), path)
+
+
+def test_wrappers_and_places() -> None:
+    model = parnet_cifar(4).eval()
+    state, x = model.state_dict(), torch.randn(1, 3, 32, 32)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    contents = [
+        *(
+            {prefix + k: v for k, v in state.items()}
+            for prefix in ("_orig_mod.", "module._orig_mod.", "module.module.")
+        ),
+        *({place: state} for place in ("model", "model_state", "net")),
+        {"state_dict": {**{f"model.{k}": v for k, v in state.items()}, "loss.weight": torch.ones(3)}},
+        average.state_dict(),
+    ]
+    for content in contents:
+        assert torch.equal(load_checkpoint(content)(x), model(x))
+    assert torch.equal(load_checkpoint(average.state_dict(), ema=True)(x), model(x))
+    assert torch.equal(load_checkpoint({"model": {}, "ema": state}, ema=True)(x), model(x))
+
+
+def test_wrapped_models_are_saved_as_what_they_wrap(tmp_path: Path) -> None:
+    model, x = parnet_cifar(4).eval(), torch.randn(1, 3, 32, 32)
+    for wrapped in (torch.compile(model), torch.nn.DataParallel(model)):
+        save(wrapped, tmp_path / "training.safetensors")
+        assert torch.equal(load_checkpoint(tmp_path / "training.safetensors")(x), model(x))
+    save(torch.compile(model.deploy()), tmp_path / "deployed.safetensors")
+    assert torch.equal(load_deployed(tmp_path / "deployed.safetensors")(x), model.deploy()(x))
+    with pytest.raises(TypeError, match="must be a ParNet or DeployedParNet, got a Linear"):
+        save(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")
+    model.head.fc.bias = model.combine[3].block.dense.bn.bias = torch.nn.Parameter(torch.zeros(64))
+    model.head.fc.bias = torch.nn.Parameter(torch.zeros(10))
+    state = model.combine[3].block.dense.bn
+    state.weight = state.bias  # shared
+    save(model, tmp_path / "tied.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_saved_files_have_the_usual_permissions_and_no_leftovers(tmp_path: Path) -> None:
+    model = parnet_cifar(4)
+    (tmp_path / "other").write_text("")
+    save(model, tmp_path / "net.safetensors")
+    assert (tmp_path / "net.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        save(model, tmp_path / "folder.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.safetensors", "net.safetensors", "other"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"planes": [9000] * 4},
+        {"num_blocks": [3_000_000, 2, 2]},
+        {"num_classes": 10**10},
+        {"num_classes": 10**22},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["training", "deployed"])
+def test_files_that_declare_much_are_refused_at_once(tmp_path: Path, form: str, changes: dict) -> None:
+    from safetensors.torch import save_file
+
+    model = ParNet(CONFIG).eval()
+    fields = {"planes": CONFIG.planes, "num_blocks": CONFIG.num_blocks, "num_classes": 4} | changes
+    state = (model.deploy() if form == "deployed" else model).state_dict()
+    path = tmp_path / "net.safetensors"
+    save_file(state, path, {"parnet_form": form, "parnet_config": json.dumps(fields)})
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="declares a larger network than it holds"):
+        load_model(path)
+    assert time.perf_counter() - start < 2
+
+
+def test_dicts_that_declare_much_are_refused_at_once(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = ParNet(CONFIG).state_dict()
+    start = time.perf_counter()
+    for extra in ("streams.2.300000.block.x", "inits.300000.block.x"):
+        with pytest.raises(CheckpointError, match="missing between"):
+            load_checkpoint(state | {extra: torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="expanded"):
+        load_checkpoint(state | {"head.fc.weight": torch.zeros(1).expand(10**9, 10**6)})
+    with pytest.raises(CheckpointError, match="nested"):
+        load_checkpoint(state | {"head.fc.weight": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])})
+    path = tmp_path / "net.safetensors"
+    save_file(state, path, {"parnet_form": "training", "parnet_config": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="must hold the fields"):
+        load_checkpoint(path)
+    assert time.perf_counter() - start < 5
