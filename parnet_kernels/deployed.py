@@ -261,6 +261,7 @@ class DeployedParNet(nn.Module):
             ValueError: for another storage.
         """
         self._native.use(storage)
+        self._cuda_network.forget()
         if not _native.cpu_error and self.why_layer_by_layer() is None:
             self._native.prepare(self)
         return self
