@@ -14,6 +14,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from parnet_kernels import _native, checks, dispatch, ops
 from parnet_kernels._version import __version__
@@ -36,7 +37,8 @@ class Activation(StrEnum):
 CheckpointArgument = Annotated[Path, typer.Argument(help="Training checkpoint (.pth) or safetensors file.")]
 EmaOption = Annotated[bool, typer.Option("--ema", help="Take the EMA weights of a training checkpoint.")]
 ActivationOption = Annotated[
-    Activation | None, typer.Option(help="Activation the checkpoint was trained with; default: read off its weights.")
+    Activation | None,
+    typer.Option(help="Activation the checkpoint was trained with; default: what the file says, else SiLU."),
 ]
 
 
@@ -145,17 +147,26 @@ def predict(
     if size / crop > 16384:
         raise typer.BadParameter(f"size / crop must be at most 16384 pixels, got {size} / {crop}")
 
-    network = load_model(checkpoint, ema, activation)
+    network = load_model(checkpoint, ema, activation and activation.value)
     if not network.num_classes:
         raise CheckpointError(f"{checkpoint} has no classifier")
-    names = labels.read_text().splitlines() if labels else [str(i) for i in range(network.num_classes)]
+    names = _class_names(labels) if labels else [str(i) for i in range(network.num_classes)]
     if len(names) != network.num_classes:
         raise typer.BadParameter(f"{labels} names {len(names)} classes, the network has {network.num_classes}")
     results: list[dict[str, Any]] = []
+    failed = False
     with torch.inference_mode():
         for path in images:
-            image = load_image(path, size, crop, network.config.in_chans).to(network.head_weight.dtype)
-            scores, classes = network(image)[0].float().softmax(0).topk(min(top, network.num_classes))
+            try:
+                image = load_image(path, size, crop, network.config.in_chans).to(network.head_weight.dtype)
+                logits = network(image)[0].float()
+                if not logits.isfinite().all():
+                    raise ValueError(f"{path}: the network's outputs are not finite ({logits.dtype})")
+            except (OSError, ValueError) as error:  # of this picture: the others are classified all the same
+                typer.echo(f"parnet: {error}", err=True)
+                failed = True
+                continue
+            scores, classes = logits.softmax(0).topk(min(top, network.num_classes))
             found = [
                 {"class": c, "label": names[c], "probability": p}
                 for c, p in zip(classes.tolist(), scores.tolist(), strict=True)
@@ -163,12 +174,28 @@ def predict(
             results.append({"image": str(path), "top": found})
     if as_json:
         typer.echo(json.dumps(results, indent=2))
-        return
-    table = Table("image", "class", "probability")
-    for result in results:
-        for i, entry in enumerate(result["top"]):
-            table.add_row("" if i else result["image"], entry["label"], f"{entry['probability']:.2%}")
-    console.print(table)
+    elif results:
+        table = Table("image", "class", "probability")
+        for result in results:
+            for i, entry in enumerate(result["top"]):
+                name = Text("" if i else result["image"])  # Text: brackets and colons of a user's are no markup
+                table.add_row(name, Text(entry["label"]), f"{entry['probability']:.2%}")
+        console.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _class_names(path: Path) -> list[str]:
+    """One class a line: UTF-8 with or without a byte-order mark; only line feeds part lines.
+
+    Raises:
+        typer.BadParameter: for another encoding.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} must be UTF-8 text: {error}") from error
+    return [line.strip(" \t\r") for line in text.rstrip("\r\n").split("\n")]
 
 
 @app.command()
@@ -182,11 +209,11 @@ def convert(
     """Convert a training checkpoint to safetensors, in training or deployed form."""
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"output must end in .safetensors, got {output}")
-    model = load_checkpoint(checkpoint, ema, activation)
+    model = load_checkpoint(checkpoint, ema, activation and activation.value)
     save(model.deploy() if deployed else model, output)
     form = "deployed" if deployed else "training"
     widths = ", ".join(map(str, model.config.planes))
-    console.print(f"{output}: {form} form, planes {widths}, activation {model.config.activation}")
+    console.print(Text(f"{output}: {form} form, planes {widths}, activation {model.config.activation}"))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -14,20 +14,36 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 180_000_000  # after resizing; half a gigabyte
 
 
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Grey values of 16 bits in 8, by the format's range; other wide values have no range that is known.
+
+    Raises:
+        ValueError: for pixels of 32-bit integers beyond 16 bits, or of floating-point numbers.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode.startswith("F") or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{path} has pixels of mode {image.mode} without a known range: convert it to 8 or 16 bits")
+    return Image.fromarray((values.astype(np.float64) / 257 + 0.5).astype(np.uint8))
+
+
 def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
     """[1, channels, size, size], float32. The shorter side becomes size / crop pixels (bilinear), the centre is taken.
 
     Three channels are normalised with ImageNet's mean and deviation; one channel is grey in 0…1.
 
     Raises:
-        OSError: no such file, not an image, or a damaged one.
+        OSError: no such file, not an image, a damaged one, or one whose pixels have no known range.
         ValueError: for a number of channels other than 1 and 3, or an image too elongated to be resized.
     """
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, the network wants {channels}")
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise OSError(f"{path} is not a file")
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
+            image = _eight_bits(ImageOps.exif_transpose(file), path).convert("RGB" if channels == 3 else "L")
     except UnidentifiedImageError as error:
         raise OSError(f"{path} is not an image") from error
     except FileNotFoundError:
