@@ -28,7 +28,7 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     return Image.fromarray((values.astype(np.float64) / 257 + 0.5).astype(np.uint8))
 
 
-def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
+def load_image(path: str | Path, size: int, crop: float, channels: int) -> Tensor:
     """[1, channels, size, size], float32. The shorter side becomes size / crop pixels (bilinear), the centre is taken.
 
     Three channels are normalised with ImageNet's mean and deviation; one channel is grey in 0…1.
@@ -39,6 +39,7 @@ def load_image(path: Path, size: int, crop: float, channels: int) -> Tensor:
     """
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, the network wants {channels}")
+    path = Path(path)
     if path.exists() and not path.is_file():  # a pipe would block
         raise OSError(f"{path} is not a file")
     try:
