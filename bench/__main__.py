@@ -200,7 +200,7 @@ def main(
     report.show(console, rows, machine)
     paths = report.write(rows, machine, folder)
     for path in paths:
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, markup=False)
     if not any(path.suffix == ".png" for path in paths):
         console.print("no plots: no right result, or matplotlib is not installed", style="yellow")
 

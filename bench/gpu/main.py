@@ -132,7 +132,7 @@ def _levels(request: Request, device: Device, name: str, console: Console, folde
         console.print(levels.table(rows, name))
         found += rows
     if found:
-        console.print(f"wrote {levels.write(found, folder)}", highlight=False)
+        console.print(f"wrote {levels.write(found, folder)}", highlight=False, markup=False)
     return bool(found)
 
 

@@ -13,11 +13,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from parnet_kernels import _native, checks, dispatch, ops
 from parnet_kernels._version import __version__
+from parnet_kernels.app.console import print_table, shown
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
 
 app = typer.Typer(
@@ -71,7 +70,7 @@ def _choice(call: str) -> dict[str, Any]:
         )
     try:
         x = torch.empty([int(n) for n in match.groups()[1:5]], dtype=dtype, device=match[7])
-    except (RuntimeError, AssertionError, OverflowError) as error:  # no such device, or more than its memory
+    except (RuntimeError, AssertionError, OverflowError, TypeError) as error:  # no such device, or more than its memory
         raise typer.BadParameter(f"no tensor for {call!r}: {str(error).splitlines()[0]}") from error
     checks.is_map("x", x)
     reasons = ops.explain(match[1], x)
@@ -83,11 +82,15 @@ def _selftest() -> bool:
     from parnet_kernels.app.selftest import selftest
 
     rows = selftest()
-    table = Table("backend", "kernel", "error", "allowed", "")
-    for row in rows:
-        verdict = "[green]passed" if row.passed else f"[red]FAILED {row.message}"
-        table.add_row(row.backend, row.what, f"{row.error:.1e}", f"{row.allowed:.0e}", verdict)
-    console.print(table if rows else "no GPU: nothing to test")
+    cells = [
+        (r.backend, r.what, f"{r.error:.1e}", f"{r.allowed:.0e}", "passed" if r.passed else f"FAILED {r.message}")
+        for r in rows
+    ]
+    if rows:
+        styles = {"passed": "green", "FAILED": "red"}
+        print_table(console, ("backend", "kernel", "error", "allowed", "verdict"), cells, styles)
+    else:
+        console.print("no GPU: nothing to test")
     return all(row.passed for row in rows)
 
 
@@ -106,13 +109,13 @@ def info(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    table = Table(show_header=False)
+    rows = []
     for name, value in found.items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
         for key, entry in entries:
             text = ", ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
-            table.add_row(f"{name} {key}".strip(), text)
-    console.print(table)
+            rows.append((f"{name} {key}".strip(), text))
+    print_table(console, (), rows)
 
 
 @app.command()
@@ -163,7 +166,7 @@ def predict(
                 if not logits.isfinite().all():
                     raise ValueError(f"{path}: the network's outputs are not finite ({logits.dtype})")
             except (OSError, ValueError) as error:  # of this picture: the others are classified all the same
-                typer.echo(f"parnet: {error}", err=True)
+                typer.echo(f"parnet: {shown(error)}", err=True)
                 failed = True
                 continue
             scores, classes = logits.softmax(0).topk(min(top, network.num_classes))
@@ -175,27 +178,30 @@ def predict(
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     elif results:
-        table = Table("image", "class", "probability")
-        for result in results:
-            for i, entry in enumerate(result["top"]):
-                name = Text("" if i else result["image"])  # Text: brackets and colons of a user's are no markup
-                table.add_row(name, Text(entry["label"]), f"{entry['probability']:.2%}")
-        console.print(table)
+        rows = [
+            (result["image"], entry["label"], f"{entry['probability']:.2%}")
+            for result in results
+            for entry in result["top"]
+        ]
+        print_table(console, ("image", "class", "probability"), rows)
     if failed:
         raise typer.Exit(1)
 
 
 def _class_names(path: Path) -> list[str]:
-    """One class a line: UTF-8 with or without a byte-order mark; only line feeds part lines.
+    """One class a line: UTF-8 with or without a byte-order mark; only line feeds part lines. Spaces at the ends of
+    lines, and empty lines at the end of the file, are no part of a name.
 
     Raises:
-        typer.BadParameter: for another encoding.
+        typer.BadParameter: for another encoding, or what is no file (a pipe would block).
     """
+    if path.exists() and not path.is_file():
+        raise typer.BadParameter(f"{path} must be a text file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{path} must be UTF-8 text: {error}") from error
-    return [line.strip(" \t\r") for line in text.rstrip("\r\n").split("\n")]
+    return [line.rstrip(" \t\r") for line in text.rstrip(" \t\r\n").split("\n")]
 
 
 @app.command()
@@ -213,7 +219,7 @@ def convert(
     save(model.deploy() if deployed else model, output)
     form = "deployed" if deployed else "training"
     widths = ", ".join(map(str, model.config.planes))
-    console.print(Text(f"{output}: {form} form, planes {widths}, activation {model.config.activation}"))
+    typer.echo(f"{shown(output)}: {form} form, planes {widths}, activation {model.config.activation}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -233,7 +239,7 @@ def main() -> None:
     try:
         app()
     except (CheckpointError, OSError, ValueError) as error:
-        print(f"parnet: {error}", file=sys.stderr)
+        print(f"parnet: {shown(error)}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         told = re.search(r"PARNET_CPU_ISA must.*", str(error))

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
+from parnet_kernels.app.console import shown
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet, parnet_cifar, parnet_s
 
@@ -180,6 +182,6 @@ def run(out: Path, console: Console, epochs: int = EPOCHS) -> bool:
         f"{latency['deployed']:.1f} ms",
         f"{latency['undeployed'] / latency['deployed']:.1f}×",
     )
-    table.add_row("picture, network", f"{out / 'demo.png'}, {out / 'digits.safetensors'}", "")
+    table.add_row("picture, network", Text(shown(f"{out / 'demo.png'}, {out / 'digits.safetensors'}")), "")
     console.print(table)
     return all(passed for passed, _ in checks.values())

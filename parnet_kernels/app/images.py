@@ -14,18 +14,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 180_000_000  # after resizing; half a gigabyte
 
 
-def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Grey values of 16 bits in 8, by the format's range; other wide values have no range that is known.
+def _eight_bits(image: Image.Image, file_format: str | None, path: Path) -> Image.Image:
+    """Grey values of 16 bits in 8, by the format's range: that of modes I;16, and of mode I in PNG and PNM files, whose
+    values Pillow scales to 0…65535. Pixels of 32 bits have no range that is known.
 
     Raises:
-        ValueError: for pixels of 32-bit integers beyond 16 bits, or of floating-point numbers.
+        ValueError: for these.
     """
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.asarray(image)
-    if image.mode.startswith("F") or values.min() < 0 or values.max() > 65535:
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))):
         raise ValueError(f"{path} has pixels of mode {image.mode} without a known range: convert it to 8 or 16 bits")
-    return Image.fromarray((values.astype(np.float64) / 257 + 0.5).astype(np.uint8))
+    return Image.fromarray((np.asarray(image).astype(np.float64) / 257 + 0.5).astype(np.uint8))
 
 
 def load_image(path: str | Path, size: int, crop: float, channels: int) -> Tensor:
@@ -44,11 +44,12 @@ def load_image(path: str | Path, size: int, crop: float, channels: int) -> Tenso
         raise OSError(f"{path} is not a file")
     try:
         with Image.open(path) as file:
-            image = _eight_bits(ImageOps.exif_transpose(file), path).convert("RGB" if channels == 3 else "L")
+            narrow = _eight_bits(ImageOps.exif_transpose(file), file.format, path)
+            image = narrow.convert("RGB" if channels == 3 else "L")
     except UnidentifiedImageError as error:
         raise OSError(f"{path} is not an image") from error
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no image file {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"cannot read the image {path}: {error}") from error
     scale = size / crop / min(image.size)
