@@ -41,6 +41,7 @@ from parnet_kernels.cuda.network import Lowered, Weights, lower, pack_network
 from parnet_kernels.cuda.plan import A100, H100, L4, RTX4090, Gpu, Pairing, blocks_per_sm, policy
 from parnet_kernels.cuda.program import SKIP, ClassifierCall, LevelCall
 from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.whole import WholeNetwork
 
 TESTS = Path(__file__).parents[1] / "tests"
 HALF = 2  # bytes
@@ -112,8 +113,9 @@ class Level(NamedTuple):
 def lowered(name: str, gpu: Gpu) -> tuple[Weights, Lowered]:
     """A published network with arbitrary weights."""
     network = DeployedParNet(VARIANTS[name]).half()
-    head = [network.head_weight, network.head_bias]
-    weights = pack_network(network.config, network.operators(), head, "ieee")
+    whole = network.whole()
+    assert isinstance(whole, WholeNetwork), whole
+    weights = pack_network(whole, "ieee")
     stride = (3 * 224 * 224, 224 * 224, 224, 1)
     return weights, lower(network.config, weights, (1, 3, 224, 224), stride, torch.float16, "ieee", gpu, "logits")
 

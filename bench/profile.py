@@ -46,7 +46,7 @@ def profile(workload: Workload, threads: int, folder: Path, rounds: int) -> tupl
                 start = time.perf_counter()
                 network(image)
                 end = time.perf_counter()
-                stages = network._native.profile(network, image)
+                stages = network.profile(image)
                 if round_:
                     whole.append(end - start)
                     for layer, sums in _by_layer(stages, threads).items():

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import profiler
 
 from parnet_kernels import _native, ops
 from parnet_kernels.config import Layer, ParNetConfig, layers, levels
+from parnet_kernels.cpu.backend import DTYPES as CPU_DTYPES
 from parnet_kernels.cpu.network import CpuNetwork
 from parnet_kernels.cuda.network import CapturedNetwork, CudaNetwork
 from parnet_kernels.reference import ACTIVATIONS, per_channel
 from parnet_kernels.reparam import affine_of
+from parnet_kernels.unchanged import HOOKS, Remembered, Watch
+from parnet_kernels.whole import WholeNetwork, classify, why_not_now, why_not_tensors
 
-if TYPE_CHECKING:
-    from parnet_kernels.model import ParNet
+
+class TrainingForm(Protocol):
+    """What is folded: `ParNet`."""
+
+    config: ParNetConfig
+    head: Any
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def block(self, name: str) -> Any: ...
+    def fusion_norm(self, name: str) -> Any: ...
 
 
-class DeployedLayer(nn.Module):
+class _Weights(nn.Module):
+    """Its weights are buffers: who asks for, or forgets, gradients of a module means these too."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        for t in self.buffers():
+            t.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for t in self.buffers():
+            if t.grad is not None:
+                t.grad = None if set_to_none else torch.zeros_like(t)
+
+
+class DeployedLayer(_Weights):
     """One layer as one operator; its buffers are the operator's arguments. See `ops` for their shapes."""
 
     weight: Tensor
@@ -31,14 +60,7 @@ class DeployedLayer(nn.Module):
         self.kind = layer.kind
         self.stride = layer.stride
         self.activation = activation
-        c, k = layer.in_channels, layer.out_channels
-        shapes: dict[str, tuple[int, ...]] = {"weight": (k, c, 3, 3), "bias": (k,), "gate_weight": (k, c)}
-        if layer.kind == "pointwise":
-            shapes = {"weight": (k, c, 1, 1), "bias": (k,)}
-        if layer.kind == "repvgg_sse":
-            shapes |= {"skip_scale": (c,), "skip_shift": (c,)}
-        if with_affine:
-            shapes |= {"out_scale": (k,), "out_shift": (k,)}
+        shapes = _shapes(layer, with_affine)
         self.names = tuple(shapes)
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape))
@@ -58,7 +80,7 @@ class DeployedLayer(nn.Module):
         return getattr(ops, self.kind)(*inputs, **self.arguments(), activation=self.activation, **options)
 
 
-class AffineLayer(nn.Module):
+class AffineLayer(_Weights):
     """scale·x + shift: a fusion's BatchNorm where no producer can take it over (a stream without blocks)."""
 
     scale: Tensor
@@ -73,22 +95,82 @@ class AffineLayer(nn.Module):
         return x * per_channel(self.scale) + per_channel(self.shift)
 
 
+def _shapes(layer: Layer, with_affine: bool) -> dict[str, tuple[int, ...]]:
+    """Of a layer's tensors."""
+    c, k = layer.in_channels, layer.out_channels
+    shapes: dict[str, tuple[int, ...]] = {"weight": (k, c, 3, 3), "bias": (k,), "gate_weight": (k, c)}
+    if layer.kind == "pointwise":
+        shapes = {"weight": (k, c, 1, 1), "bias": (k,)}
+    if layer.kind == "repvgg_sse":
+        shapes |= {"skip_scale": (c,), "skip_shift": (c,)}
+    if with_affine:
+        shapes |= {"out_scale": (k,), "out_shift": (k,)}
+    return shapes
+
+
 def _slot(name: str) -> str:
     """A layer's name as a module name."""
     return name.replace(".", "_")
 
 
-def _global_hooks() -> bool:
-    g = torch.nn.modules.module
-    return bool(
+def _fused(config: ParNetConfig) -> dict[str, bool]:
+    """The outputs that fusions read, and whether their producer takes over the BatchNorm: nothing else reads them."""
+    graph = layers(config)
+    uses = [name for layer in graph for name in layer.inputs]
+    return {name: uses.count(name) == 1 for layer in graph if layer.kind == "fusion_se" for name in layer.inputs}
+
+
+def _schedule(config: ParNetConfig) -> list[tuple[Layer, list[str]]]:
+    """The layers in order of execution, each with the maps that no later one reads."""
+    left: set[str] = set()
+    found: list[tuple[Layer, list[str]]] = []
+    for layer in reversed(layers(config)):
+        last = [name for name in dict.fromkeys(layer.inputs) if name not in left]
+        left.update(last)
+        found.append((layer, last))
+    return found[::-1]
+
+
+def _label(name: str) -> AbstractContextManager[object]:
+    """Names a span for a profiler, if one is running."""
+    return profiler.record_function(name) if profiler._is_profiler_enabled else nullcontext()
+
+
+# What a call of a layer goes through; changed where someone patches a class.
+_METHODS = operator.attrgetter("__call__", "_call_impl", "forward", "arguments")
+_ORIGINAL = _METHODS(DeployedLayer)
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def _why_not_modules() -> str | None:
+    """What was done to all modules, or to the class of the layers, that one call for all would ignore; or None."""
+    g = nn.modules.module
+    if (
         g._global_forward_hooks
         or g._global_forward_pre_hooks
         or g._global_backward_hooks
         or g._global_backward_pre_hooks
-    )
+    ):
+        return "there are global module hooks"
+    return None if _METHODS(DeployedLayer) == _ORIGINAL else "DeployedLayer was patched"
 
 
-class DeployedParNet(nn.Module):
+def _why_not_layer(m: nn.Module, expected: tuple[Any, ...]) -> str | None:
+    """What was done to a layer that the native kernels would ignore, or None. expected: kind, stride, activation,
+    names of the tensors.
+    """
+    if type(m) is not DeployedLayer:
+        return f"is a {type(m).__name__}"
+    if patched := [name for name in m.__dict__ if name in _ATTRIBUTES]:
+        return f"has another `{patched[0]}`"
+    if any(m.__dict__[name] for name in HOOKS):
+        return "has hooks"
+    if (m.kind, m.stride, m.activation, m.names) != expected:
+        return "has other settings than the configuration says"
+    return None
+
+
+class DeployedParNet(_Weights):
     """ParNet for inference. Make one with `ParNet.deploy()` or `load_deployed`.
 
     Input [N, in_chans, H, W], H, W ≥ 1; output logits [N, num_classes] ([N, P] without a classifier).
@@ -99,8 +181,9 @@ class DeployedParNet(nn.Module):
     not part of the state dict; else, and wherever something was done to a layer that those kernels would not see
     (`why_layer_by_layer`), each layer is one operator.
 
-    Weights are buffers. One that asks for a gradient (`network.head_weight.requires_grad_()`), or is replaced by a
-    Parameter, gets it; then each layer is one operator.
+    Weights are buffers. Those that ask for a gradient (`network.head_weight.requires_grad_()`, or `requires_grad_()` of
+    the network or a layer) get it, and so do Parameters in their place and parametrizations; a call that records
+    gradients goes layer by layer.
     """
 
     head_weight: Tensor
@@ -112,29 +195,29 @@ class DeployedParNet(nn.Module):
         super().__init__()
         self.config = config
         self.num_features = config.planes[-1]
-        graph = layers(config)
-        uses = [name for layer in graph for name in layer.inputs]
-        fused = [name for layer in graph if layer.kind == "fusion_se" for name in layer.inputs]
-        in_producer = {name for name in fused if uses.count(name) == 1}
+        graph, fused = layers(config), _fused(config)
         self.layers = nn.ModuleDict(
-            {_slot(layer.name): DeployedLayer(layer, config.activation, layer.name in in_producer) for layer in graph}
+            {_slot(m.name): DeployedLayer(m, config.activation, fused.get(m.name, False)) for m in graph}
         )
         width = {layer.name: layer.out_channels for layer in graph}
-        self.affines = nn.ModuleDict({_slot(n): AffineLayer(width[n]) for n in fused if n not in in_producer})
-        self.has_affines = len(self.affines) > 0
+        self.affines = nn.ModuleDict(
+            {_slot(name): AffineLayer(width[name]) for name, in_producer in fused.items() if not in_producer}
+        )
         self.register_buffer("head_weight", torch.zeros(config.num_classes, self.num_features))
         self.register_buffer("head_bias", torch.zeros(config.num_classes))
-        self._built = {name: (m.kind, m.stride, m.activation) for name, m in self.layers.items()}
+        self._schedule = _schedule(config)
+        self._whole: Remembered[WholeNetwork] = Remembered()
         self._native = CpuNetwork()
         self._cuda_network = CudaNetwork()
         self.eval()
 
     @classmethod
     @torch.no_grad()
-    def from_training(cls, model: ParNet) -> DeployedParNet:
+    def from_training(cls, model: TrainingForm) -> DeployedParNet:
         """Folds `model` (in float64, stored in its dtype, on its device), with its running statistics."""
         reference = next(model.parameters())
-        deployed = cls(model.config).to(reference.device, reference.dtype)
+        with reference.device:  # whatever the default device is
+            deployed = cls(model.config).to(reference.dtype)
 
         def assign(module: nn.Module, values: dict[str, Tensor]) -> None:
             for name, value in values.items():
@@ -156,10 +239,13 @@ class DeployedParNet(nn.Module):
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedParNet:
-        # What was packed is of the old buffers.
+        self._forget()  # what was packed is of the old buffers
+        return super()._apply(fn, recurse)
+
+    def _forget(self) -> None:
+        self._whole.forget()
         self._native.forget()
         self._cuda_network.forget()
-        return super()._apply(fn, recurse)
 
     @property
     def num_classes(self) -> int:
@@ -173,67 +259,141 @@ class DeployedParNet(nn.Module):
         """The layers by depth; those of one level are independent of each other."""
         return levels(self.config)
 
-    def why_layer_by_layer(self) -> str | None:
-        """What was done to the network that a single call of the native kernels would ignore, or None: layers replaced,
-        wrapped, patched or hooked, weights that are Parameters or need a gradient, a transform of torch.func.
+    def whole(self) -> WholeNetwork | str:
+        """The network as the runners of whole networks take it, the same object as long as nothing has changed; or
+        what was done to it, or is active now, that one call of the native kernels would ignore.
         """
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a transform of torch.func is active"
-        if _global_hooks():
-            return "there are global module hooks"
-        if self._parameters:
-            return f"{', '.join(self._parameters)} is a Parameter"
-        layers = self.layers._modules
-        if [*layers] != [*self._built]:
-            return "layers were added, removed or reordered"
-        for name, built in self._built.items():
-            m: Any = layers[name]
-            d = m.__dict__  # asked at every call, with cold caches: no attribute look-ups
-            if type(m) is not DeployedLayer or d["_modules"] or d["_parameters"] or "forward" in d:
-                return f"layers.{name} was replaced or changed"
-            if (d["kind"], d["stride"], d["activation"]) != built:
-                return f"layers.{name} has other settings than it was built with"
-            if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
-                return f"layers.{name} has hooks"
-        if torch.is_grad_enabled() and any(b.requires_grad for b in self.buffers()):
+        if reason := why_not_now() or _why_not_modules():
+            return reason
+        known = self._whole.get()
+        if known is None:
+            with self._whole.lock:
+                known = self._whole.get()
+                if known is None:
+                    if reason := self._why_not_whole():
+                        return reason
+                    # Watched before anything is packed, and checked again: another thread's change must not slip by.
+                    watched = [self, self.layers, *self.layers.values()]
+                    settings = [("config",), (), *[("kind", "stride", "activation", "names")] * len(self.layers)]
+                    watch = Watch(watched, settings)
+                    if reason := self._why_not_whole():
+                        return reason
+                    arguments = [m.arguments() for m in self.layers.values() if isinstance(m, DeployedLayer)]
+                    head = self.head_weight, self.head_bias
+                    known = self._whole.put(watch, WholeNetwork(self.config, arguments, head))
+        watch, found = known
+        if torch.is_grad_enabled() and any(map(_requires_grad, watch.tensors)):
             return "weights need gradients"
+        return found
+
+    def _why_not_whole(self) -> str | None:
+        """Why the modules are not those that the configuration says, as they were made; or None."""
+        config, graph, fused = self.config, layers(self.config), _fused(self.config)
+        if not all(fused.values()):
+            return "a stream without blocks feeds a fusion"
+        modules = self._modules.get("layers")
+        if type(modules) is not nn.ModuleDict or [*modules] != [_slot(layer.name) for layer in graph]:
+            return "layers were added, removed or reordered"
+        shapes = {"head_weight": (config.num_classes, self.num_features), "head_bias": (config.num_classes,)}
+        head: Any = self._buffers.get("head_weight", self._parameters.get("head_weight"))
+        if reason := why_not_tensors(self, shapes, head):
+            return reason
+        for layer, (name, m) in zip(graph, modules.items(), strict=True):
+            shapes = _shapes(layer, fused.get(layer.name, False))
+            reason = _why_not_layer(m, (layer.kind, layer.stride, config.activation, tuple(shapes)))
+            if reason := reason or why_not_tensors(m, shapes, head):
+                return f"layers.{name}: {reason}"
         return None
+
+    def why_layer_by_layer(self, x: Tensor | None = None) -> str | None:
+        """The reason why a call (on images like x) goes layer by layer, not in one call of the native kernels; or None:
+        layers replaced, wrapped, patched or hooked, weights that need a gradient, a transform of torch.func, …
+        """
+        found = self.whole()
+        if isinstance(found, str):
+            return found
+        if x is None:
+            return None
+        runner = self._runner(x)
+        return f"x is on {x.device}" if runner is None else runner.why_not(found, x)
+
+    def _runner(self, x: Tensor) -> CpuNetwork | CudaNetwork | None:
+        return self._native if x.is_cpu else self._cuda_network if x.is_cuda else None
 
     def _run(self, x: Tensor, result: str) -> Tensor:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
-        whole_network = () if self.why_layer_by_layer() else (self._native, self._cuda_network)
-        for whole in whole_network:
-            if whole.why_not(self, x) is None and (found := whole.run(self, x, result)) is not None:
-                return found
+        if torch.compiler.is_compiling():
+            return self._layer_by_layer(x, result)
+        with _label("parnet::network"):
+            found = self.whole() if type(x) is Tensor else "not a plain tensor"
+            if isinstance(found, WholeNetwork) and (runner := self._runner(x)) and runner.why_not(found, x) is None:
+                made = runner.run(found, x, result)
+                if made is not None:
+                    return made
+            self._check(x)
+            return self._layer_by_layer(x, result, _label)
+
+    def _layer_by_layer(
+        self, x: Tensor, result: str, label: Callable[[str], AbstractContextManager[object]] = nullcontext
+    ) -> Tensor:
         made = {"image": x}
-        graph = layers(self.config)
-        for index, layer in enumerate(graph):
-            inputs: Iterable[Tensor] = (made[name] for name in layer.inputs)
+        for layer, last in self._schedule:
+            slot, inputs = _slot(layer.name), [made[name] for name in layer.inputs]
             if layer.kind == "fusion_se":
-                inputs = (
-                    self.affines[_slot(name)](made[name]) if _slot(name) in self.affines else made[name]
-                    for name in layer.inputs
-                )
-            made[layer.name] = self.layers[_slot(layer.name)](*inputs)
-            needed = {name for later in graph[index + 1 :] for name in later.inputs} | {layer.name}
-            made = {name: value for name, value in made.items() if name in needed}
-        features = made[graph[-1].name]
+                names = map(_slot, layer.inputs)
+                inputs = [self.affines[n](t) if n in self.affines else t for n, t in zip(names, inputs, strict=True)]
+            for name in last:
+                del made[name]
+            with label(layer.name):
+                made[layer.name] = self.layers[slot](*inputs)
+        (features,) = made.values()
         if result == "features":
             return features
-        pooled = features.mean((2, 3))
-        return pooled if result == "pooled" else F.linear(pooled, self.head_weight, self.head_bias)
+        with label("head"):
+            return classify(features, (self.head_weight, self.head_bias) if result == "logits" else None)
+
+    def _check(self, x: Any) -> None:
+        """Says what is wrong with x in terms of the network, not of its first layer.
+
+        Raises:
+            TypeError: x is no tensor.
+            ValueError: x has other channels, another dtype or device than the weights.
+        """
+        if not hasattr(type(x), "__torch_function__"):  # tensors, and what stands for them
+            raise TypeError(
+                f"parnet_kernels: `x` must be a tensor [N, {self.config.in_chans}, H, W], "
+                f"got a {type(x).__module__}.{type(x).__name__}"
+            )
+        first = self.layers._modules.get(_slot(layers(self.config)[0].name))
+        if not isinstance(x, Tensor) or type(first) is not DeployedLayer or first._forward_pre_hooks or x.dim() != 4:
+            return
+        weight, c = first.weight, first.weight.shape[1]
+        if x.shape[1] != c:
+            hint = ""
+            if x.shape[3] == c:
+                hint = ": it looks channels-last [N, H, W, C]; `x.permute(0, 3, 1, 2)` is [N, C, H, W]"
+            raise ValueError(
+                f"parnet_kernels: `x` of shape {list(x.shape)} has {x.shape[1]} channels, the network takes {c}{hint}"
+            )
+        if x.device != weight.device:
+            raise ValueError(f"parnet_kernels: `x` is on {x.device}, the network on {weight.device}")
+        if x.is_floating_point() and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"parnet_kernels: `x` is {x.dtype}, the network {weight.dtype}: convert one of them with `.to(…)`"
+            )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, [N, P, ⌈H/32⌉, ⌈W/32⌉] in the ImageNet variants."""
         return self._run(x, "features")
 
     def forward(self, x: Tensor) -> Tensor:
+        if any(name in self.__dict__ or getattr(type(self), name) is not method for name, method in _PARTS.items()):
+            return self.forward_head(self.forward_features(x))  # one of them is someone's own
         return self._run(x, "logits" if self.num_classes else "pooled")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map → logits [N, num_classes], or pooled features [N, P] if `pre_logits` or without a classifier."""
-        pooled = x.mean((2, 3))
-        return pooled if pre_logits or not self.num_classes else F.linear(pooled, self.head_weight, self.head_bias)
+        return classify(x, None if pre_logits or not self.num_classes else (self.head_weight, self.head_bias))
 
     def capture(self, x: Tensor) -> CapturedNetwork:
         """The whole network as one CUDA graph for images like `x`: see `CapturedNetwork`. It calls no forward hooks.
@@ -241,7 +401,21 @@ class DeployedParNet(nn.Module):
         Raises:
             RuntimeError: with the reason, where the CUDA kernels cannot run this network on `x`.
         """
-        return CapturedNetwork(self, x)
+        found = self.whole()
+        if isinstance(found, str):
+            raise RuntimeError(f"parnet_kernels: the network cannot be captured: {found}")
+        return CapturedNetwork(found, self._cuda_network, x)
+
+    def profile(self, x: Tensor) -> list[tuple[int, int, float]]:
+        """Where the time of one call of the native CPU kernels goes: see `CpuNetwork.profile`.
+
+        Raises:
+            RuntimeError: with the reason, where they cannot run this network on `x`.
+        """
+        found = self.whole()
+        if isinstance(found, str):
+            raise RuntimeError(f"parnet_kernels: no profile without the native CPU kernels: {found}")
+        return self._native.profile(found, x)
 
     def prepare(self, storage: str | None = None) -> DeployedParNet:
         """Packs the weights for the native CPU kernels now, not at the first call; returns itself.
@@ -261,7 +435,13 @@ class DeployedParNet(nn.Module):
             ValueError: for another storage.
         """
         self._native.use(storage)
-        self._cuda_network.forget()
-        if not _native.cpu_error and self.why_layer_by_layer() is None:
-            self._native.prepare(self)
+        self._forget()
+        found = None if _native.cpu_error else self.whole()
+        if isinstance(found, WholeNetwork) and found.head[0].is_cpu and found.head[0].dtype in CPU_DTYPES:
+            self._native.prepare(found)
         return self
+
+
+_PARTS = {"forward_features": DeployedParNet.forward_features, "forward_head": DeployedParNet.forward_head}
+# Attributes of an instance that hide what its class does.
+_ATTRIBUTES = {name for name in dir(DeployedLayer) if callable(getattr(DeployedLayer, name))} | {"_compiled_call_impl"}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parnet_kernels.config import VARIANTS, Layer, ParNetConfig, cifar_config, layers
+from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.reference import ACTIVATIONS, interleave, shuffle
 from parnet_kernels.reparam import affine_of, fold_gated_block, fold_identity_block
-
-if TYPE_CHECKING:
-    from parnet_kernels.deployed import DeployedParNet
 
 
 class _Holder(nn.Module):
@@ -251,8 +249,6 @@ class ParNet(nn.Module):
 
     def deploy(self) -> DeployedParNet:
         """The network for inference, one operator a layer; this model is left as it is. See `DeployedParNet`."""
-        from parnet_kernels.deployed import DeployedParNet
-
         return DeployedParNet.from_training(self)
 
 

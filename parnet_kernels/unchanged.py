@@ -1,60 +1,108 @@
-"""Whether the buffers that packed weights were made of are still the same."""
+"""The one answer to "is it still the same?": whether tensors, and modules, are as they were when something was made of
+them. For every cache of packed weights: those of networks (`Watch`) and those of single operators (`state_of`).
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parnet_kernels import _native
-
-if TYPE_CHECKING:
-    from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.locks import Lock
 
 _version = operator.attrgetter("_version")
+T = TypeVar("T")
+#: Of a module: the dictionaries with what its result depends on besides its settings.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DICTS = ("_parameters", "_buffers", "_modules", *HOOKS)
+
+
+class State(NamedTuple):
+    """What tells whether tensors are as they were; holds no tensor."""
+
+    versions: list[int]
+    values: int | list[int]  # a fingerprint; or, elsewhere than on the CPU, addresses
+
+
+def state_of(tensors: list[Tensor]) -> State:
+    """Of tensors that are not inference tensors, which have no version counter.
+
+    The version counter tells changes in place. What bypasses it (`weight.data = …`, collectives, `weight.data.mul_(2)`,
+    NumPy views) is told on the CPU by a fingerprint of addresses, shapes, all values of vectors and 64 values spread
+    over each larger tensor. Elsewhere values cannot be read without waiting for the device: addresses tell
+    `weight.data = …`, but for memory that came back to the same place.
+    """
+    versions = [*map(_version, tensors)]
+    if _native.cpu_error is None and tensors and tensors[0].is_cpu:
+        try:
+            return State(versions, torch.ops.parnet._cpu_fingerprint.default(tensors))
+        except NotImplementedError:  # not all of them are on the CPU
+            pass
+    return State(versions, [*map(Tensor.data_ptr, tensors)])
 
 
 class Watch:
-    """The buffers of a network as they are now. Holds them, so that none of them can be mistaken for a later one.
+    """Modules as they are now: classes, number of attributes, some settings, submodules, hooks and tensors. Holds them,
+    so that none of them can be mistaken for a later one.
 
-    Asked at every call of the network, when caches hold weights and activations: it touches as little memory as it can.
-    Objects and version counters tell most changes. Those that bypass the counter (`weight.data = …`, collectives, NumPy
-    views) are told by addresses and, on the CPU, by a fingerprint: all values of vectors, 64 of each larger tensor.
+    Asked at every call of a network, when caches hold weights and activations: it touches as little memory as it can.
     """
 
-    @classmethod
-    def of(cls, network: DeployedParNet, device_type: str) -> Watch | None:
-        """None if some buffers are on other devices, or inference tensors, whose changes cannot be seen."""
-        if any(b.is_inference() or b.device.type != device_type for b in network.buffers()):
-            return None
-        return cls(network)
-
-    def __init__(self, network: DeployedParNet) -> None:
-        modules = [network, *network.layers.values()]
-        # What can be replaced: the layers as a whole, each of them, and their buffers.
-        self._dicts: list[dict[str, Any]] = [network._modules, network.layers._modules, *(m._buffers for m in modules)]
+    def __init__(self, modules: Sequence[nn.Module], settings: Sequence[tuple[str, ...]]) -> None:
+        """settings: for each module, names of the attributes that matter; they are compared as objects."""
+        self._modules = list(modules)
+        self._attributes = [m.__dict__ for m in modules]
+        self._classes, self._counts = [*map(type, modules)], [*map(len, self._attributes)]
+        self._look = [operator.itemgetter(*_DICTS, *names) for names in settings]
+        dicts = [attributes[name] for attributes in self._attributes for name in _DICTS]
+        # Most are empty, which is faster asked than their contents.
+        self._empty, self._dicts = [d for d in dicts if not d], [d for d in dicts if d]
         self._objects = self._current()
-        self._tensors = [b for b in self._objects if isinstance(b, Tensor)]
-        self._versions = [*map(_version, self._tensors)]
-        self._values = self._current_values()
+        self.tensors = [t for t in self._objects if isinstance(t, Tensor)]
+        self._state = state_of(self.tensors)
 
     def _current(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self._dicts))]
-
-    def _current_values(self) -> list[int]:
-        if _native.cpu_error is None and all(t.is_cpu for t in self._tensors):
-            return [torch.ops.parnet._cpu_fingerprint.default(self._tensors)]
-        return [*map(Tensor.data_ptr, self._tensors)]
+        attributes = map(operator.call, self._look, self._attributes)
+        return [*chain.from_iterable(attributes), *chain.from_iterable(map(dict.values, self._dicts))]
 
     def unchanged(self) -> bool:
-        """Whether no layer or buffer was replaced, added, removed or changed in place."""
-        objects = self._current()
+        """Whether nothing was replaced, added, removed or changed in place."""
+        if any(self._empty) or [*map(type, self._modules)] != self._classes:
+            return False
+        try:
+            objects = self._current()
+        except KeyError:  # an attribute was deleted
+            return False
         return (
-            len(objects) == len(self._objects)
+            [*map(len, self._attributes)] == self._counts
+            and len(objects) == len(self._objects)
             and all(map(operator.is_, objects, self._objects))
-            and [*map(_version, self._tensors)] == self._versions
-            and self._current_values() == self._values
+            and state_of(self.tensors) == self._state
         )
+
+
+class Remembered(Generic[T]):
+    """A value that was made of modules, as long as they are unchanged. Not copied or pickled: a copy makes its own."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Watch, T] | None = None
+        self.lock = Lock()  # for who makes the value
+
+    def __reduce__(self) -> tuple[type[Remembered[T]], tuple[()]]:
+        return Remembered, ()
+
+    def get(self) -> tuple[Watch, T] | None:
+        known = self._known
+        return known if known is not None and known[0].unchanged() else None
+
+    def put(self, watch: Watch, value: T) -> tuple[Watch, T]:
+        self._known = known = watch, value
+        return known
+
+    def forget(self) -> None:
+        self._known = None

@@ -104,7 +104,7 @@ def test_profile_names_every_layer(tmp_path: Path) -> None:
     assert "streams.0.0" in text.export_text()
     network = workload.network(tmp_path)
     with pytest.raises(RuntimeError, match="no profile without"):
-        network._native.profile(network, workload.inputs()[0].double())
+        network.profile(workload.inputs()[0].double())
 
 
 @pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))

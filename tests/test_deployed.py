@@ -207,11 +207,11 @@ def test_changes_of_weights_are_seen() -> None:
 def test_storage_of_a_network_knows_its_maps() -> None:
     with torch.device("meta"):
         network = DeployedParNet(VARIANTS["l"])
-    found = dict(zip(network.layers, network._native._storages(network), strict=True))
+    found = dict(zip(network.layers, network._native._storages(network.whole()), strict=True))
     assert {found[name] for name in ("inits_0_0", "streams_0_0", "streams_1_0", "downsamples_2_0")} == {"wide"}
     assert {found[name] for name in ("inits_2", "streams_2_0", "downsamples_2_1_2", "combine_3")} == {"auto"}
     network._native.use("rows")
-    assert set(network._native._storages(network)) == {"rows"}
+    assert set(network._native._storages(network.whole())) == {"rows"}
 
 
 @torch.no_grad()
@@ -229,7 +229,7 @@ def test_trace_holds_operators_not_packed_weights() -> None:
 @torch.no_grad()
 def test_conversion_frees_packed_weights() -> None:
     _, deployed = pair(TINY["3 streams"])
-    held = weakref.ref(deployed._native.prepare(deployed).weights)
+    held = weakref.ref(deployed._native.prepare(deployed.whole()).weights)
     deployed.double()
     assert held() is None
 
@@ -246,7 +246,7 @@ def test_memory_of_packed_weights(variant: str, auto: dict[int, int], others: tu
     network = DeployedParNet(VARIANTS[variant])
     lanes = json.loads(torch.ops.parnet._cpu_info())["lanes"]
     for storage, expected in zip(("auto", "full", "rows", "compact"), (auto[lanes], *others), strict=True):
-        packed = network.prepare(storage=storage)._native.prepare(network)
+        packed = network.prepare(storage=storage)._native.prepare(network.whole())
         assert packed is not None
         assert round(packed.weights.numel() / 1e6) == expected
 
@@ -256,9 +256,9 @@ def test_storage_trades_memory_for_time() -> None:
     _, deployed = pair(TINY["3 streams"])
     x = image((64, 64))
     expected = deployed.prepare(storage="wide")(x)
-    large = deployed._native.prepare(deployed).weights.numel()
+    large = deployed._native.prepare(deployed.whole()).weights.numel()
     assert error(deployed.prepare(storage="compact")(x), expected.double()) <= 5e-6
-    assert deployed._native.prepare(deployed).weights.numel() < large / 2
+    assert deployed._native.prepare(deployed.whole()).weights.numel() < large / 2
     with pytest.raises(ValueError, match="`storage` must be one of"):
         deployed.prepare(storage="int8")
 
@@ -326,8 +326,8 @@ def test_cifar_form() -> None:
     ("x", "message"),
     [
         (torch.zeros(3, 32, 32), "`x` must have 4 dimensions"),
-        (torch.zeros(1, 4, 32, 32), "`weight` must have shape"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "`weight` must have the dtype of `x`"),
+        (torch.zeros(1, 4, 32, 32), "`x` of shape .* has 4 channels, the network takes 3$"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), r"`x` is torch.float64, the network torch.float32"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "`x` must be a float64, float32"),
         (torch.zeros(1, 3, 0, 32), "`x` must have C, H, W ≥ 1"),
     ],

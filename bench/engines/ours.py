@@ -54,7 +54,7 @@ class Ours:
         """The reason why the native kernels do not run, if they do not."""
         if task.workload.layer is None:
             network = task.workload.network(task.folder)
-            reason = network._native.why_not(network, task.inputs[0])
+            reason = network.why_layer_by_layer(task.inputs[0])
         else:
             reason = ops.explain(task.workload.spec.kind, task.inputs[0])["cpu"]
         return f"reference path: {reason}" if reason else ""

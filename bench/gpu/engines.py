@@ -63,7 +63,7 @@ def _cuda(task: GpuTask, mode: str) -> Built:
         return _operator(task, "cuda")
     network = task.workload.network(task.folder).to(task.device, task.torch_dtype)
     (x,) = task.inputs
-    if reason := network._cuda_network.why_not(network, x):
+    if reason := network.why_layer_by_layer(x):
         raise RuntimeError(reason)
 
     @torch.inference_mode()

@@ -30,8 +30,9 @@ from torch import Tensor
 from parnet_kernels import _native
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.locks import Lock
+from parnet_kernels.unchanged import State, state_of
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PARAMETERS = {
     "repvgg_sse": ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias"),
     "downsample_se": ("weight", "bias", "gate_weight", "gate_bias"),
@@ -55,8 +56,8 @@ def why_not(op: str, x: Tensor) -> str | None:
         return _native.cpu_error
     if x.device.type != "cpu":
         return f"x is on {x.device}"
-    if x.dtype not in _DTYPES:
-        return f"x is {x.dtype}, not one of {_DTYPES}"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}, not one of {DTYPES}"
     if 0 in x.shape[1:]:
         return f"x has shape {list(x.shape)}"
     return None
@@ -125,17 +126,10 @@ def are_finite(tensors: list[Tensor]) -> bool:
 # ------------------------------------------------------------------ cache
 
 
-class _State(NamedTuple):
-    """What tells whether parameters are as they were; holds no tensor."""
-
-    versions: list[int]
-    fingerprint: int
-
-
 class _Entry(NamedTuple):
     references: list[weakref.ref[Tensor]]  # one that dies takes the entry along
     objects: list[int]  # ids of the parameters, of None where one is not given
-    state: _State | list[Tensor]  # of inference tensors: copies
+    state: State | list[Tensor]  # of inference tensors: copies
     packed: Tensor | None  # None: a parameter is not finite
     looks: set[_Look]  # of the calls that it served
 
@@ -170,13 +164,13 @@ def packed_weights(op: str, stride: int, activation: str, parameters: Parameters
     entry = _entries.get(key)
     objects = [*map(id, parameters.values())]
     if entry is not None and entry.objects == objects:
-        if isinstance(entry.state, _State):
-            if not inference and entry.state == _state(present):
+        if isinstance(entry.state, State):
+            if not inference and entry.state == state_of(present):
                 return entry.packed
         elif inference and all(torch.equal(a, b) for a, b in zip(entry.state, present, strict=True)):
             return entry.packed
     # State first: an update by another thread while packing must make the entry stale, not hide in it.
-    state = [p.clone() for p in present] if inference else _state(present)
+    state = [p.clone() for p in present] if inference else state_of(present)
     packed = pack(op, stride, activation, parameters, storage) if are_finite(present) else None
     references = [weakref.ref(p, lambda _: _forget(key)) for p in present]
     with _lock:
@@ -189,10 +183,6 @@ def _forget(key: _Key) -> None:
     entry = _entries.pop(key, None)
     for look in [*entry.looks] if entry else ():
         _calls.pop(look, None)
-
-
-def _state(present: list[Tensor]) -> _State:
-    return _State([*map(_version, present)], torch.ops.parnet._cpu_fingerprint(present))
 
 
 # ------------------------------------------------------------------ repeated calls
@@ -218,7 +208,7 @@ def remember(asked: str | None, op: str, tensors: list[Tensor | None], options: 
     look, key = _look(asked, op, tensors, options), _key(op, tensors, options)
     with _lock:
         entry = _entries.get(key)
-        if look is None or entry is None or entry.packed is None or not isinstance(entry.state, _State):
+        if look is None or entry is None or entry.packed is None or not isinstance(entry.state, State):
             return
         if len(entry.looks) >= MAX_LOOKS:
             for old in entry.looks:
@@ -239,13 +229,13 @@ def again(asked: str | None, op: str, tensors: list[Tensor | None], options: dic
     if known is None:
         return None
     entry, channels_last = known
-    assert isinstance(entry.state, _State)
+    assert isinstance(entry.state, State)
     inputs = _INPUTS[op]
     given = (*tensors[inputs:], options["out_scale"], options["out_shift"])
     present = [p for p in given if p is not None]
     if [*map(id, given)] != entry.objects or [*map(_version, present)] != entry.state.versions:
         return None
     result: Tensor = torch.ops.parnet._cpu_layer_if_same.default(
-        tensors[0], tensors[1] if inputs == 2 else None, entry.packed, channels_last, present, entry.state.fingerprint
+        tensors[0], tensors[1] if inputs == 2 else None, entry.packed, channels_last, present, entry.state.values
     )
     return result if result.dim() == 4 else None

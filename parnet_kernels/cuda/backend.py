@@ -26,6 +26,7 @@ from parnet_kernels.cuda.record import RESULT, WORKSPACE, Recorder, Step
 from parnet_kernels.cuda.workspace import capturing, finish, workspace
 from parnet_kernels.locks import Lock
 from parnet_kernels.precision import current_precision
+from parnet_kernels.unchanged import State, state_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)
@@ -171,7 +172,7 @@ def _record(
         recorder.enter(shape, stride, RESULT + 1 + i, recorder.step, aligned)
         for i, (shape, stride, aligned) in enumerate(inputs)
     )
-    empty = torch.empty(0)
+    empty = torch.empty(0, device="cpu")
     packed = PackedLayer(empty, empty, empty, empty, *geometry)
     step = Step(packed, recorder.first_packed, maps, f"{op} {list(inputs[0][0])} -> {geometry.out_channels} channels")
     (result,) = recorder.level([step])
@@ -194,7 +195,7 @@ def _pack(op: str, stride: int, activation: str, parameters: Parameters, precisi
 
 class _Entry(NamedTuple):
     references: list[weakref.ref[Tensor]]
-    state: tuple[tuple[int, int], ...]  # version counter and address
+    state: State
     packed: PackedLayer
 
 
@@ -218,7 +219,7 @@ def _cached(op: str, parameters: Parameters, options: tuple[Any, ...], build: An
     assert weight is not None
     key = (id(weight), op, *options)
     present = [p for p in parameters.values() if p is not None]
-    state = tuple((p._version, p.data_ptr()) for p in present)
+    state = state_of(present)
     entry = _entries.get(key)
     if entry is not None and entry.state == state and all(map(operator.is_, (r() for r in entry.references), present)):
         return entry.packed

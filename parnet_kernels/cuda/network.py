@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from parnet_kernels import selection
+from parnet_kernels import whole
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import Layer, ParNetConfig, layers, levels
 from parnet_kernels.cuda.backend import tensor_missing
@@ -22,10 +19,7 @@ from parnet_kernels.cuda.record import RESULT, Map, Recorder, Step
 from parnet_kernels.cuda.workspace import allocate, capturing, finish, workspace
 from parnet_kernels.locks import Lock
 from parnet_kernels.precision import current_precision
-from parnet_kernels.unchanged import Watch
-
-if TYPE_CHECKING:
-    from parnet_kernels.deployed import DeployedLayer, DeployedParNet
+from parnet_kernels.whole import WholeNetwork
 
 IMAGE = RESULT + 1
 MAX_SHAPES = 128  # whose programs are kept
@@ -63,26 +57,25 @@ def layouts(config: ParNetConfig, dtype: torch.dtype) -> dict[str, Layout]:
     return found
 
 
-def pack_network(config: ParNetConfig, modules: list[DeployedLayer], head: list[Tensor], precision: str) -> Weights:
-    """modules: the layers that are operators, in order of execution; head: weight and bias of the classifier."""
-    dtype = modules[0].weight.dtype
+def pack_network(network: WholeNetwork, precision: str) -> Weights:
+    config, dtype = network.config, network.head[0].dtype
     place = layouts(config, dtype)
     packed: list[PackedLayer | PackedStem] = []
     first: list[int] = []
     tensors: list[Tensor] = []
-    for layer, module in zip(layers(config), modules, strict=False):
-        parameters: dict[str, Tensor | None] = dict(module.arguments())
+    for layer, arguments in network.operators():
+        parameters: dict[str, Tensor | None] = dict(arguments)
         first.append(len(tensors))
         if layer.inputs == ("image",) and fits_stem(layer.kind, layer.in_channels):
-            stem = pack_stem(layer.stride, module.activation, parameters, precision)
+            stem = pack_stem(layer.stride, config.activation, parameters, precision)
             packed.append(stem)
             tensors += stem[:3]
         else:
             inputs = tuple(place[name] for name in layer.inputs)
-            body = pack(layer.kind, layer.stride, module.activation, parameters, inputs, precision)
+            body = pack(layer.kind, layer.stride, config.activation, parameters, inputs, precision)
             packed.append(body)
             tensors += body[:4]
-    return Weights(packed, first, [*tensors, *(t.contiguous() for t in head)])
+    return Weights(packed, first, [*tensors, *(t.contiguous() for t in network.head)])
 
 
 def lower(
@@ -150,69 +143,44 @@ def lower(
 
 
 class CudaNetwork:
-    """The packed form of one `DeployedParNet`, made again whenever one of its buffers was replaced or changed in place.
+    """The packed form of one `DeployedParNet`, made again for every other `WholeNetwork`.
 
     Not copied, pickled or saved with the network: the copy packs its own.
     """
 
     def __init__(self) -> None:
-        self._weights: dict[str, tuple[Watch, Weights]] = {}  # by precision
+        self._weights: dict[str, tuple[WholeNetwork, Weights]] = {}  # by precision
         self._lowered: dict[tuple[Any, ...], Lowered] = {}
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[CudaNetwork], tuple[()]]:
         return CudaNetwork, ()
 
-    def why_not(self, network: DeployedParNet, x: Tensor) -> str | None:
+    def why_not(self, network: WholeNetwork, x: Tensor) -> str | None:
         """The reason why this call must go layer by layer, or None."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return "the network is being traced"
-        if selection.forced_backend() not in (None, "cuda"):
-            return f"the backend {selection.forced_backend()!r} is asked for"
-        if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return f"x is a {type(x).__name__}"
-        if reason := tensor_missing(x):
-            return reason
-        if x.dim() != 4 or x.shape[1] != network.config.in_chans:
-            return f"x has shape {list(x.shape)}"
-        if network.head_weight.device != x.device or network.head_weight.dtype != x.dtype:
-            return (
-                f"x is {x.dtype} on {x.device}, the weights {network.head_weight.dtype} on {network.head_weight.device}"
-            )
-        if torch.is_autocast_enabled("cuda"):
-            return "autocast is on"
-        if torch.is_grad_enabled() and x.requires_grad:
-            return "x needs a gradient"
-        if unpack_dual(x).tangent is not None:
-            return "x has a tangent"
-        if network.has_affines:
-            return "a stream without blocks feeds a fusion"
-        return None
+        return tensor_missing(x) or whole.why_not("cuda", network, x)
 
     def forget(self) -> None:
         """Frees the packed weights; the next call makes them again."""
         self._weights.clear()
 
-    def weights(self, network: DeployedParNet, precision: str) -> Weights | None:
-        """The packed weights; packs them if they are not, or have changed since. None if they cannot be watched, or are
-        elsewhere. Those packed while a graph is captured are not kept: they hold nothing before it is replayed.
+    def weights(self, network: WholeNetwork, precision: str) -> Weights:
+        """The packed weights; packs them if they are not. Those packed while a graph is captured are not kept: they
+        hold nothing before it is replayed.
         """
-        watch, weights = self._weights.get(precision, (None, None))
-        if watch is None or weights is None or not watch.unchanged():
+        of, weights = self._weights.get(precision, (None, None))
+        if of is not network or weights is None:
             with self._lock:
-                watch, weights = self._weights.get(precision, (None, None))
-                if watch is None or weights is None or not watch.unchanged():
-                    watch = Watch.of(network, network.head_weight.device.type)
-                    if watch is None:
-                        return None
-                    head = [network.head_weight, network.head_bias]
-                    weights = pack_network(network.config, network.operators(), head, precision)
-                    if not capturing(head[0].device):
-                        finish(head[0].device)
-                        self._weights[precision] = watch, weights
+                of, weights = self._weights.get(precision, (None, None))
+                if of is not network or weights is None:
+                    device = network.head[0].device
+                    weights = pack_network(network, precision)
+                    if not capturing(device):
+                        finish(device)
+                        self._weights[precision] = network, weights
         return weights
 
-    def lowered(self, network: DeployedParNet, weights: Weights, x: Tensor, precision: str, result: str) -> Lowered:
+    def lowered(self, network: WholeNetwork, weights: Weights, x: Tensor, precision: str, result: str) -> Lowered:
         aligned = x.data_ptr() % 16 == 0
         gpu = Gpu.of(x.device)  # changes when warpgroup tiles are disabled
         key = (tuple(x.shape), x.stride(), aligned, x.dtype, x.device, gpu.wgmma, precision, result)
@@ -226,19 +194,15 @@ class CudaNetwork:
                 self._lowered[key] = found
         return found
 
-    def run(self, network: DeployedParNet, x: Tensor, result: str) -> Tensor | None:
-        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map. None: not with these weights."""
+    def run(self, network: WholeNetwork, x: Tensor, result: str) -> Tensor:
+        """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map."""
         precision = "tf32" if current_precision() == "tf32" else "ieee"
         weights = self.weights(network, precision)
-        if weights is None:
-            return None
         if network.config.pointwise_head:
-            features = self._play(network, weights, x, precision, "features")
-            head = (network.head_weight, network.head_bias)
-            return pointwise_end(network.layers["combine_3"], features, head, result)
+            return network.end(self._play(network, weights, x, precision, "features"), result)
         return self._play(network, weights, x, precision, result)
 
-    def _play(self, network: DeployedParNet, weights: Weights, x: Tensor, precision: str, result: str) -> Tensor:
+    def _play(self, network: WholeNetwork, weights: Weights, x: Tensor, precision: str, result: str) -> Tensor:
         lowered = self.lowered(network, weights, x, precision, result)
         y = torch.empty(lowered.shape, dtype=x.dtype, device=x.device)
         with workspace(x.device, lowered.workspace_bytes) as memory:
@@ -257,29 +221,27 @@ class CapturedNetwork:
     result on another stream than that of the call has to wait for it.
     """
 
-    def __init__(self, network: DeployedParNet, x: Tensor) -> None:
-        if reason := network._cuda_network.why_not(network, x):
+    def __init__(self, network: WholeNetwork, runner: CudaNetwork, x: Tensor) -> None:
+        if reason := runner.why_not(network, x):
             raise RuntimeError(f"parnet_kernels: the network cannot be captured: {reason}")
         precision = "tf32" if current_precision() == "tf32" else "ieee"
-        result = "logits" if network.num_classes else "pooled"
-        weights = network._cuda_network.weights(network, precision)
-        if weights is None:
-            raise RuntimeError(
-                "parnet_kernels: the network cannot be captured: weights are inference tensors or elsewhere"
-            )
-        head = [t.clone() for t in weights.tensors[-2:]]
+        config = network.config
+        self._result = played = "logits" if config.num_classes else "pooled"
+        weights = runner.weights(network, precision)
+        # Whatever is used as it is, not packed, is copied.
+        head = tuple(t.clone() for t in weights.tensors[-2:])
         self._weights = weights._replace(tensors=[*weights.tensors[:-2], *head])
+        self._end: WholeNetwork | None = None  # where something follows the kernels
+        if config.pointwise_head:
+            last = {name: t.clone() for name, t in network.arguments[-1].items()}
+            self._end = replace(network, arguments=[*network.arguments[:-1], last], head=(head[0], head[1]))
+            played = "features"
         self._lock = Lock()
         with torch.cuda.device(x.device):
             self.input = x.detach().clone(memory_format=torch.preserve_format)
-            self._end: Callable[[Tensor], Tensor] | None = None  # what follows the kernels
-            played = result
-            if network.config.pointwise_head:
-                layer, played = copy.deepcopy(network.layers["combine_3"]), "features"
-                self._end = functools.partial(pointwise_end, layer, head=(head[0], head[1]), result=result)
-            self._lowered = network._cuda_network.lowered(network, self._weights, self.input, precision, played)
+            self._lowered = runner.lowered(network, self._weights, self.input, precision, played)
             self._played = torch.empty(self._lowered.shape, dtype=x.dtype, device=x.device)
-            classes = network.num_classes or network.num_features
+            classes = config.num_classes or config.planes[-1]
             self.result = (
                 torch.empty(x.shape[0], classes, dtype=x.dtype, device=x.device) if self._end else self._played
             )
@@ -298,7 +260,7 @@ class CapturedNetwork:
         buffers = [self._memory, self._played, self.input, *self._weights.tensors]
         play(buffers, self._lowered.program)
         if self._end is not None:
-            self.result.copy_(self._end(self._played.permute(0, 3, 1, 2)))
+            self.result.copy_(self._end.end(self._played.permute(0, 3, 1, 2), self._result))
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self.input.shape or x.dtype != self.input.dtype or x.device != self.input.device:
@@ -313,12 +275,3 @@ class CapturedNetwork:
             self._graph.replay()
             self._replayed.record(stream)
         return self.result
-
-
-def pointwise_end(layer: torch.nn.Module, features: Tensor, head: tuple[Tensor, Tensor], result: str) -> Tensor:
-    """What follows the kernels in a network whose last layer is a 1×1 convolution (CIFAR form), by PyTorch."""
-    y = layer(features)
-    if result == "features":
-        return y
-    pooled = y.mean((2, 3))
-    return pooled if result == "pooled" else torch.nn.functional.linear(pooled, *head)

@@ -40,8 +40,7 @@ def run(
     """The result for x, counters of the launches, and the program. Casts `network` to the arithmetic's type."""
     dtype, precision, _ = MATHS[math]
     network, x = network.to(dtype), x.to(dtype)
-    head = [network.head_weight, network.head_bias]
-    weights = cuda_network.pack_network(network.config, network.operators(), head, precision)
+    weights = cuda_network.pack_network(network.whole(), precision)
     lowered = cuda_network.lower(network.config, weights, tuple(x.shape), x.stride(), dtype, precision, gpu, result)
     memory, y = workspace(device, lowered.workspace_bytes), device.empty(*lowered.shape, dtype=dtype)
     buffers = [memory, y, device.tensor(x), *(device.tensor(t) for t in weights.tensors)]
@@ -53,9 +52,7 @@ def run(
 @functools.cache
 def published(name: str) -> cuda_network.Weights:
     """The packed weights, zero, of a published network in fp16."""
-    network = DeployedParNet(VARIANTS[name]).half()
-    head = [network.head_weight, network.head_bias]
-    return cuda_network.pack_network(network.config, network.operators(), head, "ieee")
+    return cuda_network.pack_network(DeployedParNet(VARIANTS[name]).half().whole(), "ieee")
 
 
 def variant(name: str, gpu: Gpu = A100) -> tuple[cuda_network.Lowered, list[Tensor]]:

@@ -105,7 +105,7 @@ def test_what_is_packed_during_a_capture_is_not_kept(played, monkeypatch):
         monkeypatch.setattr(module, "capturing", lambda _: True)
     first = cuda.run("downsample_se", args, options)
     assert not cuda._entries
-    network._cuda_network.run(network, x, "logits")
+    network._cuda_network.run(network.whole(), x, "logits")
     assert not network._cuda_network._weights
     for module in (cuda, cuda_network):
         monkeypatch.setattr(module, "capturing", lambda _: False)
@@ -179,15 +179,15 @@ def test_network(played, result):
     network = network.float()
     runner = network._cuda_network
     with torch.no_grad():
-        y = runner.run(network, x.float(), result)
+        y = runner.run(network.whole(), x.float(), result)
         assert error(y, expected) <= 5e-3
         if result == "features":
             assert y.is_contiguous()
-        before = runner.weights(network, "ieee")
-        assert runner.weights(network, "ieee") is before
+        before = runner.weights(network.whole(), "ieee")
+        assert runner.weights(network.whole(), "ieee") is before
         network.layers["inits_0_0"].weight.mul_(2)
-        assert runner.weights(network, "ieee") is not before
-        assert not torch.equal(runner.run(network, x.float(), result), y)
+        assert runner.weights(network.whole(), "ieee") is not before
+        assert not torch.equal(runner.run(network.whole(), x.float(), result), y)
 
 
 def test_backward_without_triton(monkeypatch):

@@ -104,8 +104,7 @@ def test_published_networks(name, gpu):
 def test_the_blocks_of_a_stem_fit_on_the_gpu_together(gpu, channels):
     """They wait for each other. In fp32 with 7 channels there is shared memory for one a multiprocessor on an L4."""
     network = networks.tiny(ParNetConfig((9, 10, 14), (2, 2), in_chans=channels, num_classes=3)).float()
-    head = [network.head_weight, network.head_bias]
-    weights = cuda_network.pack_network(network.config, network.operators(), head, "ieee")
+    weights = cuda_network.pack_network(network.whole(), "ieee")
     shape, stride = (8, channels, 224, 224), (channels * 224 * 224, 224 * 224, 224, 1)
     lowered = cuda_network.lower(network.config, weights, shape, stride, torch.float32, "ieee", gpu, "logits")
     stem = decode(lowered.program, [(1 << 40, 1 << 40)] * (3 + len(weights.tensors)))[0]
