@@ -19,6 +19,7 @@ from bench.engines.torch_eager import TorchProgram
 from bench.gpu.tasks import GpuTask, run_layers
 from bench.gpu.timing import Call
 from parnet_kernels import ops, reference, selection
+from parnet_kernels.cuda.backend import tensor_missing
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _cuda(task: GpuTask, mode: str) -> Built:
         return _operator(task, "cuda")
     network = task.workload.network(task.folder).to(task.device, task.torch_dtype)
     (x,) = task.inputs
-    if reason := network.why_layer_by_layer(x):
+    if reason := tensor_missing(x) or network.why_layer_by_layer(x):
         raise RuntimeError(reason)
 
     @torch.inference_mode()
