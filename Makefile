@@ -1,7 +1,7 @@
 # Needs Python >= 3.11 with venv, g++ and make; nvcc is optional. `make` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) parnet_kernels/schemas.inc
+NATIVE := $(wildcard csrc/*.cpp $(foreach d,csrc/*/ csrc/*/*/,$(addprefix $(d),*.cpp *.h *.cu *.cuh))) parnet_kernels/schemas.inc
 CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.h' 'tests/*.cu')
 
 .PHONY: help setup build demo test test-all bench asan lint format docs clean

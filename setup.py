@@ -78,7 +78,7 @@ class NinjaBuild(build_ext):
         yield "rule link\n  command = $cxx -shared $in -o $out $flags"
 
         objects = []
-        for source in [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
+        for source in [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").rglob("*.cpp"))]:
             binding = source.name in ("ops.cpp", "bind.cpp")
             extra = f"{torch_flags} {abi}" if binding else X86_FLAGS.get(source.name, "") if is_x86() else ""
             objects.append(f"cpu/{source.stem}.o")

@@ -20,7 +20,7 @@ from bench.machine import Ceilings
 from bench.workloads import Workload
 from parnet_kernels.config import layers
 
-GATE, TRANSFORM, WAIT = 2, 3, 9  # enum class Work in csrc/cpu/network.h
+GATE, TRANSFORM, WAIT = 2, 3, 9  # enum class Work in csrc/cpu/schedule/network.h
 
 
 class LayerTime(NamedTuple):

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "network.h"
-#include "pack.h"
+#include "schedule/network.h"
+#include "schedule/pack.h"
 
 namespace {
 

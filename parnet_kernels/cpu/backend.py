@@ -85,7 +85,7 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
 def storage_of(outputs: int, weight: Tensor | None) -> str:
     """Of the weights of a layer with maps of `outputs` pixels: "wide" for large maps, with many blocks of tiles (making
     weights from taps for each takes longer there: 6 to 8 % at 320 and 400 channels), unless the weights are very many
-    or too many for tiles of 6 × 6 (csrc/cpu/layer.h); else "auto" (csrc/cpu/pack.h).
+    or too many for tiles of 6 × 6 (csrc/cpu/layer.h); else "auto" (csrc/cpu/schedule/pack.h).
     """
     assert weight is not None
     wide = outputs >= 500 and weight.shape[1] <= 512 and weight.numel() <= 12 << 20

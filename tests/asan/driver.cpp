@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/network.h"
-#include "../../csrc/cpu/pack.h"
+#include "../../csrc/cpu/schedule/network.h"
+#include "../../csrc/cpu/schedule/pack.h"
 
 using namespace parnet::cpu;
 

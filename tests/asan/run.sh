@@ -10,7 +10,7 @@ cxx=${CXX:-g++}
 # The kernels are compiled without optimisation for AddressSanitizer: with it that takes a minute a level.
 compile() {
   mkdir -p "$out/$1"
-  for source in tests/asan/driver.cpp csrc/cpu/*.cpp; do
+  for source in tests/asan/driver.cpp csrc/cpu/*.cpp csrc/cpu/*/*.cpp; do
     name=$(basename "$source" .cpp)
     flags="-O1 -fsanitize=$1 -fno-sanitize-recover=all"
     case $name in

@@ -3,7 +3,7 @@
 #include <functional>
 #include <string>
 
-#include "layer.h"
+#include "../layer.h"
 
 namespace parnet::cpu {
 

@@ -1,7 +1,7 @@
 // Between users' tensors (any strides, three dtypes) and blocked float activations, with the channel sums on
 // the way in.
 #pragma once
-#include "layer.h"
+#include "../layer.h"
 #include "simd.h"
 
 namespace parnet::cpu {

@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "layer.h"
+#include "../layer.h"
 
 namespace parnet::cpu {
 

@@ -1,7 +1,7 @@
 // The matrix products of transformed inputs and weights: row panels of up to kMaxRows tiles times kPanel
 // output channels, 2*kMaxRows accumulators in registers.
 #pragma once
-#include "layer.h"
+#include "../layer.h"
 #include "winograd.h"
 
 namespace parnet::cpu {

@@ -3,7 +3,7 @@
 // Per image and channel that is phi(conv + scale*x + offset) with a skip input and phi(scale*conv + offset)
 // without.
 #pragma once
-#include "layer.h"
+#include "../layer.h"
 #include "simd.h"
 
 namespace parnet::cpu {

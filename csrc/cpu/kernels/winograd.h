@@ -3,7 +3,7 @@
 // Each scheme turns kIn inputs into kFreq values; value i multiplies the weights of a slot, an evaluation
 // point (slots() in plan.cpp); `inverse` turns the kFreq products into kOut outputs.
 #pragma once
-#include "layer.h"
+#include "../layer.h"
 #include "simd.h"
 
 namespace parnet::cpu {
