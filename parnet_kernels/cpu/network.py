@@ -110,8 +110,8 @@ class CpuNetwork:
         return torch.ops.parnet._cpu_network.default(*arguments, result != "features", last, classifier)
 
     def profile(self, network: WholeNetwork, x: Tensor) -> list[tuple[int, int, float]]:
-        """Where the time of one run to the logits goes: for each stage the kind of work (`Work` in csrc/cpu/schedule/network.h),
-        the layer (−1: none) and seconds of all threads.
+        """Where the time of one run to the logits goes: for each stage the kind of work (`Work` in
+        csrc/cpu/schedule/network.h), the layer (−1: none) and seconds of all threads.
 
         Raises:
             RuntimeError: with the reason, where the native kernels cannot run this network on `x`.
