@@ -16,3 +16,4 @@ from parnet_kernels.model import parnet_l as parnet_l
 from parnet_kernels.model import parnet_m as parnet_m
 from parnet_kernels.model import parnet_s as parnet_s
 from parnet_kernels.model import parnet_xl as parnet_xl
+from parnet_kernels.preprocessing import Preprocessing as Preprocessing

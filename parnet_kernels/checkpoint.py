@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from parnet_kernels.checks import DTYPES
 from parnet_kernels.config import VARIANTS, ParNetConfig, layers
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
+from parnet_kernels.preprocessing import Described
 
 
 class CheckpointError(ValueError):
@@ -40,7 +41,8 @@ def load_checkpoint(
         path_or_dict: a file written by torch.save (as the published ones) or by `save` (.safetensors), or what such a
             file holds: a state dict, or a dict with one under `state_dict`, `model`, `net` (of
             averages, `state_dict_ema` or `ema`). Prefixes of wrappers (`module.`,
-            `_orig_mod.`, `model.`, in any order) are taken off.
+            `_orig_mod.`, `model.`, in any order) are taken off. Preprocessing and class names are those that `save`
+            wrote, or that `model.description()` gave beside the state dict.
         ema: take the exponential moving average of the weights.
         activation: "silu" or "relu"; None: what the file says (ours its configuration, the published ones the options
             of the training script), else SiLU. The weights can only prove SiLU, by a negative running mean of an
@@ -55,10 +57,10 @@ def load_checkpoint(
     if activation not in (None, "silu", "relu"):
         raise ValueError(f"load_checkpoint: `activation` must be 'silu', 'relu' or None, got {activation!r}")
     if isinstance(path_or_dict, Mapping):
-        name, content, config = "the given dict", path_or_dict, None
+        name, content, config, said = "the given dict", path_or_dict, None, path_or_dict
     else:
         name = str(path_or_dict)
-        content, config = _read(Path(path_or_dict), "training")
+        content, config, said = _read(Path(path_or_dict), "training")
     state = _state_dict(content, ema, name)
     if config is None:
         config = infer_config(state, name)
@@ -67,7 +69,7 @@ def load_checkpoint(
         raise CheckpointError(f"{name} was saved with activation {config.activation!r}, asked for {activation!r}")
     model = ParNet(_fits(config, state, name))
     _load(model, state, name)
-    return model.eval()
+    return _describe(model, said, name).eval()
 
 
 def load_deployed(path: str | Path) -> DeployedParNet:
@@ -77,7 +79,7 @@ def load_deployed(path: str | Path) -> DeployedParNet:
         FileNotFoundError: no such file.
         CheckpointError: the file is truncated, of another kind, or holds a training form.
     """
-    state, config = _read(Path(path), "deployed")
+    state, config, said = _read(Path(path), "deployed")
     if config is None:
         raise CheckpointError(f"{path} is not a deployed ParNet; make one with `parnet convert --deployed`")
     checked = _checked(state, str(path))
@@ -88,7 +90,7 @@ def load_deployed(path: str | Path) -> DeployedParNet:
         raise CheckpointError(f"{path}: entry 'head_weight' must be one of {DTYPES}, got {dtype}")
     model = DeployedParNet(_fits(config, checked, str(path))).to(dtype)
     _load(model, checked, str(path))
-    return model
+    return _describe(model, said, str(path))
 
 
 def load_model(path: str | Path, ema: bool = False, activation: str | None = None) -> DeployedParNet:
@@ -110,8 +112,9 @@ def load_model(path: str | Path, ema: bool = False, activation: str | None = Non
 
 
 def save(model: ParNet | DeployedParNet, path: str | Path) -> None:
-    """Writes a model of either form as safetensors, with its configuration. The file appears when it is complete, with
-    the permissions of any new file. Wrappers (torch.compile, DataParallel, AveragedModel) are taken off.
+    """Writes a model of either form as safetensors, with its configuration, preprocessing and class names. The file
+    appears when it is complete, with the permissions of any new file. Wrappers (torch.compile, DataParallel,
+    AveragedModel) are taken off.
 
     Raises:
         OSError: the file cannot be written.
@@ -125,7 +128,8 @@ def save(model: ParNet | DeployedParNet, path: str | Path) -> None:
     form = "deployed" if isinstance(model, DeployedParNet) else "training"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses tensors that share memory
-    content = serialize(state, {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config))})
+    metadata = {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config)), **model.description()}
+    content = serialize(state, metadata)
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -272,8 +276,18 @@ def _load(model: ParNet | DeployedParNet, state: dict[str, Tensor], name: str) -
     model.load_state_dict(state)
 
 
-def _read(path: Path, form: str) -> tuple[Mapping[str, Any], ParNetConfig | None]:
-    """(content, configuration if the file is ours)."""
+_Network = TypeVar("_Network", bound=Described)
+
+
+def _describe(model: _Network, said: Mapping[str, Any], name: str) -> _Network:
+    try:
+        return model.describe(said)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _read(path: Path, form: str) -> tuple[Mapping[str, Any], ParNetConfig | None, Mapping[str, Any]]:
+    """(content, configuration if the file is ours, what holds preprocessing and class names)."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     if path.suffix == ".safetensors":
@@ -284,7 +298,7 @@ def _read(path: Path, form: str) -> tuple[Mapping[str, Any], ParNetConfig | None
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         config = metadata.get("parnet_config")
-        return state, None if config is None else _config(config, path)
+        return state, None if config is None else _config(config, path), metadata
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -296,7 +310,7 @@ def _read(path: Path, form: str) -> tuple[Mapping[str, Any], ParNetConfig | None
         raise CheckpointError(f"cannot read {path}: truncated, or not a PyTorch checkpoint ({error})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict or a dict with one")
-    return content, None
+    return content, None, content
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from parnet_kernels.config import Layer, ParNetConfig, layers, levels
 from parnet_kernels.cpu.backend import DTYPES as CPU_DTYPES
 from parnet_kernels.cpu.network import CpuNetwork
 from parnet_kernels.cuda.network import CapturedNetwork, CudaNetwork
+from parnet_kernels.preprocessing import Described
 from parnet_kernels.reference import ACTIVATIONS, per_channel
 from parnet_kernels.reparam import affine_of
 from parnet_kernels.unchanged import HOOKS, Remembered, Watch
@@ -170,7 +171,7 @@ def _why_not_layer(m: nn.Module, expected: tuple[Any, ...]) -> str | None:
     return None
 
 
-class DeployedParNet(_Weights):
+class DeployedParNet(_Weights, Described):
     """ParNet for inference. Make one with `ParNet.deploy()` or `load_deployed`.
 
     Input [N, in_chans, H, W], H, W ≥ 1; output logits [N, num_classes] ([N, P] without a classifier).
@@ -235,7 +236,7 @@ class DeployedParNet(_Weights):
                         assign(deployed.layers[_slot(name)], {"out_scale": scale, "out_shift": shift})
         if model.config.num_classes:
             assign(deployed, {"head_weight": model.head.fc.weight, "head_bias": model.head.fc.bias})
-        return deployed
+        return deployed.described_as(model)
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedParNet:

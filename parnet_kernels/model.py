@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from parnet_kernels.config import VARIANTS, Layer, ParNetConfig, cifar_config, layers
 from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.preprocessing import Described
 from parnet_kernels.reference import ACTIVATIONS, interleave, shuffle
 from parnet_kernels.reparam import affine_of, fold_gated_block, fold_identity_block
 
@@ -144,14 +145,15 @@ class _Interleave(nn.Module):
         return interleave(*xs)
 
 
-class ParNet(nn.Module):
+class ParNet(Described):
     """ParNet (Non-deep Networks, arXiv 2110.07641) in training form.
 
     Args:
         variant: "s", "m", "l", "xl" or a ParNetConfig.
         overrides: fields of ParNetConfig to replace (num_classes, activation, in_chans, dropout, …).
 
-    Input [N, in_chans, H, W], any H, W ≥ 1; output logits [N, num_classes].
+    Input [N, in_chans, H, W], any H, W ≥ 1; output logits [N, num_classes]. Set `preprocessing` and `class_names` where
+    they are known: files and the deployed network keep them.
 
     Raises:
         ValueError: for an unknown variant or a configuration that is not possible.
@@ -242,7 +244,8 @@ class ParNet(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifier by a new one, freshly initialised; 0: none."""
+        """Replaces the classifier by a new one, freshly initialised, whose classes have no names; 0: none."""
+        self.class_names = None
         self.config = self.config.replace(num_classes=num_classes)
         reference = next(self.parameters())
         self.head.fc = self._classifier(num_classes).to(reference.device, reference.dtype)

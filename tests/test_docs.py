@@ -13,7 +13,7 @@ import torch
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from parnet_kernels import ParNetConfig, save
+from parnet_kernels import ParNetConfig, Preprocessing, save
 from parnet_kernels.app.cli import app
 from parnet_kernels.model import ParNet
 
@@ -53,6 +53,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = ParNet(ParNetConfig((4, 6, 8, 8), (2, 2, 2), num_classes=5)).eval()
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth.tar")
     deployed = model.deploy()
+    deployed.preprocessing = Preprocessing(32)
+    deployed.class_names = ("cat", "dog", "fox", "hen", "owl")
     (tmp_path / "labels.txt").write_text("cat\ndog\nfox\nhen\nowl")
     save(deployed, tmp_path / "net.safetensors")
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from parnet_kernels import ParNet, ParNetConfig, save
+from parnet_kernels import ParNet, ParNetConfig, Preprocessing, save
 from parnet_kernels.app.images import load_image
 
 NAMES = ["cat [tabby]", "[red] fox", ":smile:", "  dog [/small]", "naïve\u2028owl\x0c\x85\x1b[31m"]
@@ -84,8 +84,9 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, ending: str, channels: int) -> 
     narrow = np.random.default_rng(1).integers(0, 256, (24, 24), dtype=np.uint8)
     Image.fromarray(narrow).save(tmp_path / "narrow.png")
     Image.fromarray(narrow.astype(np.uint16) * 257).save(tmp_path / f"wide.{ending}")
-    expected = load_image(tmp_path / "narrow.png", 24, 1.0, channels)
-    assert torch.equal(load_image(tmp_path / f"wide.{ending}", 24, 1.0, channels), expected)
+    preprocessing = Preprocessing.assumed(channels).replace(size=24, crop=1.0)
+    expected = load_image(tmp_path / "narrow.png", preprocessing)
+    assert torch.equal(load_image(tmp_path / f"wide.{ending}", preprocessing), expected)
 
 
 @pytest.mark.parametrize("value", [1, 200, 70000])
@@ -93,7 +94,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, ending: str, channels: int) -> 
 def test_values_without_a_known_range_are_refused(tmp_path: Path, dtype: type, value: int) -> None:
     Image.fromarray(np.full((24, 24), value, dtype=dtype)).save(tmp_path / "x.tiff")
     with pytest.raises(OSError, match=r"x\.tiff has pixels of mode [IF] without a known range"):
-        load_image(tmp_path / "x.tiff", 24, 1.0, 3)
+        load_image(tmp_path / "x.tiff", Preprocessing(24, 1.0))
 
 
 def test_texts_of_a_terminal() -> None:

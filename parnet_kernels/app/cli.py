@@ -6,7 +6,6 @@ import json
 import platform
 import re
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,24 @@ from rich.console import Console
 from parnet_kernels import _native, checks, dispatch, ops
 from parnet_kernels._version import __version__
 from parnet_kernels.app.console import print_table, shown
+from parnet_kernels.app.options import (
+    ActivationOption,
+    CheckpointArgument,
+    CheckpointOption,
+    ColorOption,
+    CropOption,
+    EmaOption,
+    InterpolationOption,
+    LabelsOption,
+    MeanOption,
+    SizeOption,
+    StdOption,
+    name_classes,
+    preprocessing_of,
+)
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
+from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.model import ParNet
 
 app = typer.Typer(
     help="ParNet (Non-deep Networks) with fused kernels.",
@@ -26,19 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-
-
-class Activation(StrEnum):
-    silu = "silu"
-    relu = "relu"
-
-
-CheckpointArgument = Annotated[Path, typer.Argument(help="Training checkpoint (.pth) or safetensors file.")]
-EmaOption = Annotated[bool, typer.Option("--ema", help="Take the EMA weights of a training checkpoint.")]
-ActivationOption = Annotated[
-    Activation | None,
-    typer.Option(help="Activation the checkpoint was trained with; default: what the file says, else SiLU."),
-]
 
 
 def installation() -> dict[str, Any]:
@@ -135,33 +138,37 @@ def demo(
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    checkpoint: Annotated[Path, typer.Option(help="Training checkpoint (.pth) or safetensors file.")],
-    size: Annotated[int, typer.Option(min=1, max=8192, help="Pixels of the square the network sees.")] = 224,
-    crop: Annotated[float, typer.Option(min=0.01, max=1, help="That square's share of the resized image.")] = 0.875,
+    checkpoint: CheckpointOption,
+    size: SizeOption = None,
+    crop: CropOption = None,
+    interpolation: InterpolationOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    color: ColorOption = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 5,
-    labels: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
+    labels: LabelsOption = None,
     ema: EmaOption = False,
     activation: ActivationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Classify images."""
+    """Classify images. What is done to them is told on standard error."""
     from parnet_kernels.app.images import load_image
-
-    if size / crop > 16384:
-        raise typer.BadParameter(f"size / crop must be at most 16384 pixels, got {size} / {crop}")
 
     network = load_model(checkpoint, ema, activation and activation.value)
     if not network.num_classes:
         raise CheckpointError(f"{checkpoint} has no classifier")
-    names = _class_names(labels) if labels else [str(i) for i in range(network.num_classes)]
-    if len(names) != network.num_classes:
-        raise typer.BadParameter(f"{labels} names {len(names)} classes, the network has {network.num_classes}")
+    asked = {"size": size, "crop": crop, "interpolation": interpolation, "mean": mean, "std": std, "color": color}
+    preprocessing, told = preprocessing_of(network, checkpoint, **asked)
+    for line in (told, name_classes(network, labels)):
+        if line:
+            typer.echo(f"parnet: {line}", err=True)
+    names = network.class_names or [str(i) for i in range(network.num_classes)]
     results: list[dict[str, Any]] = []
     failed = False
     with torch.inference_mode():
         for path in images:
             try:
-                image = load_image(path, size, crop, network.config.in_chans).to(network.head_weight.dtype)
+                image = load_image(path, preprocessing).to(network.head_weight.dtype)
                 logits = network(image)[0].float()
                 if not logits.isfinite().all():
                     raise ValueError(f"{path}: the network's outputs are not finite ({logits.dtype})")
@@ -188,38 +195,41 @@ def predict(
         raise typer.Exit(1)
 
 
-def _class_names(path: Path) -> list[str]:
-    """One class a line: UTF-8 with or without a byte-order mark; only line feeds part lines. Spaces at the ends of
-    lines, and empty lines at the end of the file, are no part of a name.
-
-    Raises:
-        typer.BadParameter: for another encoding, or what is no file (a pipe would block).
-    """
-    if path.exists() and not path.is_file():
-        raise typer.BadParameter(f"{path} must be a text file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"{path} must be UTF-8 text: {error}") from error
-    return [line.rstrip(" \t\r") for line in text.rstrip(" \t\r\n").split("\n")]
-
-
 @app.command()
 def convert(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     deployed: Annotated[bool, typer.Option("--deployed", help="Fold into the inference form.")] = False,
+    labels: LabelsOption = None,
+    size: SizeOption = None,
+    crop: CropOption = None,
+    interpolation: InterpolationOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    color: ColorOption = None,
     ema: EmaOption = False,
     activation: ActivationOption = None,
 ) -> None:
-    """Convert a training checkpoint to safetensors, in training or deployed form."""
+    """Convert a checkpoint to safetensors, in training or deployed form.
+
+    The file keeps class names and preprocessing: those of the checkpoint, or what the options say.
+    """
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"output must end in .safetensors, got {output}")
-    model = load_checkpoint(checkpoint, ema, activation and activation.value)
-    save(model.deploy() if deployed else model, output)
+    load = load_model if deployed else load_checkpoint
+    model: ParNet | DeployedParNet = load(checkpoint, ema, activation and activation.value)
+    asked = {"size": size, "crop": crop, "interpolation": interpolation, "mean": mean, "std": std, "color": color}
+    if any(value is not None for value in asked.values()):
+        model.preprocessing, told = preprocessing_of(model, checkpoint, **asked)
+        typer.echo(f"parnet: {told}", err=True)
+    if line := name_classes(model, labels):
+        typer.echo(f"parnet: {line}", err=True)
+    save(model, output)
     form = "deployed" if deployed else "training"
     widths = ", ".join(map(str, model.config.planes))
     typer.echo(f"{shown(output)}: {form} form, planes {widths}, activation {model.config.activation}")
+    if model.preprocessing is None:
+        typer.echo(f"parnet: {shown(output)} does not say how pictures become inputs: --size and others do", err=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

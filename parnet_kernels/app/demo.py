@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from parnet_kernels.app.console import shown
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet, parnet_cifar, parnet_s
+from parnet_kernels.preprocessing import Preprocessing
 
 ACCURACY = 0.97  # the demo fails below
 EPOCHS = 8
@@ -152,6 +153,8 @@ def run(out: Path, console: Console, epochs: int = EPOCHS) -> bool:
     start = time.perf_counter()
     model = train(data, console, epochs)
     seconds = time.perf_counter() - start
+    model.preprocessing = Preprocessing(32, 1.0, mean=(0.0,), std=(1.0,), color="gray")
+    model.class_names = tuple("0123456789")
     deployed: DeployedParNet = model.deploy()
     with torch.inference_mode():
         trained_logits, deployed_logits = model(data.test_x), deployed(data.test_x)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from parnet_kernels.preprocessing import Preprocessing
+
 MAX_PIXELS = 180_000_000  # after resizing; half a gigabyte
 
 
@@ -28,38 +28,45 @@ def _eight_bits(image: Image.Image, file_format: str | None, path: Path) -> Imag
     return Image.fromarray((np.asarray(image).astype(np.float64) / 257 + 0.5).astype(np.uint8))
 
 
-def load_image(path: str | Path, size: int, crop: float, channels: int) -> Tensor:
-    """[1, channels, size, size], float32. The shorter side becomes size / crop pixels (bilinear), the centre is taken.
-
-    Three channels are normalised with ImageNet's mean and deviation; one channel is grey in 0…1.
+def open_image(path: str | Path, color: str) -> Image.Image:
+    """The picture as Pillow has it, upright, in 8 bits: mode "L" for colour "gray", else "RGB".
 
     Raises:
         OSError: no such file, not an image, a damaged one, or one whose pixels have no known range.
-        ValueError: for a number of channels other than 1 and 3, or an image too elongated to be resized.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, the network wants {channels}")
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe would block
         raise OSError(f"{path} is not a file")
     try:
         with Image.open(path) as file:
             narrow = _eight_bits(ImageOps.exif_transpose(file), file.format, path)
-            image = narrow.convert("RGB" if channels == 3 else "L")
+            return narrow.convert("L" if color == "gray" else "RGB")
     except UnidentifiedImageError as error:
         raise OSError(f"{path} is not an image") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no image file {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"cannot read the image {path}: {error}") from error
-    scale = size / crop / min(image.size)
+
+
+def load_image(path: str | Path, preprocessing: Preprocessing) -> Tensor:
+    """The input for a picture file, [1, C, size, size], float32, as `preprocessing` says.
+
+    Raises:
+        OSError: no such file, not an image, a damaged one, or one whose pixels have no known range.
+        ValueError: an image too elongated to be resized.
+    """
+    p, size = preprocessing, preprocessing.size
+    image = open_image(path, p.color)
+    scale = size / p.crop / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if width * height > MAX_PIXELS:
         raise ValueError(f"{path} is too elongated: its {image.width}×{image.height} pixels become {width}×{height}")
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), Image.Resampling[p.interpolation.upper()])
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    x = torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)[None]
-    if channels == 3:
-        x = (x - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
-    return x.contiguous()
+    x = torch.from_numpy(pixels.reshape(size, size, p.channels)).permute(2, 0, 1)[None]
+    if p.color == "bgr":
+        x = x.flip(1)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (p.mean, p.std))
+    return ((x - mean) / std).contiguous()
