@@ -274,7 +274,7 @@ Result run(const std::vector<Tensor>& inputs, Program program, const std::option
   Strided out{result.mutable_data_ptr(), views[0].dtype, {shape[0], c, h, w}, {c * h * w, h * w, w, 1}};
   if (last) out.stride[1] = 1, out.stride[2] = w * c, out.stride[3] = c;
   const bool finite =
-      parnet::cpu::plan_for(request, k)->run(program.layers, head, views, out, run_parallel, profile);
+      parnet::cpu::plan_for(request, k)->run(program.layers, head, views, {}, {out}, run_parallel, profile);
   return {result, finite};
 }
 
@@ -302,6 +302,76 @@ Tensor network(const Tensor& x, const Tensor& packed, const Tensor& program, boo
   return run({x}, program_of(packed, program), classifier, pooled, channels_last).value;
 }
 
+Strided sums_of(const Tensor& x, int64_t images, int64_t channels) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.size(0) == images &&
+                      x.size(1) == channels,
+                  "channel sums must be a float32 CPU tensor [", images, ", ", channels, "]");
+  return {const_cast<void*>(x.const_data_ptr()),
+          Dtype::kFloat,
+          {images, channels, 1, 1},
+          {x.stride(0), x.stride(1), 1, 1}};
+}
+
+// A part of a network: maps in, with the channel sums that their producers left or without, and maps out with
+// theirs. `ends`, at most one: channel means of the last layer's map, or logits.
+void part(const std::vector<Tensor>& inputs, const std::vector<Tensor>& input_sums, const Tensor& packed,
+          const Tensor& program_in, const std::vector<int64_t>& results, const std::vector<Tensor>& maps,
+          const std::vector<Tensor>& sums, const std::vector<Tensor>& ends,
+          const std::optional<Tensor>& classifier) {
+  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
+  Program program = program_of(packed, program_in);
+  STD_TORCH_CHECK(!inputs.empty() && inputs.size() == input_sums.size(),
+                  "each of `inputs` goes with one of `input_sums`");
+  STD_TORCH_CHECK(results.size() == maps.size() && maps.size() == sums.size(),
+                  "each of `results` goes with one of `maps` and one of `sums`");
+  STD_TORCH_CHECK(ends.size() <= 1 && results.size() + ends.size() > 0,
+                  "`results` or `ends` must name a result");
+  parnet::cpu::Request request{.layers = {},
+                               .classifier = {},
+                               .steps = std::move(program.steps),
+                               .inputs = {},
+                               .threads = static_cast<int>(torch::stable::get_num_threads()),
+                               .pooled = !ends.empty(),
+                               .direct = false,
+                               .summed = {},
+                               .results = results};
+  for (const auto* h : program.layers) request.layers.push_back(parnet::cpu::geometry_of(*h));
+  const parnet::cpu::PackedHeader* head = classifier ? &header_of(*classifier, 0, true) : nullptr;
+  if (head) request.classifier = parnet::cpu::geometry_of(*head);
+  std::vector<Strided> views, given, outputs;
+  for (size_t i = 0; i < inputs.size(); i++) {
+    views.push_back(strided(inputs[i]));
+    const int64_t* s = views.back().size;
+    STD_TORCH_CHECK(s[0] == views[0].size[0] && s[1] > 0 && s[2] > 0 && s[3] > 0,
+                    "`inputs` must be maps with pixels, of as many images each");
+    request.inputs.push_back({s[0], s[1], s[2], s[3]});
+    request.summed.push_back(input_sums[i].numel() > 0);
+    given.push_back(request.summed.back() ? sums_of(input_sums[i], s[0], s[1]) : Strided{});
+  }
+  const auto shapes = parnet::cpu::slot_shapes(request);
+  for (size_t i = 0; i < maps.size(); i++) {
+    const auto& shape = shapes[results[i]];
+    outputs.push_back(strided(maps[i]));
+    STD_TORCH_CHECK(std::equal(shape.begin(), shape.end(), outputs.back().size), "`maps` ", i, " must be [",
+                    shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3], "]");
+    outputs.push_back(sums_of(sums[i], shape[0], shape[1]));
+  }
+  if (!ends.empty()) {
+    const auto shape = parnet::cpu::result_shape(request);
+    const Tensor& end = ends[0];
+    STD_TORCH_CHECK(std::find(results.begin(), results.end(), request.steps.back().output) == results.end(),
+                    "the last map goes into `ends` or is one of `results`");
+    STD_TORCH_CHECK(end.is_cpu() && end.dim() == 2 && end.size(0) == shape[0] && end.size(1) == shape[1],
+                    "`ends` must be a CPU tensor [", shape[0], ", ", shape[1], "]");
+    outputs.push_back({end.mutable_data_ptr(),
+                       dtype_of(end),
+                       {shape[0], shape[1], 1, 1},
+                       {end.stride(0), end.stride(1), 1, 1}});
+  }
+  if (views[0].size[0] == 0) return;
+  parnet::cpu::plan_for(request, k)->run(program.layers, head, views, given, outputs, run_parallel);
+}
+
 // One row for each stage: Work, packed index, seconds.
 Tensor profile(const Tensor& x, const Tensor& packed, const Tensor& program, bool pooled, bool channels_last,
                const std::optional<Tensor>& classifier) {
@@ -324,6 +394,7 @@ STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_pack_classifier", TORCH_BOX(&pack_classifier));
   m.impl("_cpu_layer", TORCH_BOX(&layer));
   m.impl("_cpu_network", TORCH_BOX(&network));
+  m.impl("_cpu_part", TORCH_BOX(&part));
   m.impl("_cpu_profile", TORCH_BOX(&profile));
   m.impl("_cpu_fingerprint", TORCH_BOX(&fingerprint));
 }

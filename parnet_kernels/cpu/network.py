@@ -16,6 +16,17 @@ from parnet_kernels.whole import WholeNetwork
 STORAGES = cpu.CODES["storage"]
 
 
+def storages(network: WholeNetwork, storage: str) -> list[str]:
+    """Of each operator; "auto" is chosen for images of 224 × 224 pixels."""
+    if storage != "auto":
+        return [storage] * len(network.operators())
+    found, reduced = [], {"image": 1}
+    for layer, arguments in network.operators():
+        reduced[layer.name] = reduced[layer.inputs[0]] * layer.stride
+        found.append(cpu.storage_of((224 // reduced[layer.name]) ** 2, arguments["weight"]))
+    return found
+
+
 class _Packed(NamedTuple):
     of: WholeNetwork
     weights: Tensor | None  # of all layers; None if a weight is not finite: the kernels' tiles would spread it
@@ -66,15 +77,6 @@ class CpuNetwork:
                     self._packed = packed = self._pack(network)
         return packed if packed.weights is not None else None
 
-    def _storages(self, network: WholeNetwork) -> list[str]:
-        """Of each operator; "auto" is chosen for images of 224 × 224 pixels."""
-        storages, reduced = [], {"image": 1}
-        for layer, arguments in network.operators():
-            reduced[layer.name] = reduced[layer.inputs[0]] * layer.stride
-            automatic = cpu.storage_of((224 // reduced[layer.name]) ** 2, arguments["weight"])
-            storages.append(automatic if self.storage == "auto" else self.storage)
-        return storages
-
     def _pack(self, network: WholeNetwork) -> _Packed:
         every = [*network.head, *(t for arguments in network.arguments for t in arguments.values())]
         if not cpu.are_finite(every):
@@ -84,7 +86,7 @@ class CpuNetwork:
             [
                 {**cpu.OPTIONAL, **arguments, "kind": layer.kind, "stride": layer.stride}
                 | {"activation": activation, "storage": storage}
-                for (layer, arguments), storage in zip(operators, self._storages(network), strict=True)
+                for (layer, arguments), storage in zip(operators, storages(network, self.storage), strict=True)
             ]
         )
         slots, program = {"image": 0}, []

@@ -214,7 +214,7 @@ void check(const std::vector<const Layer*>& layers, const std::vector<Step>& ste
   Tensor result(expected, channels_last, false);
   request.direct = channels_last;
   plan_for(request, kernels())
-      ->run(headers, classifier ? classifier->header : nullptr, views, result.view, run_threads);
+      ->run(headers, classifier ? classifier->header : nullptr, views, {}, {result.view}, run_threads);
   // The floor is for results that happen to be small differences of values of about 1.
   double error = 0, norm = 1e-2 * expected.values.size();
   for (size_t i = 0; i < expected.values.size(); i++) {

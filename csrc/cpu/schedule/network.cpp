@@ -100,11 +100,13 @@ void NetworkPlan::plan_values() {
     slot_value[s.output] = layer.output;
     slot_level[s.output] = layer.level;
     result_ = layer.output;
-    // Planes serve stems only; an image that another kind of layer reads as well is entered as blocks.
-    layer.stem = s.input < static_cast<int64_t>(request_.inputs.size()) && g.kind == Kind::kDownsample &&
-                 g.in_channels <= kStemChannels;
+    // Planes serve stems only; an image that another kind of layer reads as well is entered as blocks. A map
+    // with given sums is no image: its reader is no stem in the whole network.
+    layer.stem = s.input < static_cast<int64_t>(request_.inputs.size()) && !request_.is_summed(s.input) &&
+                 g.kind == Kind::kDownsample && g.in_channels <= kStemChannels;
     layers_.push_back(layer);
   }
+  for (size_t i = 0; i < request_.results.size(); i++) values_[slot_value[request_.results[i]]].result = i;
   for (const Layer& reader : layers_) {
     if (reader.stem) continue;
     for (Layer& layer : layers_) {
@@ -121,8 +123,14 @@ void NetworkPlan::plan_inputs() {
     Value& v = values_[i];
     const auto is_stem = [&](const Layer& l) { return l.stem && l.input == static_cast<int>(i); };
     const bool planes = std::any_of(layers_.begin(), layers_.end(), is_stem);
-    v.sum_rows = sum_chunks(v.shape[2]);
-    v.sums = reserve(v.shape[0] * v.sum_rows * v.blocks * kernels_.lanes);
+    v.entered_rows = sum_chunks(v.shape[2]);
+    v.entered_sums = reserve(v.shape[0] * v.entered_rows * v.blocks * kernels_.lanes);
+    v.sum_rows = v.entered_rows;
+    v.sums = v.entered_sums;
+    if (request_.is_summed(i)) {
+      v.sum_rows = 1;
+      v.sums = reserve(v.shape[0] * v.blocks * kernels_.lanes);
+    }
     if (planes) {
       // Pixels of a row panel are read to the full width of the panel, at most at stride 2.
       const int64_t pitch = div_up(v.shape[3] + 2 + 2 * kernels_.max_rows, 16) * 16, rows = v.shape[2] + 3;
@@ -139,7 +147,7 @@ void NetworkPlan::enter_inputs(int image, const std::vector<int>& after) {
   for (size_t i = 0; i < request_.inputs.size(); i++) {
     Value& v = values_[i];
     const Work work = v.view.pixel == 1 ? Work::kEnterPlanes : Work::kEnter;
-    v.stages.push_back(add_stage(work, i, v.shape[0], v.sum_rows, image, after));
+    v.stages.push_back(add_stage(work, i, v.shape[0], v.entered_rows, image, after));
   }
 }
 
@@ -245,6 +253,11 @@ void NetworkPlan::order_layers() {
     values_[layers_[i].input].last_use = i;
     if (layers_[i].other >= 0) values_[layers_[i].other].last_use = i;
   }
+  for (Value& v : values_) {
+    if (v.result < 0) continue;
+    v.kept = v.shape[0];
+    v.last_use = layers_.size();  // it leaves after all layers
+  }
 }
 
 void NetworkPlan::plan_gate(Layer& l, int image) {
@@ -291,6 +304,15 @@ int NetworkPlan::leave_result(int image) {
   return add_stage(Work::kLeave, result_, out.shape[0], sum_chunks(out.shape[2]), image, after);
 }
 
+void NetworkPlan::leave_results() {
+  for (size_t i = 0; i < values_.size(); i++) {
+    const Value& v = values_[i];
+    if (v.result < 0) continue;
+    add_stage(Work::kLeave, i, v.shape[0], sum_chunks(v.shape[2]), -1, v.stages);
+    add_stage(Work::kMeans, i, v.shape[0], 1, -1, v.stages);
+  }
+}
+
 NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(request), kernels_(k) {
   result_shape(request);  // validates the program
   plan_values();
@@ -302,7 +324,7 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
   const size_t by_image =
       std::count_if(layers_.begin(), layers_.end(), [](const Layer& l) { return l.by_image; });
   const int images = by_image ? values_[layers_[0].output].shape[0] : 0;
-  const bool leaves = !request_.pooled && !request_.direct,
+  const bool leaves = !request_.pooled && !request_.direct && request_.results.empty(),
              leaves_by_image = leaves && by_image == layers_.size();
   std::vector<int> stages[kImages];  // of the last images
   for (int image = 0; image < images; image++) {
@@ -334,6 +356,7 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
     plan_main(layers_[i], -1);
   }
   if (leaves) leave_result(leaves_by_image ? images - 1 : -1);
+  leave_results();
   if (request_.pooled) {
     const Value& out = values_[result_];
     const int means = add_stage(Work::kMeans, result_, out.shape[0], 1, -1, out.stages);

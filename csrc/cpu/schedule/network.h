@@ -47,9 +47,12 @@ class NetworkPlan {
   // False if the inputs hold NaN or infinity, or channels whose sums are beyond float: the tiles of
   // Winograd's algorithm spread them, and can turn infinity into NaN or its opposite.
   // `classifier` is null if the request has none. `profile`, if there is one, gets each stage's time.
+  // `input_sums` stand beside `inputs`, [N, C, 1, 1] where they are given. `outputs` is a map and its sums
+  // [N, K, 1, 1] for each of the request's results; then, if there are none or the request is pooled, the
+  // last layer's output.
   bool run(const std::vector<const PackedHeader*>& packed, const PackedHeader* classifier,
-           const std::vector<Strided>& inputs, const Strided& output, RunParallel,
-           std::vector<StageTime>* profile = nullptr) const;
+           const std::vector<Strided>& inputs, const std::vector<Strided>& input_sums,
+           const std::vector<Strided>& outputs, RunParallel, std::vector<StageTime>* profile = nullptr) const;
 
   const Request& request() const { return request_; }
   int64_t workspace_bytes() const { return floats_ * 4; }
@@ -70,6 +73,9 @@ class NetworkPlan {
     int64_t start = -1;
     int64_t sums = -1;
     int sum_rows = 0;         // per image
+    int64_t entered_sums;     // of an input: what is added up on the way in, unused where sums are given
+    int entered_rows = 0;     // per image
+    int result = -1;          // which of the request's results it is
     std::vector<int> stages;  // that complete it: one, or one for each image
     std::vector<Use> readers;
     bool undivided = false;  // its layer is one item
@@ -109,6 +115,7 @@ class NetworkPlan {
   void plan_inputs();
   void enter_inputs(int image, const std::vector<int>& after);
   int leave_result(int image);  // its stage
+  void leave_results();         // of a part of a network
   std::shared_ptr<const TilePlan> tiles_for(const Layer&, int threads);
   void plan_tiles();
   bool is_undivided(const Layer& l) const { return values_[l.output].undivided; }

@@ -1,5 +1,6 @@
 #include "program.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -14,9 +15,8 @@ std::array<int64_t, 4> output_shape(const Geometry& g, const std::array<int64_t,
   return {in[0], g.out_channels, (in[2] + g.stride - 1) / g.stride, (in[3] + g.stride - 1) / g.stride};
 }
 
-std::array<int64_t, 4> result_shape(const Request& r) {
+std::vector<std::array<int64_t, 4>> slot_shapes(const Request& r) {
   std::vector<std::array<int64_t, 4>> slots = r.inputs;
-  std::array<int64_t, 4> last{};
   if (r.steps.empty()) bad_program("no layers");
   for (const Step& s : r.steps) {
     const Geometry& g = r.layers[s.packed];
@@ -33,11 +33,22 @@ std::array<int64_t, 4> result_shape(const Request& r) {
       bad_program("a second input goes with fusion layers only");
     if (s.other >= 0 && known(s.other) != known(s.input))
       bad_program("the inputs of a fusion differ in shape");
-    last = output_shape(g, known(s.input));
+    const std::array<int64_t, 4> out = output_shape(g, known(s.input));
     if (s.output < static_cast<int64_t>(r.inputs.size())) bad_program("an input slot is overwritten");
     if (s.output >= static_cast<int64_t>(slots.size())) slots.resize(s.output + 1, {0, -1, 0, 0});
-    slots[s.output] = last;
+    slots[s.output] = out;
   }
+  const auto unwritten = [&](int64_t slot) {
+    const auto writes = [&](const Step& s) { return s.output == slot; };
+    return std::count_if(r.steps.begin(), r.steps.end(), writes) != 1;
+  };
+  if (std::any_of(r.results.begin(), r.results.end(), unwritten))
+    bad_program("a result must be the output of one layer");
+  return slots;
+}
+
+std::array<int64_t, 4> result_shape(const Request& r) {
+  std::array<int64_t, 4> last = slot_shapes(r)[r.steps.back().output];
   if (r.pooled) last[2] = last[3] = 1;
   if (r.classifier) {
     if (r.classifier->in_channels != last[1] || !r.pooled) {

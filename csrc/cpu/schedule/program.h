@@ -22,12 +22,19 @@ struct Request {
   int threads;
   bool pooled;  // the result is [N, K, 1, 1]: channel means, or the classifier's logits
   bool direct;  // the result is stored by the last layer itself: float, channels_last
+  // For parts of a network, whose maps come from and go to other parts.
+  std::vector<bool> summed = {};      // inputs whose channel sums are given; empty: none
+  std::vector<int64_t> results = {};  // slots that are left with their channel sums, instead of the last map
   bool operator==(const Request&) const = default;
+
+  bool is_summed(size_t input) const { return input < summed.size() && summed[input]; }
 };
 
 // Shape of the output of a layer.
 std::array<int64_t, 4> output_shape(const Geometry&, const std::array<int64_t, 4>& in);
-// Shape of the result. Throws std::runtime_error if the program is malformed.
+// Shapes of all slots, as the program leaves them. Throws std::runtime_error if it is malformed.
+std::vector<std::array<int64_t, 4>> slot_shapes(const Request&);
+// Shape of the last step's result, pooled or classified if the request says so. Throws as slot_shapes does.
 std::array<int64_t, 4> result_shape(const Request&);
 
 }  // namespace parnet::cpu

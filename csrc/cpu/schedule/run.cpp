@@ -39,13 +39,15 @@ int patience(int threads) {
 class NetworkRun {
  public:
   NetworkRun(const NetworkPlan& plan, const std::vector<const PackedHeader*>& packed,
-             const PackedHeader* classifier, const std::vector<Strided>& inputs, const Strided& output,
+             const PackedHeader* classifier, const std::vector<Strided>& inputs,
+             const std::vector<Strided>& input_sums, const std::vector<Strided>& outputs,
              Workspace& workspace, bool profiled)
       : plan_(plan),
         packed_(packed),
         classifier_(classifier),
         inputs_(inputs),
-        output_(output),
+        input_sums_(input_sums),
+        outputs_(outputs),
         workspace_(workspace),
         patience_(patience(plan.request_.threads)) {
     workspace_.reset_counters();
@@ -113,7 +115,7 @@ class NetworkRun {
   View view_of(const Value& v, int64_t image) const {
     View view = v.view;
     if (v.offset < 0) {
-      view.base = static_cast<float*>(output_.data);
+      view.base = static_cast<float*>(outputs_[0].data);
     } else if (v.kept == v.shape[0]) {
       view.base = workspace_.at(v.offset);
     } else {
@@ -147,20 +149,22 @@ class NetworkRun {
       case Work::kLeave: {
         const Value& v = plan_.values_[stage.index];
         const Rows rows = rows_of(item, v.shape[2], stage.items_per_image);
-        return plan_.kernels_.leave(view_of(v, rows.image), output_, rows.image, rows.first, rows.last);
+        const Strided& to = outputs_[v.result < 0 ? 0 : 2 * v.result];
+        return plan_.kernels_.leave(view_of(v, rows.image), to, rows.image, rows.first, rows.last);
       }
       case Work::kMeans: {
         const Value& v = plan_.values_[stage.index];
-        Strided to = output_;
-        if (classifier_) {
+        const bool as_sums = v.result >= 0;
+        Strided to = as_sums ? outputs_[2 * v.result + 1] : outputs_.back();
+        if (classifier_ && !as_sums) {
           const int64_t pitch = int64_t{v.blocks} * plan_.kernels_.lanes;
           to = {workspace_.at(plan_.means_), Dtype::kFloat, {v.shape[0], v.shape[1], 1, 1}, {pitch, 1, 1, 1}};
         }
         return plan_.kernels_.leave_means(workspace_.at(v.sums), v.sum_rows, v.blocks,
-                                          1.f / (v.shape[2] * v.shape[3]), to, item);
+                                          as_sums ? 1.f : 1.f / (v.shape[2] * v.shape[3]), to, item);
       }
       case Work::kClassify:
-        return plan_.kernels_.classify(*classifier_, workspace_.at(plan_.means_), item, output_);
+        return plan_.kernels_.classify(*classifier_, workspace_.at(plan_.means_), item, outputs_.back());
       case Work::kWait:
         break;
     }
@@ -202,8 +206,9 @@ class NetworkRun {
   void enter(const NetworkPlan::Stage& stage, int64_t item, float* lines) {
     const Value& v = plan_.values_[stage.index];
     const Strided& x = inputs_[stage.index];
-    const Rows rows = rows_of(item, v.shape[2], v.sum_rows);
-    float* sums = workspace_.at(v.sums) + item * v.blocks * plan_.kernels_.lanes;
+    const Rows rows = rows_of(item, v.shape[2], v.entered_rows);
+    float* sums = workspace_.at(v.entered_sums) + item * v.blocks * plan_.kernels_.lanes;
+    if (v.sums != v.entered_sums && rows.first == 0) take_sums(v, input_sums_[stage.index], rows.image);
     if (stage.work == Work::kEnter) {
       plan_.kernels_.enter(x, view_of(v, rows.image), rows.image, rows.first, rows.last, sums, lines);
     } else {
@@ -212,6 +217,15 @@ class NetworkRun {
     // A sum is finite only if everything in it is.
     const auto is_finite = [](float sum) { return std::isfinite(sum); };
     if (!std::all_of(sums, sums + x.size[1], is_finite)) finite_ = false;
+  }
+
+  // The sums of an input as its producer left them: added up anew, in another order, they would be other
+  // bits.
+  void take_sums(const Value& v, const Strided& given, int64_t image) {
+    const int64_t pitch = int64_t{v.blocks} * plan_.kernels_.lanes;
+    float* to = workspace_.at(v.sums) + image * pitch;
+    const float* from = static_cast<const float*>(given.data) + image * given.stride[0];
+    for (int64_t c = 0; c < pitch; c++) to[c] = c < v.shape[1] ? from[c * given.stride[1]] : 0;
   }
 
   void gate(const Layer& l, int64_t item, float* means) {
@@ -305,7 +319,8 @@ class NetworkRun {
   const std::vector<const PackedHeader*>& packed_;
   const PackedHeader* classifier_;
   const std::vector<Strided>& inputs_;
-  const Strided& output_;
+  const std::vector<Strided>& input_sums_;
+  const std::vector<Strided>& outputs_;
   Workspace& workspace_;
   const int patience_;
   std::atomic<bool> finite_{true};
@@ -313,10 +328,11 @@ class NetworkRun {
 };
 
 bool NetworkPlan::run(const std::vector<const PackedHeader*>& packed, const PackedHeader* classifier,
-                      const std::vector<Strided>& inputs, const Strided& output, RunParallel parallel,
+                      const std::vector<Strided>& inputs, const std::vector<Strided>& input_sums,
+                      const std::vector<Strided>& outputs, RunParallel parallel,
                       std::vector<StageTime>* profile) const {
   std::unique_ptr<Workspace> workspace = pool_->take();
-  NetworkRun run(*this, packed, classifier, inputs, output, *workspace, profile != nullptr);
+  NetworkRun run(*this, packed, classifier, inputs, input_sums, outputs, *workspace, profile != nullptr);
   parallel(request_.threads, [](void* context) { static_cast<NetworkRun*>(context)->work(); }, &run);
   pool_->put(std::move(workspace));
   if (profile) *profile = run.times();

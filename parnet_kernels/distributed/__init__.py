@@ -1,0 +1,1 @@
+"""A ParNet on several devices, its streams side by side."""
