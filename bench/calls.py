@@ -22,7 +22,7 @@ from bench.engines.ours import Ours
 from bench.worker import norm_error
 from bench.workloads import Workload
 from parnet_kernels import _native
-from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.cpu import pack as cpu
 
 
 class CallTime(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parnet_kernels.call import SIGNATURES, Call
 from parnet_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -17,11 +18,12 @@ def _error(argument: str, requirement: str, got: object) -> ValueError:
     return ValueError(f"parnet_kernels: `{argument}` must {requirement}, got {got}")
 
 
-def _is_dense(name: str, t: Tensor | None) -> None:
+def _is_dense(name: str, t: Tensor | None) -> Tensor:
     if t is None:
         raise _error(name, "be a tensor", None)
     if t.layout != torch.strided:
         raise _error(name, "be a dense tensor", t.layout)
+    return t
 
 
 def is_map(name: str, t: Tensor) -> None:
@@ -35,8 +37,8 @@ def is_map(name: str, t: Tensor) -> None:
         raise _error(name, "have C, H, W ≥ 1", f"shape {list(t.shape)}")
 
 
-def _like(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    _is_dense(name, t)
+def _like(name: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    t = _is_dense(name, t)
     if t.shape != shape:
         raise _error(name, f"have shape {list(shape)} ({meaning})", list(t.shape))
     if t.dtype != x.dtype:
@@ -45,19 +47,19 @@ def _like(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str)
         raise _error(name, f"be on the device of `x`, {x.device}", t.device)
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> int:
+def _convolution(x: Tensor, p: dict[str, Tensor | None]) -> int:
     """Checks the parameters that every operator has; returns K."""
-    _is_dense("weight", weight)
+    weight = _is_dense("weight", p["weight"])
     if weight.dim() != 4:
         raise _error("weight", "have 4 dimensions [K, C, 3, 3]", f"shape {list(weight.shape)}")
     k, c = weight.shape[0], x.shape[1]
     if k == 0:
         raise _error("weight", "have K ≥ 1 output channels", f"shape {list(weight.shape)}")
     _like("weight", weight, x, (k, c, 3, 3), "[K, C, 3, 3]")
-    _like("bias", bias, x, (k,), "[K]")
-    _like("gate_weight", gate_weight, x, (k, c), "[K, C]")
-    if gate_bias is not None:
-        _like("gate_bias", gate_bias, x, (k,), "[K]")
+    _like("bias", p["bias"], x, (k,), "[K]")
+    _like("gate_weight", p["gate_weight"], x, (k, c), "[K, C]")
+    if p["gate_bias"] is not None:
+        _like("gate_bias", p["gate_bias"], x, (k,), "[K]")
     return k
 
 
@@ -74,72 +76,28 @@ def _epilogue(x: Tensor, k: int, activation: str, out_scale: Tensor | None, out_
     _like("out_shift", out_shift, x, (k,), "[K]")
 
 
-def _stride(stride: int) -> None:
-    if stride not in (1, 2):
-        raise _error("stride", "be 1 or 2", stride)
+def check(call: Call) -> None:
+    """Raises unless the arguments fit each other.
 
-
-def repvgg_sse(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    skip_scale: Tensor,
-    skip_shift: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    *,
-    activation: str,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
-) -> None:
-    is_map("x", x)
-    k = _convolution(x, weight, bias, gate_weight, gate_bias)
-    if k != x.shape[1]:
-        raise _error("weight", f"have K = C = {x.shape[1]}, the skip adds x", f"K = {k}")
-    _like("skip_scale", skip_scale, x, (k,), "[C]")
-    _like("skip_shift", skip_shift, x, (k,), "[C]")
-    _epilogue(x, k, activation, out_scale, out_shift)
-
-
-def downsample_se(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    *,
-    stride: int,
-    activation: str,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
-) -> None:
-    is_map("x", x)
-    _stride(stride)
-    k = _convolution(x, weight, bias, gate_weight, gate_bias)
-    _epilogue(x, k, activation, out_scale, out_shift)
-
-
-def fusion_se(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    *,
-    stride: int,
-    activation: str,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
-) -> None:
-    is_map("x", x)
-    is_map("y", y)
-    _like("y", y, x, x.shape, "that of `x`")
-    _stride(stride)
-    k = _convolution(x, weight, bias, gate_weight, gate_bias)
-    if k % 2:
+    Raises:
+        ValueError: naming the argument, what is required of it and what was got.
+    """
+    for name, t in zip(SIGNATURES[call.op].maps, call.maps, strict=True):
+        is_map(name, t)
+    x, p = call.x, call.parameters
+    if len(call.maps) == 2:
+        _like("y", call.maps[1], x, x.shape, "that of `x`")
+    if call.stride not in (1, 2):
+        raise _error("stride", "be 1 or 2", call.stride)
+    k = _convolution(x, p)
+    if "skip_scale" in p:
+        if k != x.shape[1]:
+            raise _error("weight", f"have K = C = {x.shape[1]}, the skip adds x", f"K = {k}")
+        _like("skip_scale", p["skip_scale"], x, (k,), "[C]")
+        _like("skip_shift", p["skip_shift"], x, (k,), "[C]")
+    if len(call.maps) == 2 and k % 2:
         raise _error("weight", "have an even K, two groups", f"K = {k}")
-    _epilogue(x, k, activation, out_scale, out_shift)
+    _epilogue(x, k, call.activation, p["out_scale"], p["out_shift"])
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -6,10 +6,13 @@ has no inverse. Notation: t = the value before φ, g = ∂L/∂result, d_ = ∂L
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parnet_kernels.call import Call
 from parnet_kernels.reference import ACTIVATIONS, deinterleave, gate, interleave, per_channel, shuffle
 
 _MAP = (0, 2, 3)  # the dimensions summed for a per-channel gradient
@@ -47,128 +50,75 @@ def _gate(d_logit: Tensor, mean: Tensor, weight: Tensor, groups: int) -> tuple[T
     return d_mean, d_weight, d_logit.sum(0)
 
 
-def repvgg_sse(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    skip_scale: Tensor,
-    skip_shift: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
-    *,
-    activation: str,
-    need: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of the tensor arguments after g; `need[0:2]` spares those of x and weight."""
-    z = x * per_channel(skip_scale) + per_channel(skip_shift)
-    s = gate(z, gate_weight, gate_bias)  # [N, C, 1, 1]
-    t = F.conv2d(x, weight, bias, padding=1) + z * s
-    d_t, d_out_scale, d_out_shift = _activation(t, g, activation, out_scale)
-    d_conv_x, d_weight = _convolution(d_t, x, weight, 1, 1, need[0], need[1])
+def of(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor]:
+    """The gradients of the tensors named in `need`, each in its tensor's dtype; 16-bit is computed in float32."""
+    wide = call.widened()
+    d = _FORMULAS[call.op](wide, g.to(wide.x.dtype), need)
+    tensors = call.tensors
+    return {name: value.to(tensors[name].dtype) for name in need if (value := d[name]) is not None}  # type: ignore[union-attr]
+
+
+def _repvgg_sse(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor | None]:
+    x, weight, out_scale = call.x, call["weight"], call.parameters["out_scale"]
+    z = x * per_channel(call["skip_scale"]) + per_channel(call["skip_shift"])
+    s = gate(z, call["gate_weight"], call.parameters["gate_bias"])  # [N, C, 1, 1]
+    t = F.conv2d(x, weight, call["bias"], padding=1) + z * s
+    d_t, d_out_scale, d_out_shift = _activation(t, g, call.activation, out_scale)
+    d_conv_x, d_weight = _convolution(d_t, x, weight, 1, 1, "x" in need, "weight" in need)
     d_logit = (d_t * z).sum((2, 3)) * (s * (1 - s)).flatten(1)
-    d_mean, d_gate_weight, d_gate_bias = _gate(d_logit, z.mean((2, 3)), gate_weight, 1)
+    d_mean, d_gate_weight, d_gate_bias = _gate(d_logit, z.mean((2, 3)), call["gate_weight"], 1)
     d_z = d_t * s + d_mean[:, :, None, None] / (x.shape[2] * x.shape[3])
-    d_x = None if d_conv_x is None else d_conv_x + d_z * per_channel(skip_scale)
-    return (
-        d_x,
-        d_weight,
-        d_t.sum(_MAP),
-        (d_z * x).sum(_MAP),
-        d_z.sum(_MAP),
-        d_gate_weight,
-        None if gate_bias is None else d_gate_bias,
-        d_out_scale,
-        d_out_shift,
-    )
+    return {
+        "x": None if d_conv_x is None else d_conv_x + d_z * per_channel(call["skip_scale"]),
+        "weight": d_weight,
+        "bias": d_t.sum(_MAP),
+        "skip_scale": (d_z * x).sum(_MAP),
+        "skip_shift": d_z.sum(_MAP),
+        "gate_weight": d_gate_weight,
+        "gate_bias": d_gate_bias,
+        "out_scale": d_out_scale,
+        "out_shift": d_out_shift,
+    }
 
 
 def _gated_convolution(
-    d_t: Tensor,
-    conv: Tensor,
-    s: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gate_weight: Tensor,
-    stride: int,
-    groups: int,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-    """(d_x, d_weight, d_bias, d_gate_weight, d_gate_bias) of t = s·conv, s = 2σ(gate), conv = conv3x3(x) + bias."""
+    call: Call, u: Tensor, conv: Tensor, s: Tensor, d_t: Tensor, need_u: bool, need_weight: bool
+) -> dict[str, Tensor | None]:
+    """Gradients of t = s·conv, s = 2σ(gate(u)), conv = conv3x3(u) + bias; that of u is named "u"."""
+    weight, gate_weight, groups = call["weight"], call["gate_weight"], len(call.maps)
     d_conv = d_t * s
-    d_x, d_weight = _convolution(d_conv, x, weight, stride, groups, need_x, need_weight)
+    d_u, d_weight = _convolution(d_conv, u, weight, call.stride, groups, need_u, need_weight)
     d_logit = (d_t * conv).sum((2, 3)) * (s * (1 - s / 2)).flatten(1)  # (2σ)′ = 2σ(1 − σ)
-    d_mean, d_gate_weight, d_gate_bias = _gate(d_logit, x.mean((2, 3)), gate_weight, groups)
-    if d_x is not None:
-        d_x = d_x + d_mean[:, :, None, None] / (x.shape[2] * x.shape[3])
-    return d_x, d_weight, d_conv.sum(_MAP), d_gate_weight, d_gate_bias
+    d_mean, d_gate_weight, d_gate_bias = _gate(d_logit, u.mean((2, 3)), gate_weight, groups)
+    if d_u is not None:
+        d_u = d_u + d_mean[:, :, None, None] / (u.shape[2] * u.shape[3])
+    return {
+        "u": d_u,
+        "weight": d_weight,
+        "bias": d_conv.sum(_MAP),
+        "gate_weight": d_gate_weight,
+        "gate_bias": d_gate_bias,
+    }
 
 
-def downsample_se(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
-    *,
-    stride: int,
-    activation: str,
-    need: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    s = 2 * gate(x, gate_weight, gate_bias)
-    conv = F.conv2d(x, weight, bias, stride, padding=1)
-    d_t, d_out_scale, d_out_shift = _activation(conv * s, g, activation, out_scale)
-    d_x, d_weight, d_bias, d_gate_weight, d_gate_bias = _gated_convolution(
-        d_t, conv, s, x, weight, gate_weight, stride, 1, need[0], need[1]
-    )
-    return (
-        d_x,
-        d_weight,
-        d_bias,
-        d_gate_weight,
-        None if gate_bias is None else d_gate_bias,
-        d_out_scale,
-        d_out_shift,
-    )
+def _downsample_se(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor | None]:
+    x, out_scale = call.x, call.parameters["out_scale"]
+    s = 2 * gate(x, call["gate_weight"], call.parameters["gate_bias"])
+    conv = F.conv2d(x, call["weight"], call["bias"], call.stride, padding=1)
+    d_t, d_out_scale, d_out_shift = _activation(conv * s, g, call.activation, out_scale)
+    found = _gated_convolution(call, x, conv, s, d_t, "x" in need, "weight" in need)
+    return {**found, "x": found["u"], "out_scale": d_out_scale, "out_shift": d_out_shift}
 
 
-def fusion_se(
-    g: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
-    *,
-    stride: int,
-    activation: str,
-    need: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    u = interleave(x, y)
-    s = 2 * gate(u, gate_weight, gate_bias, groups=2)
-    conv = F.conv2d(u, weight, bias, stride, padding=1, groups=2)
-    d_shuffled, d_out_scale, d_out_shift = _activation(shuffle(conv * s), g, activation, out_scale)
+def _fusion_se(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor | None]:
+    u, out_scale = interleave(*call.maps), call.parameters["out_scale"]
+    s = 2 * gate(u, call["gate_weight"], call.parameters["gate_bias"], groups=2)
+    conv = F.conv2d(u, call["weight"], call["bias"], call.stride, padding=1, groups=2)
+    d_shuffled, d_out_scale, d_out_shift = _activation(shuffle(conv * s), g, call.activation, out_scale)
     d_t = torch.cat(deinterleave(d_shuffled), 1)  # the inverse of the shuffle
-    d_u, d_weight, d_bias, d_gate_weight, d_gate_bias = _gated_convolution(
-        d_t, conv, s, u, weight, gate_weight, stride, 2, need[0] or need[1], need[2]
-    )
-    d_x, d_y = (None, None) if d_u is None else deinterleave(d_u)
-    return (
-        d_x,
-        d_y,
-        d_weight,
-        d_bias,
-        d_gate_weight,
-        None if gate_bias is None else d_gate_bias,
-        d_out_scale,
-        d_out_shift,
-    )
+    found = _gated_convolution(call, u, conv, s, d_t, not need.isdisjoint({"x", "y"}), "weight" in need)
+    d_x, d_y = (None, None) if found["u"] is None else deinterleave(found["u"])
+    return {**found, "x": d_x, "y": d_y, "out_scale": d_out_scale, "out_shift": d_out_shift}
+
+
+_FORMULAS = {"repvgg_sse": _repvgg_sse, "downsample_se": _downsample_se, "fusion_se": _fusion_se}

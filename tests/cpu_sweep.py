@@ -13,7 +13,8 @@ from oracle import error
 from torch import Tensor
 
 from parnet_kernels import reference
-from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.call import Call
+from parnet_kernels.cpu import pack as cpu
 
 LIMITS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CHANNELS = (1, 2, 3, 5, 8, 12, 16, 31, 33, 64, 92, 130)
@@ -36,15 +37,10 @@ def as_strides(x: Tensor, how: str) -> Tensor:
 
 def run(op: str, args: list, options: dict, storage: str = "wide") -> Tensor:
     """One call of the native kernel, past dispatch and cache."""
-    inputs = 2 if op == "fusion_se" else 1
-    names = ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias")
-    if op != "repvgg_sse":
-        names = ("weight", "bias", "gate_weight", "gate_bias")
-    parameters = dict(zip(names, args[inputs:], strict=True))
-    parameters |= {name: options.get(name) for name in ("out_scale", "out_shift")}
-    packed = cpu.pack(op, options.get("stride", 1), options["activation"], parameters, storage)
-    channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
-    return torch.ops.parnet._cpu_layer(args[0], args[1] if inputs == 2 else None, packed, channels_last)
+    call = Call.of(op, args, options)
+    packed = cpu.pack(op, call.stride, call.activation, call.parameters, storage)
+    channels_last = call.x.is_contiguous(memory_format=torch.channels_last)
+    return torch.ops.parnet._cpu_layer(call.x, call.maps[1] if len(call.maps) == 2 else None, packed, channels_last)
 
 
 def random_case(rng: random.Random) -> dict:

@@ -12,7 +12,8 @@ from cases import OPERATORS, arguments
 from oracle import error
 
 from parnet_kernels import _native, checks, ops, reference
-from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.call import Call
+from parnet_kernels.cpu import cache as cpu
 
 pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
 each_operator = pytest.mark.parametrize("op", OPERATORS)
@@ -150,14 +151,13 @@ def test_other_parameters_with_the_same_weight(op: str) -> None:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one at every call that goes the long way."""
     calls: list[str] = []
-    for op in OPERATORS:
-        check_arguments = getattr(checks, op)
+    check = checks.check
 
-        def counting(*args, op=op, check_arguments=check_arguments, **kwargs) -> None:
-            calls.append(op)
-            check_arguments(*args, **kwargs)
+    def counting(call: Call) -> None:
+        calls.append(call.op)
+        check(call)
 
-        monkeypatch.setattr(checks, op, counting)
+    monkeypatch.setattr(checks, "check", counting)
     return calls
 
 

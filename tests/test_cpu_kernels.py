@@ -16,7 +16,7 @@ from cases import OPERATORS, arguments, to
 from oracle import error
 
 from parnet_kernels import _native, reference
-from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.cpu import pack as cpu
 
 pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_nativ
 PREPARE = """
 import gc, os, torch
 from parnet_kernels import ParNet, ParNetConfig, ops
-from parnet_kernels.cpu import backend
+from parnet_kernels.cpu import pack as backend
 torch.set_num_threads(1)
 
 def megabytes():

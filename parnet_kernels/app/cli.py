@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
-from parnet_kernels import _native, checks, dispatch, ops
+from parnet_kernels import _native, checks, ops
 from parnet_kernels._version import __version__
 from parnet_kernels.app.console import print_table, shown
 from parnet_kernels.app.options import (
@@ -31,6 +31,7 @@ from parnet_kernels.app.options import (
     name_classes,
     preprocessing_of,
 )
+from parnet_kernels.call import OPERATORS
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
@@ -67,7 +68,7 @@ def _choice(call: str) -> dict[str, Any]:
     """`call` as in `parnet info --why` → for each backend, in order of preference, what it says to this call."""
     match = re.fullmatch(r"(\w+),(\d+)x(\d+)x(\d+)x(\d+),(\w+),([\w:]+)", call)
     dtype = getattr(torch, match[6], None) if match else None
-    if match is None or match[1] not in dispatch.OPERATORS or not isinstance(dtype, torch.dtype):
+    if match is None or match[1] not in OPERATORS or not isinstance(dtype, torch.dtype):
         raise typer.BadParameter(
             f"expected OP,NxCxHxW,DTYPE,DEVICE such as repvgg_sse,1x128x56x56,float32,cpu, got {call!r}"
         )

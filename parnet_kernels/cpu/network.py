@@ -9,7 +9,8 @@ from torch import Tensor
 
 from parnet_kernels import _native, whole
 from parnet_kernels.checks import is_channels_last
-from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.cpu import pack as cpu
+from parnet_kernels.cpu.backend import DTYPES
 from parnet_kernels.locks import Lock
 from parnet_kernels.whole import WholeNetwork
 
@@ -52,8 +53,8 @@ class CpuNetwork:
         """The reason why this call must go layer by layer, or None."""
         if _native.cpu_error:
             return _native.cpu_error
-        if x.dtype not in cpu.DTYPES:
-            return f"x is {x.dtype}, not one of {cpu.DTYPES}"
+        if x.dtype not in DTYPES:
+            return f"x is {x.dtype}, not one of {DTYPES}"
         return whole.why_not("cpu", network, x)
 
     def use(self, storage: str | None) -> None:

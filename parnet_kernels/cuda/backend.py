@@ -4,7 +4,7 @@ A call is two or three launches: the input to the kernels' layout with its chann
 (`network.py`) need the first for no layer but one. Packed weights are cached per weight tensor as long as every
 parameter is the same tensor object, at the same address, with the same version counter; updates that bypass the counter
 (`weight.data.mul_(2)`) are not seen: call `clear_cache()` after one. Parameters that require gradients, and inference
-tensors, are never cached: such calls go to Triton, or pack anew where it is missing.
+tensors, are never cached: such calls are better elsewhere (`better_elsewhere`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parnet_kernels import _native, gradients, triton
+from parnet_kernels import _native
+from parnet_kernels.call import Call
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.cuda.pack import Layout, PackedLayer, chunk_channels, pack
 from parnet_kernels.cuda.plan import Gpu, policy
@@ -30,14 +31,7 @@ from parnet_kernels.unchanged import State, state_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)
-_PARAMETERS = {
-    "repvgg_sse": ("weight", "bias", "skip_scale", "skip_shift", "gate_weight", "gate_bias"),
-    "downsample_se": ("weight", "bias", "gate_weight", "gate_bias"),
-    "fusion_se": ("weight", "bias", "gate_weight", "gate_bias"),
-}
 _disabled: str | None = None
-
-Parameters = dict[str, Tensor | None]
 
 
 def disable(reason: str | None) -> None:
@@ -88,24 +82,23 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tensor:
-    """One call of a public operator: `tensors` are its positional arguments, `options` the others."""
-    inputs = 2 if op == "fusion_se" else 1
-    x = tensors[0]
-    assert x is not None
-    parameters: Parameters = dict(zip(_PARAMETERS[op], tensors[inputs:], strict=True))
-    parameters["out_scale"], parameters["out_shift"] = options["out_scale"], options["out_shift"]
-    present = [p for p in parameters.values() if p is not None]
-    cacheable = not any(p.requires_grad or p.is_inference() for p in present)
-    if not cacheable and triton.why_not(op, x) is None:
-        return triton.run(op, tensors, options)
+def _cacheable(call: Call) -> bool:
+    return not any(p.requires_grad or p.is_inference() for p in call.present)
+
+
+def better_elsewhere(call: Call) -> str | None:
+    """Why a backend that takes plain weights should run the call if it can, or None."""
+    return None if _cacheable(call) else "parameters require gradients or are inference tensors: packed at each call"
+
+
+def run(call: Call) -> Tensor:
+    """One call of a public operator."""
+    x = call.x
     precision = "tf32" if current_precision() == "tf32" else "ieee"
-    build = functools.partial(_pack, op, options.get("stride", 1), options["activation"], parameters, precision)
-    packed = _cached(op, parameters, (options.get("stride", 1), options["activation"], precision), build, cacheable)
-    maps = [t for t in tensors[:inputs] if t is not None]
+    packed = _cached(call, precision)
     recorded = _record(
-        op,
-        tuple((tuple(m.shape), m.stride(), m.data_ptr() % 16 == 0) for m in maps),
+        call.op,
+        tuple((tuple(m.shape), m.stride(), m.data_ptr() % 16 == 0) for m in call.maps),
         x.dtype,
         precision,
         Gpu.of(x.device),
@@ -113,27 +106,9 @@ def run(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tenso
     )
     result = torch.empty(recorded.shape, dtype=x.dtype, device=x.device)
     with workspace(x.device, recorded.workspace_bytes) as memory:
-        play([memory, result, *maps, *packed[:4]], recorded.program)
+        play([memory, result, *call.maps, *packed[:4]], recorded.program)
     y = result.permute(0, 3, 1, 2)
     return y if is_channels_last(x) else y.contiguous()
-
-
-def backward(
-    op: str, g: Tensor, tensors: list[Tensor | None], options: dict[str, Any], need: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Triton's; without Triton the differentiable gradients, in float32 if the arguments are narrower."""
-    x = tensors[0]
-    assert x is not None
-    if triton.why_not(op, x) is None:
-        return triton.backward(op, g, tensors, options, need)
-    options = dict(options)
-    every = [*tensors, options.pop("out_scale"), options.pop("out_shift")]
-    wide = [None if t is None else t.float() for t in every]
-    found = getattr(gradients, op)(g.float(), *wide, **options, need=need)
-    return tuple(
-        d.to(t.dtype) if n and d is not None and t is not None else None
-        for d, t, n in zip(found, every, need, strict=True)
-    )
 
 
 # ------------------------------------------------------------------ programs of single layers
@@ -186,11 +161,10 @@ assert WORKSPACE == 0  # the order of `run`'s buffers
 # ------------------------------------------------------------------ cache of packed weights
 
 
-def _pack(op: str, stride: int, activation: str, parameters: Parameters, precision: str) -> PackedLayer:
-    weight = parameters["weight"]
-    assert weight is not None
+def _pack(call: Call, precision: str) -> PackedLayer:
+    weight = call["weight"]
     layout = Layout.natural(weight.shape[1], weight.dtype)
-    return pack(op, stride, activation, parameters, (layout,) * (2 if op == "fusion_se" else 1), precision)
+    return pack(call.op, call.stride, call.activation, call.parameters, (layout,) * len(call.maps), precision)
 
 
 class _Entry(NamedTuple):
@@ -209,21 +183,19 @@ def clear_cache() -> None:
         _entries.clear()
 
 
-def _cached(op: str, parameters: Parameters, options: tuple[Any, ...], build: Any, cacheable: bool) -> PackedLayer:
+def _cached(call: Call, precision: str) -> PackedLayer:
     """The packed form of a layer, from the cache if it is still that of these parameters. What is packed while a graph
     is captured is not kept: it holds nothing before the graph is replayed.
     """
-    if not cacheable:
-        return build()
-    weight = parameters["weight"]
-    assert weight is not None
-    key = (id(weight), op, *options)
-    present = [p for p in parameters.values() if p is not None]
+    if not _cacheable(call):
+        return _pack(call, precision)
+    weight, present = call["weight"], call.present
+    key = (id(weight), call.op, call.stride, call.activation, precision)
     state = state_of(present)
     entry = _entries.get(key)
     if entry is not None and entry.state == state and all(map(operator.is_, (r() for r in entry.references), present)):
         return entry.packed
-    packed = build()
+    packed = _pack(call, precision)
     if capturing(weight.device):
         return packed
     finish(weight.device)

@@ -1,7 +1,7 @@
 """Every layer of the deployed network, on maps that carry their sums: the gate, then one convolution with all the rest.
 
 `forward` takes and returns `Map`s, so a network passes sums from layer to layer and pools nothing. The public operators
-(`operators.py`) wrap it: they pack x, which is the pass that computes its sums.
+(`backend.py`) wrap it: they pack x, which is the pass that computes its sums.
 """
 
 from __future__ import annotations

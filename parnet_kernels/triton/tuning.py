@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parnet_kernels.call import Call
 from parnet_kernels.triton import policy
-from parnet_kernels.triton.operators import backward, run
+from parnet_kernels.triton.backend import backward, run
 
 
 def warmup(op: str, tensors: list[Tensor | None], options: dict[str, Any], *, training: bool = False) -> None:
@@ -27,11 +28,11 @@ def warmup(op: str, tensors: list[Tensor | None], options: dict[str, Any], *, tr
         RuntimeError: while a CUDA graph is being captured.
     """
     _not_while_capturing("warmup")
-    options = {"out_scale": None, "out_shift": None, "activation": "silu", **options}
+    call = Call.of(op, tensors, options)
     with torch.no_grad():
-        y = run(op, tensors, options)
+        y = run(call)
         if training:
-            backward(op, torch.zeros_like(y), tensors, options, (True,) * (len(tensors) + 2))
+            backward(call, torch.zeros_like(y), call.tensors.keys())
 
 
 def milliseconds(call: Callable[[], None]) -> float:

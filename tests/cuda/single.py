@@ -12,6 +12,7 @@ from ptxsim.device import Device
 from torch import Tensor
 
 from parnet_kernels import reference
+from parnet_kernels.call import Call
 from parnet_kernels.cuda import backend as cuda
 from parnet_kernels.cuda import plan as cuda_plan
 from parnet_kernels.cuda import record as cuda_record
@@ -30,11 +31,8 @@ MATHS = {
 
 def pack(op: str, args: list[Any], options: dict[str, Any], precision: str) -> tuple[list[Tensor], PackedLayer]:
     """The maps and the packed layer of a call."""
-    inputs = 2 if op == "fusion_se" else 1
-    parameters = dict(zip(cuda._PARAMETERS[op], args[inputs:], strict=True))
-    parameters |= {"out_scale": options.get("out_scale"), "out_shift": options.get("out_shift")}
-    packed = cuda._pack(op, options.get("stride", 1), options["activation"], parameters, precision)
-    return args[:inputs], packed
+    call = Call.of(op, args, options)
+    return [*call.maps], cuda._pack(call, precision)
 
 
 def run(

@@ -11,8 +11,9 @@ from cases import arguments, to
 from oracle import error
 from single import MATHS
 
-from parnet_kernels import ops, reference
+from parnet_kernels import ops, reference, selection
 from parnet_kernels.app import selftest
+from parnet_kernels.call import Call
 from parnet_kernels.config import ParNetConfig
 from parnet_kernels.cuda import backend as cuda
 from parnet_kernels.cuda import network as cuda_network
@@ -63,7 +64,7 @@ def test_run(played, op, channels_last):
         t.contiguous(memory_format=layout) if t is not None and t.dim() == 4 and i < 2 else t
         for i, t in enumerate(args)
     ]
-    y = cuda.run(op, args, options)
+    y = cuda.run(Call.of(op, args, options))
     assert error(y, expected) <= 1e-3
     assert y.is_contiguous(memory_format=layout)
 
@@ -72,7 +73,7 @@ def test_packed_weights_are_kept_while_current(played):
     args, options = to(torch.float16, *arguments("downsample_se", dtype=torch.float64, c=16, k=8))
 
     def run():
-        y = cuda.run("downsample_se", args, options)
+        y = cuda.run(Call.of("downsample_se", args, options))
         return y, played[-1][0][3]  # the packed weight
 
     first, packed = run()
@@ -91,9 +92,9 @@ def test_parameters_that_require_gradients_are_packed_anew(played):
     args, options = to(torch.float32, *arguments("downsample_se", dtype=torch.float64, c=16, k=8))
     args[1].requires_grad_()
     with torch.no_grad():
-        first = cuda.run("downsample_se", args, options)
+        first = cuda.run(Call.of("downsample_se", args, options))
         args[1].data.mul_(2)  # behind the version counter's back
-        assert not torch.equal(cuda.run("downsample_se", args, options), first)
+        assert not torch.equal(cuda.run(Call.of("downsample_se", args, options)), first)
     assert not cuda._entries
 
 
@@ -103,13 +104,13 @@ def test_what_is_packed_during_a_capture_is_not_kept(played, monkeypatch):
     network, x = networks.tiny().half(), torch.randn(1, 3, 16, 16).half()
     for module in (cuda, cuda_network):
         monkeypatch.setattr(module, "capturing", lambda _: True)
-    first = cuda.run("downsample_se", args, options)
+    first = cuda.run(Call.of("downsample_se", args, options))
     assert not cuda._entries
     network._cuda_network.run(network.whole(), x, "logits")
     assert not network._cuda_network._weights
     for module in (cuda, cuda_network):
         monkeypatch.setattr(module, "capturing", lambda _: False)
-    assert torch.equal(cuda.run("downsample_se", args, options), first)
+    assert torch.equal(cuda.run(Call.of("downsample_se", args, options)), first)
     assert cuda._entries
 
 
@@ -124,7 +125,7 @@ def test_maps_that_are_not_aligned(played):
         x = memory[first + shift :].as_strided(args[0].shape, args[0].stride())
         x.copy_(args[0])
         assert x.data_ptr() % 16 == 2 * shift
-        results.append(cuda.run("repvgg_sse", [x, *args[1:]], options))
+        results.append(cuda.run(Call.of("repvgg_sse", [x, *args[1:]], options)))
     assert torch.equal(*results)
     in_place, copied = (player.decode(program, [(1 << 40, 1 << 40)] * len(b))[0] for b, program in played)
     assert EnterCall.from_buffer_copy(in_place.arguments).out == 0
@@ -190,23 +191,33 @@ def test_network(played, result):
         assert not torch.equal(runner.run(network.whole(), x.float(), result), y)
 
 
-def test_backward_without_triton(monkeypatch):
-    monkeypatch.setattr(cuda.triton, "why_not", lambda op, x: "not here")
-    args, options = to(torch.float32, *arguments("repvgg_sse", dtype=torch.float64, c=4))
-    leaves = [t.requires_grad_() for t in (*args, options["out_scale"], options["out_shift"])]
-    y = reference.repvgg_sse(*args, **options)
-    g = torch.randn_like(y)
-    expected = torch.autograd.grad(y, leaves, g)
-    need = (True,) * 8 + (False,)
-    found = cuda.backward(
-        "repvgg_sse",
-        g,
-        [t.detach() for t in args],
-        {k: v.detach() if torch.is_tensor(v) else v for k, v in options.items()},
-        need,
-    )
-    assert found[-1] is None
-    for a, b in zip(found[:-1], expected, strict=False):
+def test_who_packs_at_each_call_leaves_it_to_triton(monkeypatch):
+    """The choice of a backend is made once, in `selection`."""
+    for backend, able in (("cuda", True), ("triton", True), ("cpu", False)):
+        monkeypatch.setattr(selection.BACKENDS[backend], "why_not", lambda op, x, able=able: None if able else "no")
+    args, options = arguments("repvgg_sse", c=4)
+    call = Call.of("repvgg_sse", args, options)
+    assert selection.choose(call) is cuda
+    args[1].requires_grad_()
+    assert selection.choose(call) is selection.BACKENDS["triton"]
+    monkeypatch.setattr(selection.BACKENDS["triton"], "why_not", lambda op, x: "not here")
+    assert selection.choose(call) is cuda
+
+
+@pytest.mark.parametrize("op", ["repvgg_sse", "downsample_se", "fusion_se"])
+def test_backward_without_triton(played, monkeypatch, op):
+    """Parameters learn, the maps do not: forward on the kernels, gradients by the formulas for every backend."""
+    for backend, able in (("cuda", True), ("triton", False), ("cpu", False)):
+        monkeypatch.setattr(selection.BACKENDS[backend], "why_not", lambda op, x, able=able: None if able else "no")
+    args, options = to(torch.float32, *arguments(op, dtype=torch.float64, c=4))
+    parameters = [*args[2 if op == "fusion_se" else 1 :], options["out_scale"], options["out_shift"]]
+    for t in parameters:
+        t.requires_grad_()
+    expected = getattr(reference, op)(*args, **options)
+    g = torch.randn_like(expected)
+    y = getattr(ops, op)(*args, **options)
+    assert len(played) == 1
+    for a, b in zip(torch.autograd.grad(y, parameters, g), torch.autograd.grad(expected, parameters, g), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 

@@ -13,7 +13,8 @@ import torch
 from cases import arguments
 from offline import SHARED_LIMIT, Launch, record, resources
 
-from parnet_kernels.triton import float32_precision, operators, policy
+from parnet_kernels.call import Call
+from parnet_kernels.triton import backend, float32_precision, policy
 
 SERVES = {
     "sm_80": ["sm_80", "sm_86", "sm_89", "sm_120"],
@@ -28,8 +29,8 @@ MATRIX = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 def step(op: str, dtype: torch.dtype, batch: int, stride: int, size: int = 6) -> None:
     """Forward and backward of one operator."""
     tensors, options = arguments(op, batch, 128, 128, (size, size), dtype=dtype, stride=stride)
-    y = operators.run(op, tensors, options)
-    operators.backward(op, torch.zeros_like(y), tensors, options, (True,) * (len(tensors) + 2))
+    call = Call.of(op, tensors, options)
+    backend.backward(call, torch.zeros_like(backend.run(call)), call.tensors.keys())
 
 
 def launches_with(tile: policy.Tile, kind: str, mode: str, precision: str, ops: tuple[str, ...]) -> list[Launch]:

@@ -13,7 +13,8 @@ from simulated import simulate
 from torch import Tensor
 
 from parnet_kernels import reference
-from parnet_kernels.triton import float32_precision, launch, layers, operators, policy
+from parnet_kernels.call import Call
+from parnet_kernels.triton import backend, float32_precision, launch, layers, policy
 
 pytestmark = pytest.mark.ptxsim
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -43,20 +44,12 @@ def forward_and_backward(
     op: str, positional: list[Any], options: dict[str, Any], g: Tensor | None = None, **simulator: Any
 ) -> list[Tensor]:
     """Result and every gradient, from the simulator; raises if it reports anything."""
-    y, _ = simulate(lambda: operators.run(op, positional, options), **simulator)
+    call = Call.of(op, positional, options)
+    y, _ = simulate(lambda: backend.run(call), **simulator)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
-    every = [*positional, options["out_scale"], options["out_shift"]]
+    every = [*call.tensors.values()]
     found, _ = simulate(
-        lambda: operators.triton_backward(
-            op,
-            g,
-            positional,
-            every[-2],
-            every[-1],
-            options.get("stride", 1),
-            options["activation"],
-            [True] * len(every),
-        ),
+        lambda: backend.triton_backward(op, g, every, call.stride, call.activation, [True] * len(every)),
         **simulator,
     )
     return [y, *found]
@@ -110,12 +103,10 @@ def test_backward_is_in_matrix_instructions() -> None:
     positional, options = arguments("repvgg_sse", 1, 128, 128, (14, 14), dtype=torch.float16)
     positional[:2] = [t.contiguous(memory_format=torch.channels_last) for t in positional[:2]]
     g = torch.ones(1, 128, 14, 14, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
-    affine = (options["out_scale"], options["out_shift"])
+    every = [*positional, options["out_scale"], options["out_shift"]]
     with mock.patch.object(policy, "split", return_value=1):
         _, results = simulate(
-            lambda: operators.triton_backward(
-                "repvgg_sse", g, positional, *affine, 1, options["activation"], [True] * (len(positional) + 2)
-            )
+            lambda: backend.triton_backward("repvgg_sse", g, every, 1, options["activation"], [True] * len(every))
         )
     for name in ("conv_se_bwd_kernel:whole", "conv_se_fwd_kernel:whole", "weight_se_bwd_kernel"):
         flops = results[name].mma_flops

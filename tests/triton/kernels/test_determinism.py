@@ -9,7 +9,8 @@ import torch
 from cases import OPERATORS, arguments
 from torch import Tensor
 
-from parnet_kernels.triton import float32_precision, launch, operators, policy
+from parnet_kernels.call import Call
+from parnet_kernels.triton import backend, float32_precision, launch, policy
 
 
 def results(op: str, batch: int, where: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -18,9 +19,10 @@ def results(op: str, batch: int, where: torch.device, dtype: torch.dtype = torch
     positional = [t.to(where) for t in positional]
     options = {key: v.to(where) if isinstance(v, Tensor) else v for key, v in options.items()}
     with float32_precision("ieee"):
-        y = operators.run(op, positional, options)
+        call = Call.of(op, positional, options)
+        y = backend.run(call)
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(where, dtype)
-        return [y, *operators.backward(op, g, positional, options, (True,) * (len(positional) + 2))]
+        return [y, *backend.backward(call, g, call.tensors.keys()).values()]
 
 
 @pytest.fixture(autouse=True)

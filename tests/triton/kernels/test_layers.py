@@ -94,7 +94,8 @@ def test_every_way_of_cutting(
     op: str, tile: Tile, splits: int, where: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many tiles in both directions, within and across images, whole and split, forward and backward."""
-    from parnet_kernels.triton import float32_precision, operators
+    from parnet_kernels.call import Call
+    from parnet_kernels.triton import backend, float32_precision
 
     monkeypatch.setattr(policy, "tile_for", lambda *_: tile)
     monkeypatch.setattr(policy, "split", lambda *_: splits)
@@ -107,9 +108,10 @@ def test_every_way_of_cutting(
     positional = [t.to(where) for t in positional]
     options = {key: v.to(where) if isinstance(v, Tensor) else v for key, v in options.items()}
     with float32_precision("ieee"):
-        close(operators.run(op, positional, options), expected.detach())
-        found = operators.backward(op, g.to(where), positional, options, (True,) * len(leaves))
-    for a, b in zip(found, expected_gradients, strict=True):
+        call = Call.of(op, positional, options)
+        close(backend.run(call), expected.detach())
+        found = backend.backward(call, g.to(where), call.tensors.keys())
+    for a, b in zip(found.values(), expected_gradients, strict=True):
         close(a, b)
 
 

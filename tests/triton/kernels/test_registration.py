@@ -11,7 +11,7 @@ from cases import OPERATORS, arguments
 from torch import Tensor
 
 from parnet_kernels import ops, reference
-from parnet_kernels.triton import float32_precision, operators, policy, tuning
+from parnet_kernels.triton import backend, float32_precision, policy, tuning
 
 each_operator = pytest.mark.parametrize("op", OPERATORS)
 
@@ -45,8 +45,8 @@ def test_compiled_forward_and_backward_call_the_backend(op: str, where: torch.de
     expected = gradients(getattr(reference, op), positional, options)
     compiled = torch.compile(getattr(ops, op), fullgraph=True, dynamic=True)
     same(gradients(compiled, positional, options), expected)
-    layer = operators._layer
-    with mock.patch.object(operators, "_layer", side_effect=layer) as counted:
+    layer = backend._layer
+    with mock.patch.object(backend, "_layer", side_effect=layer) as counted:
         same(gradients(compiled, positional, options), expected)
     assert counted.call_count == 2, "one forward and one backward on this backend"
 
@@ -74,7 +74,7 @@ def test_packaged_by_aot_inductor(where: torch.device, tmp_path: Any) -> None:
     program = torch.export.export(Module(), tuple(positional))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     loaded = torch._inductor.aoti_load_package(path)
-    with mock.patch.object(operators, "_layer", side_effect=operators._layer) as counted:
+    with mock.patch.object(backend, "_layer", side_effect=backend._layer) as counted:
         y = loaded(*positional)
     assert counted.call_count == 1
     same([y], [reference.fusion_se(*positional, **options) + 1])
@@ -86,11 +86,11 @@ def test_the_backward_operator_matches_its_fake(op: str, where: torch.device) ->
     for layout in (torch.contiguous_format, torch.channels_last):
         moved = [t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in positional]
         y = getattr(ops, op)(*moved, **options)
-        out = (options["out_scale"], options["out_shift"], options.get("stride", 1), options["activation"])
+        every = [*moved, options["out_scale"], options["out_shift"]]
         need = [True, False] + [True] * len(positional)
         torch.library.opcheck(
             torch.ops.parnet.triton_backward.default,
-            (op, y, moved, *out, need),
+            (op, y, every, options.get("stride", 1), options["activation"], need),
             test_utils=("test_schema", "test_faketensor"),
         )
 
