@@ -1,11 +1,14 @@
 """The public operators as PyTorch operators: values, gradients, dispatch, tracing, layouts and bad arguments."""
 
+import inspect
+
 import pytest
 import torch
 from cases import OPERATORS, arguments, to
 from oracle import error
 
 from parnet_kernels import ops, reference
+from parnet_kernels.call import SIGNATURES
 
 STRIDES = [("repvgg_sse", 1), ("downsample_se", 1), ("downsample_se", 2), ("fusion_se", 1), ("fusion_se", 2)]
 each_operator = pytest.mark.parametrize("op", OPERATORS)
@@ -32,6 +35,18 @@ def test_values(op: str, stride: int, activation: str, dtype: torch.dtype) -> No
 def test_functions_equal_operators(op: str) -> None:
     args, options = arguments(op)
     assert torch.equal(getattr(ops, op)(*args, **options), run(op, args, options))
+
+
+@each_operator
+@pytest.mark.parametrize("functions", [ops, reference], ids=["ops", "reference"])
+def test_python_signatures_are_those_of_the_schema(functions, op: str) -> None:
+    parameters = inspect.signature(getattr(functions, op)).parameters.values()
+    signature = SIGNATURES[op]
+    keyword_only = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert keyword_only == signature.options
+    assert positional == [name for name in signature.tensors if name not in keyword_only]
+    assert len(positional) == signature.positional
 
 
 @each_operator
