@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import layers
-from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.cpu import pack as cpu
 from parnet_kernels.cpu.network import storages
 from parnet_kernels.whole import WholeNetwork
 
