@@ -16,52 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parnet_kernels import reference
 from parnet_kernels.config import VARIANTS, Layer, ParNetConfig, layers
-from parnet_kernels.deployed import DeployedLayer, DeployedParNet
+from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.export.graph import Graph, Node, graph_of
 from parnet_kernels.model import ParNet
 
 MAX_COPIES = 256
 FEW_COPIES = 8  # what every engine builds at least, where it builds more than one
-
-
-@dataclass(frozen=True)
-class Node:
-    """One deployed layer: an operator and its arguments."""
-
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    stride: int
-    activation: str
-    parameters: dict[str, Tensor]
-
-    def run(self, *inputs: Tensor) -> Tensor:
-        """The operator's definition, in the dtype of `inputs`."""
-        p = {name: t.to(inputs[0].dtype) for name, t in self.parameters.items()}
-        if self.kind == "pointwise":
-            return reference.ACTIVATIONS[self.activation](F.conv2d(inputs[0], p["weight"], p["bias"]))
-        options = {} if self.kind == "repvgg_sse" else {"stride": self.stride}
-        return getattr(reference, self.kind)(*inputs, **p, activation=self.activation, **options)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """Nodes in an order of execution; the last one's output, or the classifier's, is the result."""
-
-    inputs: tuple[str, ...]
-    nodes: tuple[Node, ...]
-    head: tuple[Tensor, Tensor] | None = None
-
-    def run(self, *inputs: Tensor) -> Tensor:
-        made = dict(zip(self.inputs, inputs, strict=True))
-        for node in self.nodes:
-            made[node.name] = node.run(*(made[name] for name in node.inputs))
-        y = made[self.nodes[-1].name]
-        if self.head is None:
-            return y
-        weight, bias = (t.to(y.dtype) for t in self.head)
-        return F.linear(y.mean((2, 3)), weight, bias)
 
 
 @dataclass(frozen=True)
@@ -227,18 +188,6 @@ def random_network(config: ParNetConfig) -> DeployedParNet:
                 module.momentum = 1.0
         model.train()(torch.randn(4, config.in_chans, 96, 96))
     return model.eval().deploy()
-
-
-def graph_of(network: DeployedParNet) -> Graph:
-    """A deployed network as a graph; its streams must have blocks, so that no separate affine layer is left."""
-    if network.affines:
-        raise ValueError("bench: a network whose streams have no blocks is not supported")
-    nodes = []
-    for layer in layers(network.config):
-        module = network.layers[layer.name.replace(".", "_")]
-        assert isinstance(module, DeployedLayer)
-        nodes.append(Node(layer.name, layer.kind, layer.inputs, layer.stride, module.activation, module.arguments()))
-    return Graph(("image",), tuple(nodes), (network.head_weight, network.head_bias))
 
 
 @torch.no_grad()

@@ -288,10 +288,12 @@ class DeployedParNet(_Weights, Described):
         return found
 
     def _why_not_whole(self) -> str | None:
+        blocks = all(_fused(self.config).values())
+        return self.why_not_as_configured() if blocks else "a stream without blocks feeds a fusion"
+
+    def why_not_as_configured(self) -> str | None:
         """Why the modules are not those that the configuration says, as they were made; or None."""
         config, graph, fused = self.config, layers(self.config), _fused(self.config)
-        if not all(fused.values()):
-            return "a stream without blocks feeds a fusion"
         modules = self._modules.get("layers")
         if type(modules) is not nn.ModuleDict or [*modules] != [_slot(layer.name) for layer in graph]:
             return "layers were added, removed or reordered"

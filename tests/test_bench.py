@@ -23,15 +23,16 @@ from bench.__main__ import app
 from bench.engines import ENGINES, Task
 from bench.engines.torch_eager import Eager, TorchProgram, TorchRunner
 from bench.limits import costs, gflop, multiplications
-from bench.lowering import lower
 from bench.machine import CannotHideError, Ceilings, avx512_hidden, describe, measure_ceilings
 from bench.measure import COLUMNS, Bench, Plan, Row
 from bench.process import Handle, WorkerError
 from bench.profile import profile, table
 from bench.worker import Worker, norm_error
-from bench.workloads import Workload, graph_of, random_network, reference_result, select
+from bench.workloads import Workload, random_network, reference_result, select
 from parnet_kernels import _native
 from parnet_kernels.config import VARIANTS, ParNetConfig, cifar_config
+from parnet_kernels.export.graph import graph_of
+from parnet_kernels.export.lowering import lower
 
 TINY = ParNetConfig((8, 12, 16, 24), (3, 3, 3), num_classes=10)
 TINY_RELU = TINY.replace(activation="relu")
@@ -53,7 +54,7 @@ def test_lowered_network_equals_its_definition(config: ParNetConfig) -> None:
     graph, image = graph_of(network), torch.randn(2, 3, 32, 32)
     expected = reference_result(graph, [image])
     assert norm_error(network.double()(image.double()).numpy(), expected.numpy()) < 1e-12
-    program = lower(graph_of(network), [image])
+    program = lower(graph_of(network), [tuple(image.shape)])
     module = TorchProgram(program, torch.contiguous_format).double()
     assert norm_error(module(image.double()).numpy(), expected.numpy()) < 1e-6  # gates are folded to float32
 
@@ -63,7 +64,7 @@ def test_lowered_layer_equals_its_definition(layer: str, tmp_path: Path) -> None
     workload = tiny(layer, batch=2)
     (graph,) = workload.graphs(1, tmp_path)
     inputs = workload.inputs()
-    program = lower(graph, inputs)
+    program = lower(graph, [tuple(x.shape) for x in inputs])
     result = program.restore(TorchProgram(program, torch.channels_last)(*inputs))
     assert norm_error(result.numpy(), reference_result(graph, inputs).numpy()) < 1e-6
 

@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from bench.lowering import Program, lower
-from bench.workloads import Graph, Workload
+from bench.workloads import Workload
+from parnet_kernels.export.graph import Graph
+from parnet_kernels.export.lowering import Program, lower
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Task:
 
     @cached_property
     def programs(self) -> list[Program]:
-        return [lower(graph, self.inputs) for graph in self.graphs]
+        return [lower(graph, [tuple(x.shape) for x in self.inputs]) for graph in self.graphs]
 
     @property
     def result_shape(self) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from bench.engines import Task
-from bench.onnx_model import SKIP_FORMS, onnx_model
 from bench.workloads import MAX_COPIES
+from parnet_kernels.export.onnx_model import SKIP_FORMS, onnx_model
 
 
 class _Runner:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench.engines import Task
-from bench.lowering import Act, Add, Affine, Concat, Conv, Gate, Head, Program, Scale, Skip, Step
 from bench.workloads import MAX_COPIES
+from parnet_kernels.export.lowering import Act, Add, Affine, Concat, Conv, Gate, Head, Program, Scale, Skip, Step
 
 SIGMOID = 4  # as a convolution's activation
 

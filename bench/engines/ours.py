@@ -10,8 +10,9 @@ from torch import Tensor
 
 import parnet_kernels
 from bench.engines import Task
-from bench.workloads import MAX_COPIES, Node
+from bench.workloads import MAX_COPIES
 from parnet_kernels import ops
+from parnet_kernels.export.graph import Node
 
 
 class _Runner:

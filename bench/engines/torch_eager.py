@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engines import Task
-from bench.lowering import Act, Add, Affine, Concat, Conv, Gate, Head, Program, Scale, Skip, Step
 from bench.workloads import MAX_COPIES
+from parnet_kernels.export.lowering import Act, Add, Affine, Concat, Conv, Gate, Head, Program, Scale, Skip, Step
 from parnet_kernels.reference import per_channel
 
 ACTIVATIONS = {"silu": lambda x: F.silu(x, inplace=True), "relu": lambda x: F.relu(x, inplace=True)}

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.lowering import Program, lower
-from bench.workloads import Graph, Workload
+from bench.workloads import Workload
 from parnet_kernels import reference
+from parnet_kernels.export.graph import Graph
+from parnet_kernels.export.lowering import Program, lower
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 #: The largest norm-wise error of a right result: (a layer, a network). The kernels' own for layers, as their tests
@@ -104,7 +105,7 @@ class GpuTask:
     @cached_property
     def program(self) -> Program:
         """The primitive steps that general engines are given."""
-        return lower(self.graph, [t.float().cpu() for t in self.inputs])
+        return lower(self.graph, [tuple(t.shape) for t in self.inputs])
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def _from_onnx(task: GpuTask) -> Built:
     """A float32 model that TensorRT may run in the format, with inputs and outputs in float32."""
     import tensorrt as trt
 
-    from bench.onnx_model import onnx_model
+    from parnet_kernels.export.onnx_model import onnx_model
 
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)

@@ -1,4 +1,4 @@
-"""The `parnet` command: info, demo, predict, convert, bench."""
+"""The `parnet` command: info, demo, predict, convert, export, bench."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from parnet_kernels import _native, checks, ops
 from parnet_kernels._version import __version__
 from parnet_kernels.app.console import print_table, shown
+from parnet_kernels.app.export import export
 from parnet_kernels.app.options import (
     ActivationOption,
     CheckpointArgument,
@@ -231,6 +232,9 @@ def convert(
     typer.echo(f"{shown(output)}: {form} form, planes {widths}, activation {model.config.activation}")
     if model.preprocessing is None:
         typer.echo(f"parnet: {shown(output)} does not say how pictures become inputs: --size and others do", err=True)
+
+
+app.command()(export)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

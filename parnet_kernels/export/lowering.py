@@ -7,12 +7,15 @@ order of weights and of concatenated slices. So a result may be stored in anothe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.workloads import Graph, Node
+from parnet_kernels.export.graph import Graph, Node
+
+Shape = tuple[int | str, ...]  # a string names a size that is known only when the program runs
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,13 @@ class Head(Step):
 
 
 @dataclass(frozen=True)
+class Pool(Step):
+    """mean_hw(x): [N, C]."""
+
+
+@dataclass(frozen=True)
 class Program:
-    inputs: dict[str, tuple[int, ...]]
+    inputs: dict[str, Shape]
     steps: tuple[Step, ...]
     order: Tensor | None  # channel i of the stored result is channel order[i] of the true one; None: the same
 
@@ -119,23 +127,31 @@ def _runs(positions: list[int]) -> list[tuple[int, int]]:
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, inputs: list[Tensor]) -> None:
+    def __init__(self, graph: Graph, shapes: Sequence[Shape]) -> None:
         self.steps: list[Step] = []
-        self.shapes = {name: tuple(t.shape) for name, t in zip(graph.inputs, inputs, strict=True)}
-        self.order = {name: torch.arange(shape[1]) for name, shape in self.shapes.items()}
+        self.shapes = dict(zip(graph.inputs, shapes, strict=True))
+        self.order = {name: torch.arange(int(shape[1])) for name, shape in self.shapes.items()}
         for node in graph.nodes:
             self.node(node)
         last = graph.nodes[-1].name
         order = self.order[last]
         if graph.head is not None:
             weight, bias = graph.head
-            self.steps.append(Head("logits", (last,), weight[:, order], bias))
+            if len(weight):
+                self.steps.append(Head("logits", (last,), weight[:, order], bias))
+            else:
+                assert bool((order == torch.arange(len(order))).all())  # as the last layer of every network has it
+                self.steps.append(Pool("pooled", (last,)))
         same = graph.head is not None or bool((order == torch.arange(len(order))).all())
         self.program = Program(self.shapes, tuple(self.steps), None if same else order)
 
     def node(self, node: Node) -> None:
         p, name = node.parameters, node.name
         order = self.order[node.inputs[0]]
+        if node.kind == "affine":
+            self.steps.append(Affine(name, node.inputs, p["scale"][order], p["shift"][order]))
+            self.order[name] = order
+            return None
         if node.kind == "pointwise":
             self.conv(node, node.inputs[0], p["weight"][:, order], p["bias"], 1, 1)
             return self.finish(node, f"{name}/conv", torch.arange(len(p["bias"])))
@@ -146,9 +162,9 @@ class _Lowering:
             if "gate_bias" in p:
                 bias += p["gate_bias"][order]
             self.conv(node, node.inputs[0], p["weight"][order][:, order], p["bias"][order], 1, 1)
-            gate_weight = (weight.double() * a.double()).float()
+            gate_weight = (weight.double() * a.double()).to(weight.dtype)
             self.steps += [
-                Gate(f"{name}/gate", node.inputs, gate_weight, bias.float(), 1),
+                Gate(f"{name}/gate", node.inputs, gate_weight, bias.to(weight.dtype), 1),
                 Skip(f"{name}/skip", (node.inputs[0], f"{name}/gate"), a, c),
                 Add(f"{name}/sum", (f"{name}/conv", f"{name}/skip")),
             ]
@@ -168,7 +184,7 @@ class _Lowering:
             weight, gate_weight = weight[:, order], gate_weight[:, order]
         self.conv(node, source, 2 * weight, 2 * p["bias"], node.stride, groups)
         self.steps += [
-            Gate(f"{name}/gate", (source,), gate_weight, p.get("gate_bias", torch.zeros(k)), groups),
+            Gate(f"{name}/gate", (source,), gate_weight, p.get("gate_bias", weight.new_zeros(k)), groups),
             Scale(f"{name}/scaled", (f"{name}/conv", f"{name}/gate")),
         ]
         true = torch.arange(k).view(k // groups, groups).t().flatten() if groups == 2 else torch.arange(k)
@@ -201,6 +217,6 @@ class _Lowering:
         self.order[node.name] = order
 
 
-def lower(graph: Graph, inputs: list[Tensor]) -> Program:
-    """The steps of `graph` for inputs of these shapes."""
-    return _Lowering(graph, inputs).program
+def lower(graph: Graph, shapes: Sequence[Shape]) -> Program:
+    """The steps of `graph` for inputs of these shapes; their numbers of channels must be known."""
+    return _Lowering(graph, shapes).program

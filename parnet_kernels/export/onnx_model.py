@@ -1,15 +1,32 @@
-"""Lowered programs as an ONNX model, for the engines that read one."""
+"""Lowered programs as an ONNX model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.lowering import Act, Add, Affine, Concat, Conv, Gate, Head, Program, Scale, Skip, Step
+from parnet_kernels.export.lowering import (
+    Act,
+    Add,
+    Affine,
+    Concat,
+    Conv,
+    Gate,
+    Head,
+    Pool,
+    Program,
+    Scale,
+    Skip,
+    Step,
+)
 
 SKIP_FORMS = ("scale", "affine")
+OPSET = 18
+#: Every node below has been the same from here on, but for types that it does not use.
+OLDEST_OPSET = 13
 
 
 class _Builder:
@@ -18,12 +35,13 @@ class _Builder:
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         self.unique = 0
+        self.dtype = torch.float32
 
     def constant(self, value: Tensor) -> str:
         from onnx import numpy_helper
 
         name = f"constant{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value.contiguous().numpy(), name))
+        self.constants.append(numpy_helper.from_array(value.detach().cpu().contiguous().numpy(), name))
         return name
 
     def add(self, op: str, inputs: list[str], out: str | None = None, **attributes: Any) -> str:
@@ -33,7 +51,7 @@ class _Builder:
         if out is None:
             self.unique += 1
             out = f"value{self.unique}"
-        self.nodes.append(helper.make_node(op, inputs, [out], **attributes))
+        self.nodes.append(helper.make_node(op, inputs, [out], out, **attributes))
         return out
 
     def vector(self, value: Tensor) -> str:
@@ -45,6 +63,7 @@ class _Builder:
     def step(self, step: Step) -> None:
         i, out = list(step.inputs), step.out
         if isinstance(step, Conv):
+            self.dtype = step.weight.dtype
             pads = [step.weight.shape[2] // 2] * 4
             constants = [self.constant(step.weight), self.constant(step.bias)]
             self.add("Conv", i + constants, out, pads=pads, strides=[step.stride] * 2, group=step.groups)
@@ -73,6 +92,8 @@ class _Builder:
                 self.add("Mul", [i[0], self.add("Sigmoid", i)], out)
         elif isinstance(step, Concat):
             self.add("Concat", [self.slice(*part) for part in step.slices], out, axis=1)
+        elif isinstance(step, Pool):
+            self.add("Flatten", [self.add("GlobalAveragePool", i)], out)
         else:
             assert isinstance(step, Head)
             pooled = self.add("Flatten", [self.add("GlobalAveragePool", i)])
@@ -84,20 +105,25 @@ class _Builder:
         return self.add("Slice", [name, *bounds])
 
 
-def onnx_model(program: Program, shape: tuple[int, ...], skip: str = SKIP_FORMS[0]) -> Any:
-    """A checked ModelProto with the program's inputs and its output, of `shape`.
+def onnx_model(program: Program, shape: Sequence[int | str], skip: str = SKIP_FORMS[0], opset: int = OPSET) -> Any:
+    """A ModelProto with the program's inputs and its output, of `shape`, all of the dtype of the program's weights.
 
     `skip`: how the gated skip is written, "scale": x·(scale·gate) + shift·gate, or "affine": (scale·x + shift)·gate.
     """
     import onnx
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     builder = _Builder(skip)
     for step in program.steps:
         builder.step(step)
-    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in program.inputs.items()]
-    output = helper.make_tensor_value_info(program.output, TensorProto.FLOAT, shape)
-    graph = helper.make_graph(builder.nodes, "parnet", inputs, [output], builder.constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(model)
+    kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=builder.dtype).numpy().dtype)
+
+    def value(name: str, sizes: Sequence[int | str]) -> Any:
+        return helper.make_tensor_value_info(name, kind, sizes)
+
+    inputs = [value(n, s) for n, s in program.inputs.items()]
+    graph = helper.make_graph(builder.nodes, "parnet", inputs, [value(program.output, shape)], builder.constants)
+    imports = [helper.make_opsetid("", opset)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=helper.find_min_ir_version_for(imports))
+    onnx.checker.check_model(model, full_check=True)
     return model

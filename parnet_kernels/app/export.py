@@ -1,0 +1,59 @@
+"""`parnet export`: a network as a file for another runtime."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from parnet_kernels import export as targets
+from parnet_kernels.app.console import shown
+from parnet_kernels.app.options import ActivationOption, CheckpointArgument, EmaOption
+from parnet_kernels.checkpoint import load_model
+from parnet_kernels.export import onnx_file
+from parnet_kernels.export.onnx_model import OPSET
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    output: Annotated[Path, typer.Argument(help="The file to write; its ending names the form: .onnx.")],
+    size: Annotated[
+        str | None, typer.Option(help="Pixels that the file is made for: 224, or 224x320. Default: any.")
+    ] = None,
+    one_image: Annotated[bool, typer.Option("--one-image", help="One image at a time; default: any number.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights, input and output.")] = Dtype.float32,
+    opset: Annotated[int, typer.Option(help="ONNX: version of the operator set.")] = OPSET,
+    ema: EmaOption = False,
+    activation: ActivationOption = None,
+) -> None:
+    """Write a network for ONNX Runtime, OpenVINO, TensorRT and others."""
+    if output.suffix != ".onnx":
+        raise typer.BadParameter(f"output must end in .onnx, got {output}")
+    try:
+        onnx_file.needed()
+    except ImportError as error:
+        raise typer.BadParameter(str(error)) from error
+    pixels = None if size is None else _pixels(size)
+    network = load_model(checkpoint, ema, activation and activation.value).to(getattr(torch, dtype.value))
+    dynamic = [name for name, free in (("batch", not one_image), ("size", pixels is None)) if free]
+    targets.onnx(network, output, pixels, dynamic, opset)
+    images = "one image" if one_image else "any number of images"
+    where = "of any size" if pixels is None else f"of {pixels[0]} x {pixels[1]} pixels"
+    typer.echo(f"{shown(output)}: ONNX, opset {opset}, {dtype.value}, {images} {where}")
+
+
+def _pixels(text: str) -> tuple[int, int]:
+    """Such as "224" or "224x320" → (height, width)."""
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text, re.ASCII)
+    if match is None:
+        raise typer.BadParameter(f"--size must be pixels such as 224, or height x width such as 224x320, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
