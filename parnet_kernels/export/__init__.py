@@ -1,4 +1,19 @@
 """Networks for other runtimes; each needs an optional package, and says so."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from parnet_kernels.export import decompositions  # noqa: F401  registers what torch.onnx.export(dynamo=True) needs
-from parnet_kernels.export.onnx_file import onnx as onnx
+
+if TYPE_CHECKING:
+    from parnet_kernels.export.onnx_file import onnx as onnx
+
+_MODULES = {"onnx": "onnx_file"}  # loaded when they are asked for: `import parnet_kernels` stays quick
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
