@@ -428,11 +428,11 @@ class DeployedParNet(_Weights, Described):
         that bypass it (collectives, `weight.data.mul_(2)`, NumPy views) all that change any of 64 values spread over
         each tensor, or any value of a vector. After others call it again: it always packs anew.
 
-        storage: of the 9 values of a kernel, "wide" keeps the 64 transformed ones of tiles of 6 × 6, "full" the 36 of
-        4 × 4, "rows" 24, "compact" 9; the rest is made at each call (more than 512 input channels, strides of 2: 36,
-        36, 18, 9). Less memory takes more time, but for large layers bound by reading it; "full" takes more for batches
-        and large maps only. "auto", the start: "wide"; but "compact" from 1200 × 1200 channels on and, with AVX-512,
-        where maps are smaller than an eighth of the image, "rows" from 270 × 270 channels on. None: as before.
+        storage: what memory holds of the nine taps of a kernel: "transformed", the 64 values that are multiplied;
+        "rows", the 24 of a transform along rows; "taps", the 9 themselves (with more than 512 input channels or a
+        stride of 2: 36, 18, 9). The rest is made at each call. Less memory takes more time, but for large layers, which
+        are bound by reading it. "auto", the start: by size of layer and map, and by processor (csrc/cpu/policy.h).
+        None: as before.
 
         Raises:
             ValueError: for another storage.

@@ -35,7 +35,7 @@ def as_strides(x: Tensor, how: str) -> Tensor:
     return x.contiguous()
 
 
-def run(op: str, args: list, options: dict, storage: str = "wide") -> Tensor:
+def run(op: str, args: list, options: dict, storage: str = "transformed") -> Tensor:
     """One call of the native kernel, past dispatch and cache."""
     call = Call.of(op, args, options)
     packed = cpu.pack(op, call.stride, call.activation, call.parameters, storage)
@@ -65,7 +65,7 @@ def random_case(rng: random.Random) -> dict:
 def failure(rng: random.Random) -> str | None:
     """Runs one random case; what is wrong with the result, or None."""
     case = random_case(rng)
-    storage, threads = rng.choice(("wide", "full", "rows", "compact")), rng.choice((1, 2, 3))
+    storage, threads = rng.choice(("transformed", "rows", "taps")), rng.choice((1, 2, 3))
     how = [rng.choice(("contiguous", "channels_last", "sliced", "transposed")) for _ in range(2)]
     args, options = arguments(**case)
     expected = getattr(reference, case["op"])(*to(torch.float64, args, {})[0], **to(torch.float64, [], options)[1])
@@ -91,7 +91,7 @@ def wrong_conversions(dtype: torch.dtype) -> list[str]:
     for sign, factor, how in itertools.product((1, -1), (1, 0.8, 1.7, 3e4, 3e-5), ("contiguous", "channels_last")):
         # Neither convolution nor bias, a gate of 1: relu(±x) times a factor.
         args = [as_strides(x, how), x.new_zeros(c, c, 3, 3), zero, sign * one, zero, x.new_zeros(c, c), 100 * one]
-        found = run("repvgg_sse", args, {"activation": "relu", "out_scale": factor * one, "out_shift": zero}, "full")
+        found = run("repvgg_sse", args, {"activation": "relu", "out_scale": factor * one, "out_shift": zero})
         expected = (torch.relu(sign * x.float()) * (factor * one[0]).float()).to(dtype)
         if not torch.equal(found, expected):
             wrong.append(f"{dtype} {sign=} {factor=} {how}: {(found != expected).sum()} wrong")

@@ -60,7 +60,7 @@ STEPS = {
         20000,
         "names = ('weight', 'bias', 'skip_scale', 'skip_shift', 'gate_weight')\n"
         "given = backend.coded(backend.OPTIONAL | dict(zip(names, layer(8)))\n"
-        "    | {'kind': 'repvgg_sse', 'stride': 1, 'activation': 'silu', 'storage': 'auto'})\n"
+        "    | {'kind': 'repvgg_sse', 'stride': 1, 'activation': 'silu', 'storage': 'transformed'})\n"
         "empty = torch.empty(0, dtype=torch.uint8)\n"
         "def step(i): torch.ops.parnet._cpu_pack(empty, 0, **given)",
     ),

@@ -77,66 +77,102 @@ Tensor zeroed_bytes(int64_t bytes) {
   return result;
 }
 
-// Returns where the layer ends; writes it only if `into` is not empty. Names travel as numbers
-// (cpu.backend.CODES), since the stable ABI loses the memory of every string argument.
-int64_t pack(const Tensor& into, int64_t at, int64_t kind, int64_t stride, const Tensor& weight_in,
-             const Tensor& bias_in, const Tensor& gate_weight_in, const std::optional<Tensor>& gate_bias_in,
-             const std::optional<Tensor>& skip_scale_in, const std::optional<Tensor>& skip_shift_in,
-             const std::optional<Tensor>& out_scale_in, const std::optional<Tensor>& out_shift_in,
-             int64_t activation, int64_t storage) {
-  STD_TORCH_CHECK(0 <= kind && kind < 3, "`kind` must be 0 to 2, got ", kind);
-  STD_TORCH_CHECK(0 <= activation && activation < 2, "`activation` must be 0 or 1, got ", activation);
-  STD_TORCH_CHECK(0 <= storage && storage < 5, "`storage` must be 0 to 4, got ", storage);
-  parnet::cpu::LayerParameters p{};
-  p.kind = static_cast<Kind>(kind);
-  p.activation = static_cast<parnet::cpu::Activation>(activation);
-  STD_TORCH_CHECK(stride == 1 || (stride == 2 && p.kind != Kind::kRepVGG),
-                  "`stride` must be 1, or 2 without a skip");
-  p.stride = stride;
-  STD_TORCH_CHECK(weight_in.is_cpu() && weight_in.dim() == 4 && weight_in.size(2) == 3 &&
-                      weight_in.size(3) == 3 && weight_in.numel() > 0,
-                  "`weight` must be a CPU tensor [K, C, 3, 3]");
-  const int64_t outputs = weight_in.size(0), channels = weight_in.size(1);
-  STD_TORCH_CHECK(p.kind != Kind::kRepVGG || outputs == channels,
-                  "`weight` must be [C, C, 3, 3] with a skip");
-  STD_TORCH_CHECK(p.kind != Kind::kFusion || outputs % 2 == 0,
-                  "`weight` must have an even number of outputs");
-  STD_TORCH_CHECK(gate_weight_in.is_cpu() && gate_weight_in.dim() == 2 && gate_weight_in.size(0) == outputs &&
-                      gate_weight_in.size(1) == channels,
-                  "`gate_weight` must be a CPU tensor [", outputs, ", ", channels, "]");
-  STD_TORCH_CHECK((p.kind == Kind::kRepVGG) == skip_scale_in.has_value() &&
-                      skip_scale_in.has_value() == skip_shift_in.has_value(),
-                  "`skip_scale` and `skip_shift` go with repvgg_sse only");
-  p.out_channels = outputs;
-  p.weight_channels = channels;
-  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
-  p.storage = storage == 0 ? parnet::cpu::best_storage(outputs, channels, k.lanes)
-                           : static_cast<Storage>(storage - 1);
-  const bool measuring = into.numel() == 0;  // values do not matter: the large ones are not converted
-  const Tensor weight = measuring ? weight_in : as_float(weight_in),
-               gate_weight = measuring ? gate_weight_in : as_float(gate_weight_in);
-  const std::optional<Tensor> bias = as_float(std::optional<Tensor>(bias_in)),
-                              gate_bias = as_float(gate_bias_in), skip_scale = as_float(skip_scale_in),
-                              skip_shift = as_float(skip_shift_in), out_scale = as_float(out_scale_in),
-                              out_shift = as_float(out_shift_in);
-  p.weight = static_cast<const float*>(weight.const_data_ptr());
-  p.gate_weight = static_cast<const float*>(gate_weight.const_data_ptr());
-  p.bias = data(bias, "bias", outputs);
-  p.gate_bias = data(gate_bias, "gate_bias", outputs);
-  p.skip_scale = data(skip_scale, "skip_scale", outputs);
-  p.skip_shift = data(skip_shift, "skip_shift", outputs);
-  p.out_scale = data(out_scale, "out_scale", outputs);
-  p.out_shift = data(out_shift, "out_shift", outputs);
+// A layer as the operator gives it.
+struct GivenLayer {
+  int64_t kind, activation, storage, stride;
+  Tensor weight, bias, gate_weight;
+  std::optional<Tensor> gate_bias, skip_scale, skip_shift, out_scale, out_shift;
+};
 
-  const parnet::cpu::PackedHeader header = parnet::cpu::plan_pack(p, k);
+// Throws unless numbers and shapes are those of a layer. Vectors are checked where they are read (`data`).
+void check(const GivenLayer& g) {
+  STD_TORCH_CHECK(0 <= g.kind && g.kind < 3, "`kind` must be 0 to 2, got ", g.kind);
+  STD_TORCH_CHECK(0 <= g.activation && g.activation < 2, "`activation` must be 0 or 1, got ", g.activation);
+  STD_TORCH_CHECK(0 <= g.storage && g.storage < parnet::cpu::kStorages, "`storage` must be 0 to ",
+                  parnet::cpu::kStorages - 1, ", got ", g.storage);
+  const Kind kind = static_cast<Kind>(g.kind);
+  STD_TORCH_CHECK(g.stride == 1 || (g.stride == 2 && kind != Kind::kRepVGG),
+                  "`stride` must be 1, or 2 without a skip");
+  const Tensor &weight = g.weight, &gate = g.gate_weight;
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
+                      weight.numel() > 0,
+                  "`weight` must be a CPU tensor [K, C, 3, 3]");
+  const int64_t outputs = weight.size(0), channels = weight.size(1);
+  STD_TORCH_CHECK(kind != Kind::kRepVGG || outputs == channels, "`weight` must be [C, C, 3, 3] with a skip");
+  STD_TORCH_CHECK(kind != Kind::kFusion || outputs % 2 == 0, "`weight` must have an even number of outputs");
+  STD_TORCH_CHECK(gate.is_cpu() && gate.dim() == 2 && gate.size(0) == outputs && gate.size(1) == channels,
+                  "`gate_weight` must be a CPU tensor [", outputs, ", ", channels, "]");
+  STD_TORCH_CHECK((kind == Kind::kRepVGG) == g.skip_scale.has_value() &&
+                      g.skip_scale.has_value() == g.skip_shift.has_value(),
+                  "`skip_scale` and `skip_shift` go with repvgg_sse only");
+}
+
+// The same layer with float tensors. `measuring`: the values of the large ones do not matter and are not
+// converted.
+GivenLayer as_float(GivenLayer g, bool measuring) {
+  for (Tensor* large : {&g.weight, &g.gate_weight}) {
+    if (!measuring) *large = as_float(*large);
+  }
+  g.bias = as_float(g.bias);
+  for (auto* vector : {&g.gate_bias, &g.skip_scale, &g.skip_shift, &g.out_scale, &g.out_shift}) {
+    *vector = as_float(*vector);
+  }
+  return g;
+}
+
+// What packing reads; points into the tensors of `g`.
+parnet::cpu::LayerParameters parameters_of(const GivenLayer& g) {
+  const int64_t outputs = g.weight.size(0);
+  return {.kind = static_cast<Kind>(g.kind),
+          .activation = static_cast<parnet::cpu::Activation>(g.activation),
+          .storage = static_cast<Storage>(g.storage),
+          .stride = static_cast<int>(g.stride),
+          .out_channels = outputs,
+          .weight_channels = g.weight.size(1),
+          .weight = static_cast<const float*>(g.weight.const_data_ptr()),
+          .bias = data(g.bias, "bias", outputs),
+          .gate_weight = static_cast<const float*>(g.gate_weight.const_data_ptr()),
+          .gate_bias = data(g.gate_bias, "gate_bias", outputs),
+          .skip_scale = data(g.skip_scale, "skip_scale", outputs),
+          .skip_shift = data(g.skip_shift, "skip_shift", outputs),
+          .out_scale = data(g.out_scale, "out_scale", outputs),
+          .out_shift = data(g.out_shift, "out_shift", outputs)};
+}
+
+// Returns where the layer ends; writes it only if `into` is not empty.
+int64_t pack(const Tensor& into, int64_t at, const GivenLayer& given) {
+  check(given);
+  const bool measuring = into.numel() == 0;
+  const GivenLayer layer = as_float(given, measuring);
+  const parnet::cpu::LayerParameters parameters = parameters_of(layer);
+  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
+  const parnet::cpu::PackedHeader header = parnet::cpu::plan_pack(parameters, k);
   const int64_t end = at + header.total_bytes;
   if (measuring) return end;
   STD_TORCH_CHECK(into.is_cpu() && into.scalar_type() == ScalarType::Byte && into.is_contiguous() &&
                       at >= 0 && at % 64 == 0 && end <= into.numel(),
                   "`into` must be a contiguous uint8 CPU tensor with a place for ", header.total_bytes,
                   " bytes at ", at);
-  parnet::cpu::pack(p, k, header, static_cast<char*>(into.mutable_data_ptr()) + at, parallel_items);
+  parnet::cpu::pack(parameters, k, header, static_cast<char*>(into.mutable_data_ptr()) + at, parallel_items);
   return end;
+}
+
+// Names travel as numbers (cpu.pack.CODES), since the stable ABI loses the memory of every string
+// argument.
+int64_t pack_layer(const Tensor& into, int64_t at, int64_t kind, int64_t stride, const Tensor& weight,
+                   const Tensor& bias, const Tensor& gate_weight, const std::optional<Tensor>& gate_bias,
+                   const std::optional<Tensor>& skip_scale, const std::optional<Tensor>& skip_shift,
+                   const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_shift,
+                   int64_t activation, int64_t storage) {
+  return pack(into, at,
+              {kind, activation, storage, stride, weight, bias, gate_weight, gate_bias, skip_scale,
+               skip_shift, out_scale, out_shift});
+}
+
+int64_t storage(int64_t pixels, int64_t out_channels, int64_t in_channels) {
+  const parnet::cpu::Kernels& k = parnet::cpu::kernels();
+  return static_cast<int64_t>(
+      parnet::cpu::choose_storage(pixels, out_channels, in_channels, k.lanes, k.min_pixels_6));
 }
 
 Tensor pack_classifier(const Tensor& weight_in, const std::optional<Tensor>& bias_in) {
@@ -390,7 +426,7 @@ std::string info() { return parnet::cpu::describe_isa(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
-  m.impl("_cpu_pack", TORCH_BOX(&pack));
+  m.impl("_cpu_pack", TORCH_BOX(&pack_layer));
   m.impl("_cpu_pack_classifier", TORCH_BOX(&pack_classifier));
   m.impl("_cpu_layer", TORCH_BOX(&layer));
   m.impl("_cpu_network", TORCH_BOX(&network));
@@ -401,6 +437,7 @@ STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) {
   m.impl("_cpu_layer_if_same", TORCH_BOX(&layer_if_same));
+  m.impl("_cpu_storage", TORCH_BOX(&storage));
   m.impl("_cpu_bytes", TORCH_BOX(&zeroed_bytes));
   m.impl("_cpu_info", TORCH_BOX(&info));
 }

@@ -4,33 +4,20 @@
 #pragma once
 #include <stdint.h>
 
+#include "policy.h"
+
 namespace parnet::cpu {
 
 enum class Kind : int32_t { kRepVGG, kDownsample, kFusion, kClassifier };
 enum class Activation : int32_t { kSiLU, kReLU };
-// Of transformed weights, for F(6, 3) or only for F(4, 3), or of taps; see PackedHeader.
-enum class Storage : int32_t { kWide, kFull, kRows, kCompact };
-constexpr bool stores_taps(Storage s) { return s == Storage::kRows || s == Storage::kCompact; }
 enum class Dtype : int32_t { kFloat, kHalf, kBFloat16 };
 
-// More input channels than this, and F(6, 3) has errors of 3e-6 (bare convolution, norm-wise).
-constexpr int kMaxWinograd6Channels = 512;
-// Weight slots (evaluation points) along one axis, see winograd.h: a layer has the square of it as matrices
-// of transformed weights. F(6, 3) needs 8, F(4, 3) the first 6 of them.
-constexpr int kMaxSlots = 8, kFewSlots = 6;
-constexpr int slots_of(int stride, Storage storage, int channels) {
-  const bool six = stride == 1 && storage != Storage::kFull && channels <= kMaxWinograd6Channels;
-  return six ? kMaxSlots : kFewSlots;
-}
-// Where the taps of a row of slots stand among those of all panels: what only F(6, 3) needs behind everything
-// else, so that F(4, 3) reads memory without gaps.
-constexpr int64_t row_of_taps(int panels, int panel, int row) {
+// Storage::kRows: the place, counted in rows of slots, of row `row` of a panel. The rows that only F(6, 3)
+// needs lie behind those of all panels, so that F(4, 3) reads memory without gaps.
+constexpr int64_t place_of_row(int panels, int panel, int row) {
   return row < kFewSlots ? int64_t{panel} * kFewSlots + row
                          : int64_t{panels} * kFewSlots + panel * (kMaxSlots - kFewSlots) + row - kFewSlots;
 }
-// The largest 2-D tile, stride-2 4x4 outputs, has 9 x 9 transformed values; its products use the 36 matrices
-// repeatedly.
-constexpr int kMaxTransforms = 81;
 // Up to this many input channels the first layer of a network runs as a direct convolution on planar rows.
 constexpr int kStemChannels = 4;
 
@@ -50,9 +37,9 @@ struct PackedHeader {
   int32_t group_blocks;  // input blocks that one group multiplies, both inputs together
   int32_t panels;        // all groups
   int64_t total_bytes;
-  int64_t weight;  // wide and full: [panel][row slot][column slot][group channel][2*lanes]; of taps, rows:
-                   // [row_of_taps][group channel][3][2*lanes], compact: [panel][group
-                   // channel][9][2*lanes]; of a classifier: [panel][channel][2*lanes]
+  // kTransformed: [panel][row slot][column slot][group channel][2*lanes]; kRows: [place_of_row][group
+  // channel][3][2*lanes]; kTaps: [panel][group channel][9][2*lanes]; a classifier: [panel][channel][2*lanes].
+  int64_t weight;
   int64_t stem_weight;  // [panel][channel*9][2*lanes], at most kStemChannels channels
   int64_t gate_weight;  // [panel][group channel][2*lanes]
   int64_t gate_bias, bias, skip_scale, skip_shift;  // [panel][2*lanes]
@@ -119,7 +106,7 @@ struct ConvArgs {
   float* offset;  // [image][panel][2*lanes]
   int32_t out_rows, out_cols;
   int32_t sum_channels;  // are summed in registers before the sum is added to the product
-  int32_t chunk_blocks;  // storage of taps: input blocks whose taps are used at a time
+  int32_t chunk_blocks;  // weights made at each call: input blocks whose taps are used at a time
 };
 
 struct GateArgs {
@@ -154,8 +141,7 @@ struct Strided {
 struct Kernels {
   const char* name;
   int32_t lanes, max_rows;
-  // With fewer outputs, the 64 matrices of F(6, 3) would have few rows each, and take longer to read than 36.
-  int32_t few_wide_outputs;
+  int32_t min_pixels_6;  // see policy.h
   // 3x3 taps of one panel, [channel][9][2*lanes], to one row of slots, [channel][3][2*lanes].
   void (*expand_rows)(const float* taps, int channels, float* rows, int stride, int row);
   // A row of slots to its first slots, [slot][channel][2*lanes] with `slot_stride` floats between slots.

@@ -14,11 +14,11 @@ from parnet_kernels.cpu.backend import DTYPES
 from parnet_kernels.locks import Lock
 from parnet_kernels.whole import WholeNetwork
 
-STORAGES = cpu.CODES["storage"]
+STORAGES = ("auto", *cpu.CODES["storage"])
 
 
 def storages(network: WholeNetwork, storage: str) -> list[str]:
-    """Of each operator; "auto" is chosen for images of 224 × 224 pixels."""
+    """The storage of each operator; "auto" is what suits images of 224 × 224 pixels."""
     if storage != "auto":
         return [storage] * len(network.operators())
     found, reduced = [], {"image": 1}

@@ -10,25 +10,22 @@ from torch import Tensor
 
 from parnet_kernels.call import OPERATORS
 
-#: The names that native code knows by number, in the order of the enumerations of csrc/cpu/layer.h.
+#: The names that native code knows by number, in the order of its enumerations (csrc/cpu/layer.h, csrc/cpu/policy.h).
 CODES = {
     "kind": OPERATORS,
     "activation": ("silu", "relu"),
-    "storage": ("auto", "wide", "full", "rows", "compact"),
+    "storage": ("transformed", "rows", "taps"),
 }
 OPTIONAL = dict.fromkeys(("gate_bias", "skip_scale", "skip_shift", "out_scale", "out_shift"))
 
 Parameters = dict[str, Tensor | None]
 
 
-def storage_of(outputs: int, weight: Tensor | None) -> str:
-    """Of the weights of a layer with maps of `outputs` pixels: "wide" for large maps, with many blocks of tiles (making
-    weights from taps for each takes longer there: 6 to 8 % at 320 and 400 channels), unless the weights are very many
-    or too many for tiles of 6 × 6 (csrc/cpu/layer.h); else "auto" (csrc/cpu/schedule/pack.h).
-    """
+def storage_of(pixels: int, weight: Tensor | None) -> str:
+    """The storage that suits a layer's weights, where one image of its result has `pixels`: see csrc/cpu/policy.h."""
     assert weight is not None
-    wide = outputs >= 500 and weight.shape[1] <= 512 and weight.numel() <= 12 << 20
-    return "wide" if wide else "auto"
+    code: int = torch.ops.parnet._cpu_storage.default(pixels, weight.shape[0], weight.shape[1])
+    return CODES["storage"][code]
 
 
 def pack_layers(layers: Sequence[dict[str, Any]]) -> tuple[Tensor, list[int]]:
@@ -51,8 +48,8 @@ def coded(layer: dict[str, Any]) -> dict[str, Any]:
     return layer | {name: codes.index(layer[name]) for name, codes in CODES.items()}
 
 
-def pack(op: str, stride: int, activation: str, parameters: Parameters, storage: str = "auto") -> Tensor:
-    """The packed form of one layer; `storage` see `DeployedParNet.prepare`."""
+def pack(op: str, stride: int, activation: str, parameters: Parameters, storage: str = "transformed") -> Tensor:
+    """The packed form of one layer; `storage`: see `DeployedParNet.prepare`."""
     options = {"kind": op, "stride": stride, "activation": activation, "storage": storage}
     return pack_layers([{**OPTIONAL, **parameters, **options}])[0]
 

@@ -64,7 +64,7 @@ struct Layer {
     p.kind = kind;
     p.stride = stride;
     p.activation = pick({0, 1}) ? Activation::kSiLU : Activation::kReLU;
-    p.storage = static_cast<Storage>(pick({0, 1, 2, 3}));
+    p.storage = static_cast<Storage>(pick({0, 1, 2}));
     p.out_channels = outputs;
     p.weight_channels = channels;
     p.weight = (weight = normal(outputs * channels * 9, .3f / std::sqrt(channels))).data();

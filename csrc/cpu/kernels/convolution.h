@@ -1,5 +1,7 @@
 // A layer on one block of tiles: input transform, products, output transform with the whole epilogue.
 #pragma once
+#include <utility>
+
 #include "epilogue.h"
 #include "microkernel.h"
 #include "winograd.h"
@@ -13,23 +15,23 @@ template <class Row, class Col>
 __attribute__((noinline)) void forward_tile(const float* from, int64_t row_pitch, float* v,
                                             const int32_t* first, const int32_t* step, int block) {
   constexpr int kStep = Col::kStride * Col::kOut;
-  int32_t offset[Row::kFreq * Col::kFreq];
-  for (int i = 0; i < Row::kFreq * Col::kFreq; i++) offset[i] = first[i] + block * step[i];
-  Vec half[Row::kFreq][Col::kIn];
+  int32_t offset[Row::kValues * Col::kValues];
+  for (int i = 0; i < Row::kValues * Col::kValues; i++) offset[i] = first[i] + block * step[i];
+  Vec half[Row::kValues][Col::kIn];
   PARNET_UNROLL for (int j = 0; j < Col::kIn; j++) {
-    Vec d[Row::kIn], o[Row::kFreq];
+    Vec d[Row::kIn], o[Row::kValues];
     PARNET_UNROLL for (int i = 0; i < Row::kIn; i++) {
       d[i] = load(from + i * row_pitch + j * kLanes);
       // The next tile is most likely the one to the right.
       if (j + kStep >= Col::kIn) prefetch(from + i * row_pitch + (j + kStep) * kLanes);
     }
     Row::forward(d, o);
-    PARNET_UNROLL for (int i = 0; i < Row::kFreq; i++) half[i][j] = o[i];
+    PARNET_UNROLL for (int i = 0; i < Row::kValues; i++) half[i][j] = o[i];
   }
-  PARNET_UNROLL for (int i = 0; i < Row::kFreq; i++) {
-    Vec o[Col::kFreq];
+  PARNET_UNROLL for (int i = 0; i < Row::kValues; i++) {
+    Vec o[Col::kValues];
     Col::forward(half[i], o);
-    PARNET_UNROLL for (int j = 0; j < Col::kFreq; j++) store(v + offset[i * Col::kFreq + j], o[j]);
+    PARNET_UNROLL for (int j = 0; j < Col::kValues; j++) store(v + offset[i * Col::kValues + j], o[j]);
   }
 }
 
@@ -37,42 +39,46 @@ __attribute__((noinline)) void forward_tile(const float* from, int64_t row_pitch
 
 template <class Row, class Col>
 __attribute__((noinline)) void inverse_tile(const float* m, const int32_t* offset, float* z) {
-  Vec half[Row::kOut][Col::kFreq];
-  PARNET_UNROLL for (int j = 0; j < Col::kFreq; j++) {
-    Vec d[Row::kFreq], o[Row::kOut];
-    PARNET_UNROLL for (int i = 0; i < Row::kFreq; i++) d[i] = load(m + offset[i * Col::kFreq + j]);
+  Vec half[Row::kOut][Col::kValues];
+  PARNET_UNROLL for (int j = 0; j < Col::kValues; j++) {
+    Vec d[Row::kValues], o[Row::kOut];
+    PARNET_UNROLL for (int i = 0; i < Row::kValues; i++) d[i] = load(m + offset[i * Col::kValues + j]);
     Row::inverse(d, o);
     PARNET_UNROLL for (int i = 0; i < Row::kOut; i++) half[i][j] = o[i];
   }
   PARNET_UNROLL for (int i = 0; i < Row::kOut; i++) {
     Vec o[Col::kOut];
     Col::inverse(half[i], o);
-    PARNET_UNROLL for (int j = 0; j < Col::kOut; j++) store(z + (i * kTile + j) * kLanes, o[j]);
+    PARNET_UNROLL for (int j = 0; j < Col::kOut; j++) store(z + (i * kMaxTile + j) * kLanes, o[j]);
   }
 }
 
 typedef void (*ForwardTile)(const float*, int64_t, float*, const int32_t*, const int32_t*, int);
 typedef void (*InverseTile)(const float*, const int32_t*, float*);
 
-#define PARNET_WINOGRAD_ROW(function, m) \
-  {function<Winograd<m>, Winograd<2>>, function<Winograd<m>, Winograd<4>>, function<Winograd<m>, Winograd<6>>}
-#define PARNET_POLYPHASE_ROW(function, m)                                      \
-  {function<Polyphase<m>, Polyphase<1>>, function<Polyphase<m>, Polyphase<2>>, \
-   function<Polyphase<m>, Polyphase<3>>, function<Polyphase<m>, Polyphase<4>>}
-#define PARNET_TILES(function)                                                                              \
-  {                                                                                                         \
-    {PARNET_WINOGRAD_ROW(function, 2), PARNET_WINOGRAD_ROW(function, 4), PARNET_WINOGRAD_ROW(function, 6)}, \
-    {                                                                                                       \
-      PARNET_POLYPHASE_ROW(function, 1), PARNET_POLYPHASE_ROW(function, 2),                                 \
-          PARNET_POLYPHASE_ROW(function, 3), PARNET_POLYPHASE_ROW(function, 4)                              \
-    }                                                                                                       \
-  }
-// [stride - 1][row kind][col kind]
-constexpr ForwardTile kForward[2][4][4] = PARNET_TILES(forward_tile);
-constexpr InverseTile kInverse[2][4][4] = PARNET_TILES(inverse_tile);
-#undef PARNET_TILES
-#undef PARNET_POLYPHASE_ROW
-#undef PARNET_WINOGRAD_ROW
+// The transforms for all pairs of schemes of one stride.
+struct Transforms {
+  ForwardTile forward[4][4];  // [row kind][column kind]
+  InverseTile inverse[4][4];
+};
+template <int Stride, int... Pair>
+constexpr Transforms transforms_of(std::integer_sequence<int, Pair...>) {
+  constexpr int kinds = kKinds[Stride - 1];
+  Transforms t{};
+  ((t.forward[Pair / kinds][Pair % kinds] =
+        forward_tile<SchemeOf<Stride, Pair / kinds>, SchemeOf<Stride, Pair % kinds>>),
+   ...);
+  ((t.inverse[Pair / kinds][Pair % kinds] =
+        inverse_tile<SchemeOf<Stride, Pair / kinds>, SchemeOf<Stride, Pair % kinds>>),
+   ...);
+  return t;
+}
+template <int Stride>
+constexpr Transforms transforms_of() {
+  return transforms_of<Stride>(std::make_integer_sequence<int, kKinds[Stride - 1] * kKinds[Stride - 1]>());
+}
+// [stride - 1]
+constexpr Transforms kTransforms[2] = {transforms_of<1>(), transforms_of<2>()};
 
 void transform(const ConvArgs& a, const TileBlock& block, int first, int last, float* v) {
   const PackedHeader& h = *a.packed;
@@ -84,9 +90,9 @@ void transform(const ConvArgs& a, const TileBlock& block, int first, int last, f
       const Tile& tile = block.tiles[t];
       const float* from = plane + tile.image * in.image + (int64_t{h.stride} * tile.row - 1) * in.row +
                           (int64_t{h.stride} * tile.col - 1) * kLanes;
-      kForward[h.stride - 1][tile.row_kind][tile.col_kind](from, in.row, v,
-                                                           block.table->v_offset + t * kMaxTransforms,
-                                                           block.table->v_step + t * kMaxTransforms, b);
+      kTransforms[h.stride - 1].forward[tile.row_kind][tile.col_kind](
+          from, in.row, v, block.table->v_offset + t * kMaxTransforms,
+          block.table->v_step + t * kMaxTransforms, b);
     }
   }
 }
@@ -99,10 +105,11 @@ PARNET_INLINE int group_channels(const PackedHeader& h) {
 }
 
 // Transformed weights are read. Matrix by matrix over the panels, so that the rows of a matrix stay in L1.
-void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, int first, int last, float* m) {
+void multiply_transformed(const ConvArgs& a, const TileTable& table, const float* v, int first, int last,
+                          float* m) {
   const PackedHeader& h = *a.packed;
   const int blocks = h.group_blocks, channels = group_channels(h);
-  const int slots = slots_of(h.stride, h.storage, h.in_channels);
+  const int slots = slots_of(h.stride, h.in_channels);
   const int64_t matrix = int64_t{blocks} * kLanes * kPanel, panel = matrix * slots * slots;
   const float* weights = section<float>(h, h.weight);
   for (int i = 0; i < table.num_uses; i++) {
@@ -127,12 +134,12 @@ void multiply_full(const ConvArgs& a, const TileTable& table, const float* v, in
 void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, int first, int last, float* m,
                    float* u) {
   const PackedHeader& h = *a.packed;
-  const bool compact = h.storage == Storage::kCompact;
-  const int slots = slots_of(h.stride, h.storage, h.in_channels);
+  const bool compact = h.storage == Storage::kTaps;
+  const int slots = slots_of(h.stride, h.in_channels);
   const int blocks = h.group_blocks, chunks = div_up(blocks, a.chunk_blocks);
   const int64_t block = int64_t{compact ? 9 : 3} * kLanes * kPanel, row = blocks * block;
   const auto taps_of = [&](int panel, int slot_row) {
-    const int64_t rows = compact ? panel : row_of_taps(h.panels, panel, slot_row);
+    const int64_t rows = compact ? panel : place_of_row(h.panels, panel, slot_row);
     return section<float>(h, h.weight) + rows * row;
   };
   for (int k = first; k < last; k++) {
@@ -163,11 +170,11 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
         const int64_t step = fetch_step(floats, int64_t{passes} * channels);
         for (int i = from; i < to; i++) {
           const MatrixUse& use = table.uses[i];
-          const SlotForm form = kSlotForms[h.stride - 1][use.slot % slots];
-          const auto choose = [&](int rows) { return choose_taps(form.form, rows); };
+          const Slot column = kSlots[h.stride - 1][use.slot % slots];
+          const auto choose = [&](int rows) { return choose_taps(column.form, rows); };
           next = multiply_use(use, choose, v, h.groups * blocks, k % h.groups * blocks + b,
-                              taps + form.tap * kPanel, mk + use.first_row * kPanel, channels, a.sum_channels,
-                              chunk > 0, next, step);
+                              taps + column.tap * kPanel, mk + use.first_row * kPanel, channels,
+                              a.sum_channels, chunk > 0, next, step);
         }
       }
     }
@@ -176,15 +183,11 @@ void multiply_taps(const ConvArgs& a, const TileTable& table, const float* v, in
 
 // ---- The layer.
 
-// Panels whose products are in flight together: all groups of an interleaved output; else two to reuse the
-// rows in L1, or one where it is as wide as two elsewhere.
-constexpr int kPanelsAtOnce = kLanes == 16 ? 1 : 2;
-
 void finish(const ConvArgs& a, const TileBlock& block, int first, int last, const float* m) {
   const PackedHeader& h = *a.packed;
   const int64_t panel = int64_t{block.table->m_rows} * kPanel;
   const Epilogue epilogue = choose_epilogue(h);
-  alignas(64) float z[kMaxGroups][kTile * kTile * kLanes];
+  alignas(64) float z[kMaxGroups][kMaxTile * kMaxTile * kLanes];
   for (int k = first; k < last; k += h.groups) {
     for (int t = 0; t < block.count; t++) {
       const Tile& tile = block.tiles[t];
@@ -193,8 +196,8 @@ void finish(const ConvArgs& a, const TileBlock& block, int first, int last, cons
         const int out_block = 2 * k + h.groups * half;
         if (out_block >= h.out_blocks) break;
         for (int g = 0; g < h.groups; g++) {
-          kInverse[h.stride - 1][tile.row_kind][tile.col_kind](m + (k - first + g) * panel + half * kLanes,
-                                                               offset, z[g]);
+          kTransforms[h.stride - 1].inverse[tile.row_kind][tile.col_kind](
+              m + (k - first + g) * panel + half * kLanes, offset, z[g]);
         }
         epilogue(a, tile, k, half, out_block, z);
       }
@@ -204,13 +207,14 @@ void finish(const ConvArgs& a, const TileBlock& block, int first, int last, cons
 
 void convolve(const ConvArgs& a, const TileBlock& block, const float* v, int first, int last, float* m,
               float* u) {
-  const int step = kPanelsAtOnce < a.packed->groups ? a.packed->groups : kPanelsAtOnce;
+  // A fusion's groups finish together: their channels alternate in the result.
+  const int step = a.packed->groups == 1 ? panels_at_once(kLanes) : 2;
   for (int k = first; k < last; k += step) {
     const int end = least(k + step, last);
-    if (stores_taps(a.packed->storage)) {
+    if (transforms_at_call(a.packed->storage)) {
       multiply_taps(a, *block.table, v, k, end, m, u);
     } else {
-      multiply_full(a, *block.table, v, k, end, m);
+      multiply_transformed(a, *block.table, v, k, end, m);
     }
     finish(a, block, k, end, m);
   }

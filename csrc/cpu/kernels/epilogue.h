@@ -9,7 +9,6 @@
 namespace parnet::cpu {
 namespace {
 
-constexpr int kTile = 6;  // the largest tile is kTile x kTile outputs
 constexpr int kMaxGroups = 2;
 
 template <class T>
@@ -17,7 +16,7 @@ PARNET_INLINE const T* section(const PackedHeader& h, int64_t offset) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(&h) + offset);
 }
 
-typedef float TileValues[kTile * kTile * kLanes];
+typedef float TileValues[kMaxTile * kMaxTile * kLanes];
 typedef void (*Epilogue)(const ConvArgs&, const Tile&, int panel, int half, int out_block,
                          const TileValues* z);
 
@@ -84,7 +83,7 @@ void epilogue_dense(const ConvArgs& a, const Tile& tile, int panel, int half, in
   const float* x =
       in.base + tile.image * in.image + out_block * in.block + tile.row * row + tile.col * kLanes;
   emit<Affine>(a, tile, out_block, [&](int i, int j) PARNET_INLINE_LAMBDA {
-    const Vec conv = load(z[0] + (i * kTile + j) * kLanes);
+    const Vec conv = load(z[0] + (i * kMaxTile + j) * kLanes);
     if (Skip) prefetch(x + i * row + (j + tile.cols) * kLanes);
     return activate<SiLU>(Skip ? conv + fma(scale, load(x + i * row + j * kLanes), offset)
                                : fma(scale, conv, offset));
@@ -101,7 +100,7 @@ void epilogue_interleaved(const ConvArgs& a, const Tile& tile, int panel, int ha
   alignas(64) TileValues mixed[kMaxGroups];
   for (int i = 0; i < tile.rows; i++) {
     for (int j = 0; j < tile.cols; j++) {
-      const int at_z = (i * kTile + j) * kLanes;
+      const int at_z = (i * kMaxTile + j) * kLanes;
       Vec low, high;
       interleave(activate<SiLU>(fma(scale0, load(z[0] + at_z), offset0)),
                  activate<SiLU>(fma(scale1, load(z[1] + at_z), offset1)), low, high);
@@ -111,7 +110,7 @@ void epilogue_interleaved(const ConvArgs& a, const Tile& tile, int panel, int ha
   }
   for (int b = 0; b < 2 && out_block + b < a.packed->out_blocks; b++) {
     emit<Affine>(a, tile, out_block + b, [&](int i, int j) PARNET_INLINE_LAMBDA {
-      return load(mixed[b] + (i * kTile + j) * kLanes);
+      return load(mixed[b] + (i * kMaxTile + j) * kLanes);
     });
   }
 }

@@ -10,8 +10,10 @@ namespace parnet::cpu {
 namespace {
 
 constexpr Kernels table_of(const char* name) {
-  return {name, kLanes, kMaxRows, kIntel ? 1200 : 500, expand_rows, expand_columns, transform, convolve,
-          gate, stem,   enter,    enter_planes,        leave,       leave_means,    classify};
+  return {name,        kLanes,         kMaxRows,  kIntel ? kMinPixels6Intel : kMinPixels6,
+          expand_rows, expand_columns, transform, convolve,
+          gate,        stem,           enter,     enter_planes,
+          leave,       leave_means,    classify};
 }
 
 }  // namespace

@@ -1,22 +1,18 @@
-// One-dimensional fast convolution schemes; the tile transforms apply one along rows and one along columns.
-//
-// Each scheme turns kIn inputs into kFreq values; value i multiplies the weights of a slot, an evaluation
-// point (slots() in plan.cpp); `inverse` turns the kFreq products into kOut outputs.
+// The arithmetic of the schemes of schemes.h: `forward` turns kIn inputs into kValues transformed ones,
+// `inverse` turns kValues products into kOut outputs.
 #pragma once
-#include "../layer.h"
+#include <type_traits>
+
+#include "../schemes.h"
 #include "simd.h"
 
 namespace parnet::cpu {
 namespace {
 
-// Stride 1: F(m, 3) on the first m + 2 of the points 0, inf, 1, -1, 2, -2, 1/2, -1/2, so that tiles of 6, 4
-// and 2 share their weights. Those at +-1/2 are multiplied by 4: all are sums of taps times powers of two.
-// Error at 128 channels (sums of 32 and 64 channels, see plan.cpp): F(6, 3) 2.4e-6, F(4, 3) 1.6e-6. Other
-// points are better for one of them only: F(4, 3) on 0, inf, +-1/sqrt(2), +-sqrt(2) has 0.7e-6, F(6, 3) with
-// them 7e-6.
+// Stride 1: F(Outputs, 3).
 template <int Outputs>
 struct Winograd {
-  static constexpr int kStride = 1, kOut = Outputs, kIn = Outputs + 2, kFreq = Outputs + 2;
+  static constexpr int kStride = 1, kOut = Outputs, kIn = Outputs + 2, kValues = Outputs + 2;
 
   static PARNET_INLINE void forward(const Vec* d, Vec* o) {
     if constexpr (Outputs == 2) {
@@ -77,12 +73,10 @@ struct Winograd {
   }
 };
 
-// Stride 2, split into phases: y[i] = (w0 x[2i-1] + w2 x[2i+1]) + w1 x[2i]. The first is a 2-tap filter,
-// F(kOut, 2) on the points 0, 1, -1, 2, inf (the first kOut of them, then inf); the second multiplies each
-// even input by w1, slot 5.
+// Stride 2: F(Outputs, 2) of the inputs that the outer taps meet, and each input that the middle tap meets.
 template <int Outputs>
 struct Polyphase {
-  static constexpr int kStride = 2, kOut = Outputs, kIn = 2 * Outputs + 1, kFreq = 2 * Outputs + 1;
+  static constexpr int kStride = 2, kOut = Outputs, kIn = 2 * Outputs + 1, kValues = 2 * Outputs + 1;
 
   static PARNET_INLINE void forward(const Vec* d, Vec* o) {
     if constexpr (Outputs == 1) {
@@ -127,20 +121,12 @@ struct Polyphase {
   }
 };
 
-// Weights. Along one axis, three taps make the value at a slot by additions alone: processors with adders
-// beside their multipliers do that between the products at no cost. Others take fewer instructions.
-enum class Form {
-  kTap,
-  kPlus,
-  kMinus,
-  kPlusTwice,
-  kMinusTwice,
-  kPlusHalf,
-  kMinusHalf,
-  kSum,
-  kDifference,
-  kSumTwice
-};
+template <int Stride, int Kind>
+using SchemeOf = std::conditional_t<Stride == 1, Winograd<kSchemes[0][Kind].outputs>,
+                                    Polyphase<kSchemes[1][Kind].outputs>>;
+
+// ---- Transformed weights. Forms are sums: processors with adders beside their multipliers make them between
+// the products at no cost. Intel's take fewer instructions with fused multiply-adds.
 
 template <Form F>
 PARNET_INLINE Vec combine(Vec t0, Vec t1, Vec t2) {
@@ -174,30 +160,10 @@ PARNET_INLINE Vec combine(Vec t0, Vec t1, Vec t2) {
   }
 }
 
-// [stride - 1][slot]; `tap` is the one that kTap copies.
-struct SlotForm {
-  Form form;
-  int tap;
-};
-constexpr SlotForm kSlotForms[2][kMaxSlots] = {{{Form::kTap, 0},
-                                                {Form::kTap, 2},
-                                                {Form::kPlus, 0},
-                                                {Form::kMinus, 0},
-                                                {Form::kPlusTwice, 0},
-                                                {Form::kMinusTwice, 0},
-                                                {Form::kPlusHalf, 0},
-                                                {Form::kMinusHalf, 0}},
-                                               {{Form::kTap, 0},
-                                                {Form::kSum, 0},
-                                                {Form::kDifference, 0},
-                                                {Form::kSumTwice, 0},
-                                                {Form::kTap, 2},
-                                                {Form::kTap, 1}}};
-
 // `taps` holds three vectors, `pitch` floats apart.
-template <int Stride, int Slot>
-PARNET_INLINE Vec value_at(const float* taps, int pitch) {
-  constexpr SlotForm slot = kSlotForms[Stride - 1][Slot];
+template <int Stride, int Index>
+PARNET_INLINE Vec weight_at(const float* taps, int pitch) {
+  constexpr Slot slot = kSlots[Stride - 1][Index];
   const float* t = taps + slot.tap * pitch;
   if constexpr (slot.form == Form::kTap) return load(t);
   return combine<slot.form>(load(t), load(t + pitch), load(t + 2 * pitch));
@@ -211,23 +177,23 @@ void expand_rows(const float* taps, int channels, float* rows, int row) {
     if (row != Row) return expand_rows<Stride, Row + 1>(taps, channels, rows, row);
     for (int c = 0; c < channels; c++, taps += 9 * kPanel, rows += 3 * kPanel) {
       PARNET_UNROLL for (int i = 0; i < 3 * kPanel; i += kLanes) {
-        store(rows + i, value_at<Stride, Row>(taps + i, 3 * kPanel));
+        store(rows + i, weight_at<Stride, Row>(taps + i, 3 * kPanel));
       }
     }
   }
 }
 
 // One row of slots to the first `slots` slots of the row, [slot][channel][kPanel].
-template <int Stride, int Slot = 0>
+template <int Stride, int Index = 0>
 void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride, int slots) {
-  if constexpr (Slot < (Stride == 1 ? kMaxSlots : kFewSlots)) {
-    if (Slot >= slots) return;
+  if constexpr (Index < (Stride == 1 ? kMaxSlots : kFewSlots)) {
+    if (Index >= slots) return;
     for (int c = 0; c < channels; c++) {
       PARNET_UNROLL for (int i = 0; i < kPanel; i += kLanes) {
-        store(full + c * kPanel + i, value_at<Stride, Slot>(rows + c * 3 * kPanel + i, kPanel));
+        store(full + c * kPanel + i, weight_at<Stride, Index>(rows + c * 3 * kPanel + i, kPanel));
       }
     }
-    expand_columns<Stride, Slot + 1>(rows, channels, full + slot_stride, slot_stride, slots);
+    expand_columns<Stride, Index + 1>(rows, channels, full + slot_stride, slot_stride, slots);
   }
 }
 

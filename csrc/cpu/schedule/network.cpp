@@ -11,24 +11,9 @@
 namespace parnet::cpu {
 namespace {
 
-// Rows of an image are converted in at most this many items, whatever the thread count: their channel sums
-// are added in the order of the items.
-constexpr int64_t kRowChunks = 16;
-// Above this, transformed inputs are not shared between the items of a layer but made by each for itself.
-constexpr int64_t kSharedBytes = int64_t{32} << 20;
-// Regions of shared transformed inputs, used in turn: a layer's inputs are transformed while the two layers
-// before it may still be multiplied.
-constexpr int kRegions = 3;
-// Images that have buffers where a batch goes image by image: one is finished while the next one begins.
-constexpr int64_t kImages = 2;
-// Plans keep their workspaces: of the most recently used, at most this many and this many bytes (the last one
-// always).
-constexpr size_t kCachedPlans = 32;
-constexpr int64_t kCachedBytes = int64_t{1} << 30;
-
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int sum_chunks(int64_t rows) { return div_up(rows, div_up(rows, kRowChunks)); }
+int sum_chunks(int64_t rows) { return div_up(rows, div_up(rows, kRowItems)); }
 
 }  // namespace
 
@@ -164,7 +149,7 @@ std::shared_ptr<const TilePlan> NetworkPlan::tiles_for(const Layer& l, int threa
   return std::make_shared<TilePlan>(g, kernels_, shape[0], shape[2], shape[3], threads);
 }
 
-// Tile plans, and which layers are one item: as many of a level's as leave it a quarter to be shared out,
+// Tile plans, and which layers are one item: as many of a level's as leave it a part to be shared out,
 // each no more than a thread's part of the level, and with tiles that fit into one block. Their inputs are
 // transformed and their weights read by one thread only, while others have other layers.
 void NetworkPlan::plan_tiles() {
@@ -179,7 +164,7 @@ void NetworkPlan::plan_tiles() {
   for (Layer& l : layers_) {
     if (l.stem || request_.threads == 1) continue;
     if (l.work * request_.threads > level_work[l.level]) continue;
-    if ((undivided[l.level] + l.work) * 4 > level_work[l.level] * 3) continue;
+    if ((undivided[l.level] + l.work) * 4 > level_work[l.level] * kUndividedQuarters) continue;
     const auto tiles = tiles_for(l, 1);
     if (tiles->blocks.size() > 1) continue;
     l.tiles = tiles;
@@ -209,7 +194,7 @@ void NetworkPlan::plan_items() {
     const int threads = request_.threads;
     // With enough blocks for all threads, an item is a block. Else it is some panels of a block.
     const bool whole = is_undivided(l) || blocks % threads == 0 || blocks >= 2 * threads;
-    const bool fine = g.groups == 1 && blocks * g.panels < 32 * threads;
+    const bool fine = g.groups == 1 && blocks * g.panels < kFewItems * threads;
     l.panels_per_item = whole ? g.panels : fine ? 1 : std::min(2, g.panels);
     // A thread transforms the inputs of a block itself, into memory that stays in its cache. If several
     // threads use them, they share the work, but for two threads and a small part of the work (stride 1):
@@ -219,7 +204,7 @@ void NetworkPlan::plan_items() {
     } else {
       l.v_region = i % kRegions;
       region = std::max(region, shared);
-      l.transform_items = std::clamp<int64_t>(div_up(8 * threads, blocks), 1, refs);
+      l.transform_items = std::clamp<int64_t>(div_up(kTransformItems * threads, blocks), 1, refs);
     }
     m_scratch_ = std::max(m_scratch_, l.tiles->m_floats);
     u_scratch_ = std::max(u_scratch_, l.tiles->u_floats);
@@ -234,7 +219,7 @@ void NetworkPlan::order_layers() {
   const int inputs = request_.inputs.size();
   std::vector<bool> by_image(values_.size());
   for (int i = 0; i < inputs; i++) by_image[i] = values_[i].shape[0] > 1;
-  for (Value& v : values_) v.kept = std::min(v.shape[0], kImages);
+  for (Value& v : values_) v.kept = std::min(v.shape[0], kImagesAtOnce);
   for (Layer& l : layers_) {
     const int64_t images = values_[l.output].shape[0];
     const int64_t blocks = l.stem || l.tiles->blocks.size() % images ? 0 : l.tiles->blocks.size() / images;
@@ -326,13 +311,13 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
   const int images = by_image ? values_[layers_[0].output].shape[0] : 0;
   const bool leaves = !request_.pooled && !request_.direct && request_.results.empty(),
              leaves_by_image = leaves && by_image == layers_.size();
-  std::vector<int> stages[kImages];  // of the last images
+  std::vector<int> stages[kImagesAtOnce];  // of the last images
   for (int image = 0; image < images; image++) {
-    std::vector<int>& own = stages[image % kImages];
+    std::vector<int>& own = stages[image % kImagesAtOnce];
     const int first = stages_.size();
     enter_inputs(image, own);  // when the image before that had these buffers is finished
     // What is entered meanwhile fills the time in which a thread waits for the last item of the image before.
-    if (leaves_by_image && image) stages[(image - 1) % kImages].push_back(leave_result(image - 1));
+    if (leaves_by_image && image) stages[(image - 1) % kImagesAtOnce].push_back(leave_result(image - 1));
     for (size_t i = 0; i < by_image; i++) {
       plan_gate(layers_[i], image);
       plan_main(layers_[i], image);
@@ -371,8 +356,7 @@ NetworkPlan::NetworkPlan(const Request& request, const Kernels& k) : request_(re
   }
   for (int64_t* floats : {&v_scratch_, &m_scratch_, &u_scratch_, &means_scratch_})
     *floats = div_up(*floats, 16) * 16;
-  // 1040: workers start neither on the same cache set nor on the same page.
-  scratch_floats_ = v_scratch_ + m_scratch_ + u_scratch_ + means_scratch_ + 1040;
+  scratch_floats_ = v_scratch_ + m_scratch_ + u_scratch_ + means_scratch_ + kScratchGap;
   scratch_ = reserve(request_.threads * scratch_floats_);
   pool_ = std::make_unique<WorkspacePool>(floats_, 2 + stages_.size());
 }
@@ -415,7 +399,7 @@ std::shared_ptr<const NetworkPlan> plan_for(const Request& request, const Kernel
   plans.push_front(std::move(made));
   int64_t bytes = plans.front()->workspace_bytes();
   auto keep = std::next(plans.begin());
-  for (size_t kept = 1; keep != plans.end() && kept < kCachedPlans; ++keep, kept++) {
+  for (int64_t kept = 1; keep != plans.end() && kept < kCachedPlans; ++keep, kept++) {
     bytes += (*keep)->workspace_bytes();
     if (bytes > kCachedBytes) break;
   }

@@ -83,7 +83,7 @@ PackedHeader plan_pack(const LayerParameters& p, const Kernels& k) {
   if (p.kind == Kind::kDownsample && h.in_channels <= kStemChannels) {
     h.stem_weight = reserve(h.panels * h.in_channels * 9 * panel);
   }
-  h.weight = reserve(h.panels * channels * panel * weights_per_channel(h));
+  h.weight = reserve(h.panels * channels * panel * values_per_kernel(h));
   return h;
 }
 
@@ -145,9 +145,9 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
     if (h.stem_weight) {
       taps(floats(to, h.stem_weight) + index * h.in_channels * 9 * panel, 0, h.in_channels);
     }
-    const int slots = slots_of(h.stride, h.storage, h.in_channels);
-    float* weight = floats(to, h.weight) + index * channels * panel * weights_per_channel(h);
-    if (h.storage == Storage::kCompact) return taps(weight, 0, channels);
+    const int slots = slots_of(h.stride, h.in_channels);
+    float* weight = floats(to, h.weight) + index * channels * panel * values_per_kernel(h);
+    if (h.storage == Storage::kTaps) return taps(weight, 0, channels);
     // A block of channels at a time keeps the taps in cache.
     std::vector<float> scratch(lanes * (9 + 3) * panel + 16);
     float* block = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / 4;
@@ -157,7 +157,7 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
       taps(block, c, c + lanes);
       for (int row = 0; row < slots; row++) {
         if (h.storage == Storage::kRows) {
-          const int64_t at = row_of_taps(h.panels, index, row) * channels + c;
+          const int64_t at = place_of_row(h.panels, index, row) * channels + c;
           k.expand_rows(block, lanes, floats(to, h.weight) + at * 3 * panel, h.stride, row);
         } else {
           k.expand_rows(block, lanes, rows, h.stride, row);

@@ -8,7 +8,7 @@
 namespace parnet::cpu {
 
 constexpr uint64_t kPackMagic = 0x31304b4341505450;  // "PTPACK01"
-constexpr int kPackVersion = 4;
+constexpr int kPackVersion = 5;
 
 // Contiguous float parameters in the layout of the public operators; null where absent.
 struct LayerParameters {
@@ -23,23 +23,10 @@ struct LayerParameters {
 // parallel(count, body) calls body(i) for i in [0, count), possibly on several threads.
 using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
-// Values stored for the 9 of a kernel.
-inline int weights_per_channel(const PackedHeader& h) {
-  const Storage s = h.storage;
-  const int slots = slots_of(h.stride, s, h.in_channels);
-  return s == Storage::kCompact ? 9 : s == Storage::kRows ? slots * 3 : slots * slots;
-}
-
-// Which storage "auto" means. Large layers are bound by reading their weights, where the processor has
-// AVX-512: at 14x14, half the bytes took 10 to 20 % less time on one thread and 30 % less on two (batch 1).
-// With AVX2, making weights from taps costs more than it saves. Large maps do not ask: see storage_of in
-// parnet_kernels/cpu.py. Of transformed weights, F(4, 3) reads no more where F(6, 3)'s are stored as well,
-// and batches of 14x14 maps take 13 to 15 % less time with F(6, 3).
-inline Storage best_storage(int64_t out_channels, int64_t weight_channels, int lanes) {
-  const int64_t kernels = out_channels * weight_channels;
-  if (kernels > 1'400'000) return Storage::kCompact;  // memory is spared
-  if (lanes == 16 && kernels > 70'000) return Storage::kRows;
-  return Storage::kWide;
+// Values stored for the 9 taps of a kernel.
+inline int values_per_kernel(const PackedHeader& h) {
+  const int slots = slots_of(h.stride, h.in_channels);
+  return h.storage == Storage::kTaps ? 9 : h.storage == Storage::kRows ? slots * 3 : slots * slots;
 }
 
 // The header alone: sizes and offsets.

@@ -3,28 +3,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "pack.h"
-
 namespace parnet::cpu {
 namespace {
-
-// A block of about this many tiles: enough rows to use a weight matrix many times, while the products of a
-// panel (tiles * 36 or 64 * 128 bytes) stay in L2.
-constexpr int kBlockTiles = 50;
-// With this many tiles or more for each thread, threads share the tiles of a layer rather than its panels:
-// they read weights twice, but no transformed inputs out of another processor's cache. F(4, 2) has twice as
-// many of those.
-constexpr int kFewTiles = 20, kFewStridedTiles = 8;
-// Bytes of the taps of one row of slots, which should stay in L1 with as many of the next.
-constexpr int64_t kTapBytes = 24 << 10;
-// Channels summed in registers. Of sums of sums less is lost: F(6, 3) has 0.6 of the error at 128 channels,
-// 0.4 at 400; for 1 to 2 % of the time.
-constexpr int kSumChannels6 = 32, kSumChannels4 = 64;
-// Single output channels can have errors above 3e-6 with F(6, 3), and layers with few of them gain little.
-constexpr int kMinWinograd6Outputs = 12;
-// Up to this many outputs, F(4, 2) would leave 1 to 4 rows a product: F(2, 2) has fewer matrices, each with
-// more rows.
-constexpr int64_t kFewOutputs = 128;
 
 struct Segment {
   int start, kind, size;
@@ -49,21 +29,7 @@ std::vector<Segment> segments(int length, int stride, int largest) {
   return result;
 }
 
-// Weight slots of the transformed values of a 1-D scheme, see winograd.h.
-const std::vector<int>& slots(int stride, int kind) {
-  static const std::vector<int> winograd[] = {{0, 1, 2, 3}, {0, 1, 2, 3, 4, 5}, {0, 1, 2, 3, 4, 5, 6, 7}};
-  static const std::vector<int> polyphase[] = {
-      {0, 4, 5}, {0, 1, 4, 5, 5}, {0, 1, 2, 4, 5, 5, 5}, {0, 1, 2, 3, 4, 5, 5, 5, 5}};
-  return stride == 1 ? winograd[kind] : polyphase[kind];
-}
-
-int largest_tile(const Geometry& g, const Kernels& k, int64_t outputs) {
-  if (g.stride == 2) return outputs <= kFewOutputs ? 2 : 4;
-  // Of taps, F(6, 3) reads a third more than F(4, 3); of transformed weights, 7/9 more.
-  const int64_t few = stores_taps(g.storage) ? k.few_wide_outputs * 3 / 5 : k.few_wide_outputs;
-  const bool stored = slots_of(g.stride, g.storage, g.in_channels) == kMaxSlots;
-  return stored && outputs >= few && g.out_channels >= kMinWinograd6Outputs ? 6 : 4;
-}
+const Scheme& scheme(int stride, int kind) { return kSchemes[stride - 1][kind]; }
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -71,7 +37,7 @@ int div_up(int a, int b) { return (a + b - 1) / b; }
 // channel (two passes of 6 rows stream weights 15 % faster than one of 12), but has 4 rows to hide latency.
 int row_panels(int rows, const Kernels& k) {
   const int lines_per_channel = 2 * k.lanes * 4 / 64;
-  return std::max(div_up(rows, k.max_rows), std::min(lines_per_channel, std::max(1, rows / 4)));
+  return std::max(div_up(rows, k.max_rows), std::min(lines_per_channel, std::max(1, rows / kMinStripRows)));
 }
 
 }  // namespace
@@ -83,7 +49,7 @@ Geometry geometry_of(const PackedHeader& h) {
 
 const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const Tile* tiles, int count) {
   // uses[slot] lists the rows of each weight matrix in the order of the tiles.
-  const int axis = slots_of(g.stride, g.storage, g.in_channels), matrices = axis * axis;
+  const int axis = slots_of(g.stride, g.in_channels), matrices = axis * axis;
   std::vector<int> rows(matrices, 0);
   auto table = std::make_unique<Table>();
   std::vector<int32_t>&v = table->v_offset, &step = table->v_step, &m = table->m_offset;
@@ -93,9 +59,11 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   std::vector<int> slot_of(count * kMaxTransforms, -1);
   for (int t = 0; t < count; t++) {
     int at = t * kMaxTransforms;
-    for (const int row : slots(g.stride, tiles[t].row_kind)) {
-      for (const int col : slots(g.stride, tiles[t].col_kind)) {
-        slot_of[at] = row * axis + col;
+    const Scheme &rows_of = scheme(g.stride, tiles[t].row_kind),
+                 &cols_of = scheme(g.stride, tiles[t].col_kind);
+    for (int i = 0; i < rows_of.values; i++) {
+      for (int j = 0; j < cols_of.values; j++) {
+        slot_of[at] = rows_of.slot[i] * axis + cols_of.slot[j];
         m[at] = rows[slot_of[at]]++;
         at++;
       }
@@ -110,7 +78,8 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
     if (!rows[slot]) continue;
     if (table->uses.empty() || table->uses.back().slot / axis != slot / axis) slot_rows++;
     use_of[slot] = table->uses.size();
-    const int count = stores_taps(g.storage) ? div_up(rows[slot], k.max_rows) : row_panels(rows[slot], k);
+    const int count =
+        transforms_at_call(g.storage) ? div_up(rows[slot], k.max_rows) : row_panels(rows[slot], k);
     table->uses.push_back({slot, rows[slot], m_rows, count, static_cast<int32_t>(v_floats)});
     const int small = rows[slot] / count, bigger = rows[slot] % count;
     v_floats += bigger * floats(small + 1) + (count - bigger) * floats(small);
@@ -140,7 +109,8 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
 TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_rows, int out_cols,
                    int threads)
     : threads(threads) {
-  const int largest = largest_tile(g, k, images * out_rows * out_cols);
+  const int largest = largest_tile(g.stride, g.storage, g.in_channels, g.out_channels,
+                                   images * out_rows * out_cols, k.min_pixels_6);
   sum_channels = largest == 6    ? kSumChannels6
                  : g.stride == 1 ? kSumChannels4
                                  : std::numeric_limits<int>::max();
@@ -158,7 +128,7 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
   }
   // Blocks do not straddle images unless several images fit into one: then as many as leave all threads as
   // many blocks.
-  const int most = std::max(1, kBlockTiles / tiles_per_image);
+  const int most = std::max(1, kTilesTogether / tiles_per_image);
   int whole = most;
   const auto uneven = [&](int64_t blocks) { return blocks % threads && blocks < 2 * threads; };
   while (images > most && whole > div_up(most, 2) && uneven(div_up(images, whole))) whole--;
@@ -170,7 +140,7 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
   blocks.reserve(tiles.size());
   for (int64_t start = 0; start < static_cast<int64_t>(tiles.size()); start += unit) {
     const int count = std::min<int64_t>(unit, tiles.size() - start);
-    const int parts = std::max(div_up(count, kBlockTiles), std::min(div_up(threads, units), count / few));
+    const int parts = std::max(div_up(count, kTilesTogether), std::min(div_up(threads, units), count / few));
     for (int part = 0, at = 0; part < parts; part++) {
       const int size = count / parts + (part < count % parts);
       const Tile* first = &tiles[start + at];
@@ -191,10 +161,10 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
       at += size;
     }
   }
-  m_floats *= 2;  // panels in flight
+  m_floats *= g.groups == 1 ? panels_at_once(k.lanes) : 2;
   const int64_t block_bytes = int64_t{3} * k.lanes * 2 * k.lanes * 4;
   chunk_blocks = div_up(g.group_blocks, div_up(g.group_blocks * block_bytes, kTapBytes));
-  u_floats = g.storage == Storage::kCompact ? chunk_blocks * block_bytes / 4 : 0;
+  u_floats = g.storage == Storage::kTaps ? chunk_blocks * block_bytes / 4 : 0;
 }
 
 }  // namespace parnet::cpu

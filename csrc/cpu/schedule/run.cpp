@@ -24,14 +24,13 @@ void pause() {
 #endif
 }
 
-// How often a thread looks for others before it lets go of its processor. Long where each thread can have one
-// (0.2 to 1 ms): another program's thread, even of the lowest priority, would keep it for milliseconds.
 int patience(int threads) {
 #ifdef __linux__
   cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0 && CPU_COUNT(&allowed) < threads) return 2000;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0 && CPU_COUNT(&allowed) < threads)
+    return kPatienceCrowded;
 #endif
-  return 20000;
+  return kPatience;
 }
 
 }  // namespace
