@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 
 _PACKAGE = Path(__file__).parent
+_UNBUILT = {
+    "_C.so": "no C++ compiler at installation, or a source checkout without `make setup`",
+    "_C_cuda.so": "no nvcc at installation, or PARNET_CUDA=0 there",
+}
 _SCHEMA = re.compile(r'^PARNET_SCHEMA\("(.*)"\)$', re.MULTILINE)
 
 
@@ -15,7 +19,7 @@ def _load(library: str) -> str | None:
     """Loads one shared object; returns None, or the reason why it could not be loaded."""
     path = _PACKAGE / library
     if not path.exists():
-        return f"{library} was not built (no C++ compiler at installation, or a source checkout without `make setup`)"
+        return f"{library} was not built ({_UNBUILT[library]})"
     try:
         torch.ops.load_library(path)
     except OSError as error:

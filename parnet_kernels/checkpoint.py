@@ -1,15 +1,12 @@
 """Reading the published training checkpoints, and reading and writing our own safetensors files.
 
-Nothing in a file is executed: pickles are read by torch.load(weights_only=True), with argparse.Namespace (the training
-script's options, which the published files contain) as the only class allowed besides tensors and containers.
+Nothing in a file is executed: see `archive`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from parnet_kernels.archive import CheckpointError as CheckpointError
+from parnet_kernels.archive import read_archive
 from parnet_kernels.checks import DTYPES
 from parnet_kernels.config import VARIANTS, ParNetConfig, layers
 from parnet_kernels.deployed import DeployedParNet
@@ -28,12 +27,13 @@ from parnet_kernels.model import ParNet
 from parnet_kernels.preprocessing import Described
 
 
-class CheckpointError(ValueError):
-    """A file or dict that is not a ParNet; the text names it and says what is wrong."""
-
-
 def load_checkpoint(
-    path_or_dict: str | Path | Mapping[str, Any], ema: bool = False, activation: str | None = None
+    path_or_dict: str | Path | Mapping[str, Any],
+    ema: bool = False,
+    activation: str | None = None,
+    *,
+    num_classes: int | None = None,
+    ignore_classes: bool = False,
 ) -> ParNet:
     """A `ParNet` (in evaluation mode, on the CPU) from a training checkpoint.
 
@@ -47,20 +47,26 @@ def load_checkpoint(
         activation: "silu" or "relu"; None: what the file says (ours its configuration, the published ones the options
             of the training script), else SiLU. The weights can only prove SiLU, by a negative running mean of an
             activated map: nothing proves ReLU.
+        num_classes: if not that of the file, the classifier is replaced by a new one, freshly initialised, without
+            class names; 0: by none.
+        ignore_classes: read the weights of a file that also holds objects of other classes than tensors, numbers, texts
+            and containers, and leave those objects out. No code of theirs runs in either case.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file or dict is truncated, of another kind or of another network, holds classes that may
-            not be loaded, has no EMA weights, or contradicts `activation`.
-        ValueError: for another `activation`.
+        CheckpointError: the file or dict is truncated, of another kind or of another network, declares more than it
+            holds, holds classes that may not be loaded, has no EMA weights, or contradicts `activation`.
+        ValueError: for another `activation` or `num_classes`.
     """
     if activation not in (None, "silu", "relu"):
         raise ValueError(f"load_checkpoint: `activation` must be 'silu', 'relu' or None, got {activation!r}")
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
+        raise ValueError(f"load_checkpoint: `num_classes` must be an integer ≥ 0 or None, got {num_classes!r}")
     if isinstance(path_or_dict, Mapping):
         name, content, config, said = "the given dict", path_or_dict, None, path_or_dict
     else:
         name = str(path_or_dict)
-        content, config, said = _read(Path(path_or_dict), "training")
+        content, config, said = _read(Path(path_or_dict), "training", ignore_classes)
     state = _state_dict(content, ema, name)
     if config is None:
         config = infer_config(state, name)
@@ -69,7 +75,10 @@ def load_checkpoint(
         raise CheckpointError(f"{name} was saved with activation {config.activation!r}, asked for {activation!r}")
     model = ParNet(_fits(config, state, name))
     _load(model, state, name)
-    return _describe(model, said, name).eval()
+    _describe(model, said, name)
+    if num_classes not in (None, model.num_classes):
+        model.reset_classifier(num_classes)
+    return model.eval()
 
 
 def load_deployed(path: str | Path) -> DeployedParNet:
@@ -93,7 +102,9 @@ def load_deployed(path: str | Path) -> DeployedParNet:
     return _describe(model, said, str(path))
 
 
-def load_model(path: str | Path, ema: bool = False, activation: str | None = None) -> DeployedParNet:
+def load_model(
+    path: str | Path, ema: bool = False, activation: str | None = None, *, ignore_classes: bool = False
+) -> DeployedParNet:
     """A network for inference from either form: a deployed file as it is, a training checkpoint folded.
 
     Raises:
@@ -108,7 +119,7 @@ def load_model(path: str | Path, ema: bool = False, activation: str | None = Non
             found = network.config.activation
             raise CheckpointError(f"{path} was saved with activation {found!r}, asked for {activation!r}")
         return network
-    return load_checkpoint(path, ema, activation).deploy()
+    return load_checkpoint(path, ema, activation, ignore_classes=ignore_classes).deploy()
 
 
 def save(model: ParNet | DeployedParNet, path: str | Path) -> None:
@@ -286,7 +297,9 @@ def _describe(model: _Network, said: Mapping[str, Any], name: str) -> _Network:
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _read(path: Path, form: str) -> tuple[Mapping[str, Any], ParNetConfig | None, Mapping[str, Any]]:
+def _read(
+    path: Path, form: str, ignore_classes: bool = False
+) -> tuple[Mapping[str, Any], ParNetConfig | None, Mapping[str, Any]]:
     """(content, configuration if the file is ours, what holds preprocessing and class names)."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
@@ -299,15 +312,7 @@ def _read(path: Path, form: str) -> tuple[Mapping[str, Any], ParNetConfig | None
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         config = metadata.get("parnet_config")
         return state, None if config is None else _config(config, path), metadata
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"Unsupported (?:global|class)[^\n]*|GLOBAL [\w.]+", str(error))
-        reason = f"it needs {refused[0]}, which may not be loaded" if refused else "it is not a PyTorch checkpoint"
-        raise CheckpointError(f"cannot read {path}: {reason}") from error
-    except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"cannot read {path}: truncated, or not a PyTorch checkpoint ({error})") from error
+    content = read_archive(path, ignore_classes)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict or a dict with one")
     return content, None, content

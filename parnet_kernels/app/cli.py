@@ -24,6 +24,7 @@ from parnet_kernels.app.options import (
     ColorOption,
     CropOption,
     EmaOption,
+    IgnoreClassesOption,
     InterpolationOption,
     LabelsOption,
     MeanOption,
@@ -151,12 +152,13 @@ def predict(
     labels: LabelsOption = None,
     ema: EmaOption = False,
     activation: ActivationOption = None,
+    ignore_classes: IgnoreClassesOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Classify images. What is done to them is told on standard error."""
     from parnet_kernels.app.images import load_image
 
-    network = load_model(checkpoint, ema, activation and activation.value)
+    network = load_model(checkpoint, ema, activation, ignore_classes=ignore_classes)
     if not network.num_classes:
         raise CheckpointError(f"{checkpoint} has no classifier")
     asked = {"size": size, "crop": crop, "interpolation": interpolation, "mean": mean, "std": std, "color": color}
@@ -211,6 +213,7 @@ def convert(
     color: ColorOption = None,
     ema: EmaOption = False,
     activation: ActivationOption = None,
+    ignore_classes: IgnoreClassesOption = False,
 ) -> None:
     """Convert a checkpoint to safetensors, in training or deployed form.
 
@@ -219,7 +222,7 @@ def convert(
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"output must end in .safetensors, got {output}")
     load = load_model if deployed else load_checkpoint
-    model: ParNet | DeployedParNet = load(checkpoint, ema, activation and activation.value)
+    model: ParNet | DeployedParNet = load(checkpoint, ema, activation, ignore_classes=ignore_classes)
     asked = {"size": size, "crop": crop, "interpolation": interpolation, "mean": mean, "std": std, "color": color}
     if any(value is not None for value in asked.values()):
         model.preprocessing, told = preprocessing_of(model, checkpoint, **asked)

@@ -37,6 +37,9 @@ ActivationOption = Annotated[
     Activation | None,
     typer.Option(help="Activation the checkpoint was trained with; default: what the file says, else SiLU."),
 ]
+IgnoreClassesOption = Annotated[
+    bool, typer.Option("--ignore-classes", help="Leave objects of unknown classes in a checkpoint out.")
+]
 LabelsOption = Annotated[
     Path | None, typer.Option(help="Text file with one class name a line; default: those of the checkpoint.")
 ]
