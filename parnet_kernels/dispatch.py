@@ -1,17 +1,21 @@
 """Registration of the public operators with PyTorch's dispatcher.
 
-A call of torch.ops.parnet.<op> passes, top down: autocast (casts floating arguments), autograd (`gradients.py`), then
-the kernel, which checks the arguments (`checks.py`) and runs the backend that `selection.py` chooses; a call like an
-earlier one of the same backend skips both (`again`, see `selection.BACKENDS`).
+A call of torch.ops.parnet.<op> passes, top down: the levels of torch.func, autocast (casts floating arguments),
+autograd (`gradients.py`), then the kernel, which checks the arguments (`checks.py`) and runs the backend that
+`selection.py` chooses; a call like an earlier one of the same backend skips both (`again`, see `selection.BACKENDS`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from parnet_kernels import checks, gradients
@@ -25,6 +29,14 @@ Arguments = tuple[list[Tensor | None], dict[str, Any]]  # positional tensors, ke
 def _has_tangent(tensors: list[Tensor]) -> bool:
     level = getattr(forward_ad, "_current_level", 0)  # −1: none is open, which is faster to know
     return level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
+def _is_batched(t: Tensor) -> bool:
+    """By torch.func, or by `is_grads_batched` and `vectorize`, which have a vmap of their own."""
+    return torch._C._dispatch_keys(t).has(_BATCHED) or functorch.is_functorch_wrapped_tensor(t)
 
 
 class _Operator:
@@ -67,12 +79,39 @@ class _Operator:
 
     def autograd(self, *args: Any, **kwargs: Any) -> Tensor:
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        if wanted or _has_tangent(given):  # a tangent: raises, there is no jvp
+        if _has_tangent(given):
+            return self.decomposed(self.call(args, kwargs))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             call = self.call(args, kwargs)
-            return _Differentiable.apply(self.name, call.stride, call.activation, *call.tensors.values())
+            return _Differentiable.node(self.name, call.stride, call.activation, *call.tensors.values())
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*args, **kwargs)
+
+    def decomposed(self, call: Call) -> Tensor:
+        """By PyTorch's own operators, which forward-mode differentiation and every transform of torch.func know."""
+        checks.check(call)
+        return Reference.run(call) if functorch.peek_interpreter_stack() is None else Reference.compute(call)
+
+    def batched(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One level of torch.vmap. Images do not depend on each other, so where only maps are batched, they become one
+        batch of images, and one call; else (an ensemble of weights) decomposed.
+        """
+        call, level = self.call(args, kwargs), functorch.maybe_current_level()
+        assert level is not None
+
+        def unwrapped(t: Tensor) -> tuple[Tensor, int | None]:
+            return functorch._unwrap_batched(t, level)
+
+        if any(unwrapped(p)[1] is not None for p in call.present):
+            return self.decomposed(call)
+        maps = [*map(unwrapped, call.maps)]
+        size = next(m.shape[d] for m, d in maps if d is not None)
+        whole = [m.expand(size, *m.shape) if d is None else m.movedim(d, 0) for m, d in maps]
+        parameters = {name: None if p is None else unwrapped(p)[0] for name, p in call.parameters.items()}
+        below = dataclasses.replace(call, maps=tuple(m.flatten(0, 1) for m in whole), parameters=parameters)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+            y = self.op(**below.arguments)
+        return functorch._add_batch_dim(y.unflatten(0, whole[0].shape[:2]), 0, level)
 
     def autocast(self, device: str) -> Callable[..., Tensor]:
         key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
@@ -89,6 +128,14 @@ class _Operator:
 
 
 class _Differentiable(torch.autograd.Function):
+    @classmethod
+    def node(cls, *args: Any) -> Tensor:
+        """`apply`, also at a level of torch.func: the dispatcher has unwrapped the arguments for that level, where
+        `apply` would begin with the levels again.
+        """
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
     @staticmethod
     def forward(ctx: Any, op: str, stride: int, activation: str, *tensors: Tensor | None) -> Tensor:
         ctx.settings = op, stride, activation
@@ -97,7 +144,10 @@ class _Differentiable(torch.autograd.Function):
         # Chosen here, since use_backend does not reach the threads of the autograd engine.
         checks.is_map("x", call.x)
         ctx.own = getattr(choose(call), "backward", None)
-        with torch._C._AutoDispatchBelowAutograd():
+        # `apply` turns differentiation off, for this level; the next levels of torch.func have their own.
+        levels = functorch.peek_interpreter_stack() is not None
+        modes = torch.set_grad_enabled(levels), forward_ad._set_fwd_grad_enabled(levels)
+        with torch._C._AutoDispatchBelowAutograd(), modes[0], modes[1]:
             return getattr(torch.ops.parnet, op).default(**call.arguments)
 
     @staticmethod
@@ -105,8 +155,9 @@ class _Differentiable(torch.autograd.Function):
         op, stride, activation = ctx.settings
         call, names = Call.of_tensors(op, ctx.saved_tensors, stride, activation), SIGNATURES[op].tensors
         need = {name for name, needed in zip(names, ctx.needs_input_grad[3:], strict=True) if needed}
-        own = ctx.own is not None and not torch.is_grad_enabled()
-        found = (ctx.own if own else gradients.of)(call, gradient[0], need)
+        # The formulas are operators of PyTorch's: differentiable, and known to every transform.
+        plain = ctx.own is None or torch.is_grad_enabled() or _is_batched(gradient[0])
+        found = (gradients.of if plain else ctx.own)(call, gradient[0], need)
         return (None, None, None, *map(found.get, names))
 
 
@@ -115,6 +166,7 @@ for _operator in map(_Operator, OPERATORS):
     _name = _operator.name
     _library.impl(_name, _operator.kernel, "CompositeExplicitAutograd")
     _library.impl(_name, _operator.autograd, "Autograd")
+    _library.impl(_name, _operator.batched, "FuncTorchBatched")
     _library.impl(_name, _operator.autocast("cpu"), "AutocastCPU")
     _library.impl(_name, _operator.autocast("cuda"), "AutocastCUDA")
     torch.library.register_fake(f"parnet::{_name}", _operator.fake, lib=_library)

@@ -44,9 +44,12 @@ def _convolution(
 
 def _gate(d_logit: Tensor, mean: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """(d_mean, d_weight, d_bias) of logit = weight · mean + bias; d_logit [N, K], mean [N, C], weight [K, C/groups]."""
-    logits = d_logit.unflatten(1, (groups, -1))  # [N, groups, K/groups]
-    d_mean = torch.einsum("ngk,gkc->ngc", logits, weight.unflatten(0, (groups, -1))).flatten(1)
-    d_weight = torch.einsum("ngk,ngc->gkc", logits, mean.unflatten(1, (groups, -1))).flatten(0, 1)
+    # Not einsum and unflatten, which the vmap behind `is_grads_batched` does not know.
+    n, k, c = len(mean), weight.shape[0] // groups, weight.shape[1]
+    logits = d_logit.reshape(n, groups, k).transpose(0, 1)  # [groups, N, K/groups]
+    d_mean = torch.bmm(logits, weight.reshape(groups, k, c)).transpose(0, 1).reshape(mean.shape)
+    means = mean.reshape(n, groups, c).transpose(0, 1)
+    d_weight = torch.bmm(logits.transpose(1, 2), means).reshape(weight.shape)
     return d_mean, d_weight, d_logit.sum(0)
 
 

@@ -27,10 +27,15 @@ class Reference:
         return None
 
     @staticmethod
-    def run(call: Call) -> Tensor:
-        y = getattr(reference, call.op)(**call.widened().arguments).to(call.x.dtype)
+    def compute(call: Call) -> Tensor:
+        """The result, in any layout."""
+        y: Tensor = getattr(reference, call.op)(**call.widened().arguments)
+        return y.to(call.x.dtype)
+
+    @classmethod
+    def run(cls, call: Call) -> Tensor:
         layout = torch.channels_last if is_channels_last(call.x) else torch.contiguous_format
-        return y.contiguous(memory_format=layout)
+        return cls.compute(call).contiguous(memory_format=layout)
 
 
 #: In order of preference. Each has `why_not(op, x)`, the reason why it cannot run op on x or None, and `run(call)`,

@@ -358,14 +358,3 @@ def test_use_backend() -> None:
     reasons = ops.explain("repvgg_sse", args[0])
     assert reasons["reference"] is None
     assert "float64" in reasons["cpu"]
-
-
-@pytest.mark.parametrize("op", OPERATORS)
-def test_forward_mode_raises(op: str) -> None:
-    args, options = arguments(op)
-    with torch.autograd.forward_ad.dual_level():
-        for i in (0, 1):
-            given = list(args)
-            given[i] = torch.autograd.forward_ad.make_dual(args[i], torch.ones_like(args[i]))
-            with pytest.raises(RuntimeError, match="jvp"):
-                getattr(ops, op)(*given, **options)

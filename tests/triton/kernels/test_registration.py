@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import OPERATORS, arguments
+from test_transforms import WAYS, Case
 from torch import Tensor
 
 from parnet_kernels import ops, reference
@@ -93,6 +94,14 @@ def test_the_backward_operator_matches_its_fake(op: str, where: torch.device) ->
             (op, y, every, options.get("stride", 1), options["activation"], need),
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+@each_operator
+@pytest.mark.parametrize("way", ["grad", "vmap of maps", "vmap of grad", "jvp", "is_grads_batched"])
+def test_transforms(op: str, way: str, where: torch.device) -> None:
+    with mock.patch.object(backend, "_layer", side_effect=backend._layer) as counted:
+        Case(op, torch.float32, where).check(WAYS[way], 1e-4)
+    assert counted.call_count == (way != "jvp"), "one forward on this backend, unless decomposed"
 
 
 @each_operator
