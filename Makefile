@@ -4,60 +4,88 @@ BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp $(foreach d,csrc/*/ csrc/*/*/,$(addprefix $(d),*.cpp *.h *.cu *.cuh))) parnet_kernels/schemas.inc
 CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.h' 'tests/*.cu')
 
-.PHONY: help setup build demo test test-all bench asan lint format docs clean
+.PHONY: help setup build demo test test-all test-oldest bench asan lint format docs clean
 
 help:
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@echo 'Minutes: two cores, the first time. PYTEST_ARGS and BENCH_ARGS are passed on.'
 
-setup: .venv/ready build ## make .venv and install everything into it
+setup: .venv/tools build/ready ## make .venv with all tools, build both libraries (3 minutes)
 
-.venv/ready: pyproject.toml
+# torch first: the native code is compiled with its headers. Never through pip, which would hide what takes the time.
+.venv/torch: pyproject.toml
 	$(PYTHON) -m venv .venv
+	@echo 'installing torch into .venv'
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0 'setuptools>=77' wheel ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
-	@touch $@ build/ready
+	$(BIN)/python -m pip install --quiet torch==2.13.0 numpy 'setuptools>=77' wheel ninja
+	@touch $@
 
-build: .venv/ready build/ready ## compile what has changed in csrc
+.venv/ready: .venv/torch build/cpu
+	@echo 'installing the package and what the demo needs into .venv'
+	PARNET_CUDA=0 $(BIN)/python -m pip install -qq --no-build-isolation --editable '.[demo]'
+	@touch $@
 
-build/ready: $(NATIVE) setup.py
+.venv/tools: .venv/ready
+	@echo 'installing what tests, linters and documentation need into .venv'
+	PARNET_CUDA=0 $(BIN)/python -m pip install -qq --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+build: build/ready ## compile what has changed in csrc
+
+build/cpu: $(filter-out csrc/cuda/%,$(NATIVE)) setup.py | .venv/torch
+	@echo 'compiling the CPU kernels for five instruction sets (about a minute on two cores)'
+	PARNET_CUDA=0 $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+build/ready: build/cpu $(NATIVE)
+	@echo 'compiling the CUDA kernels, where nvcc is (about a minute on two cores)'
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-demo: setup ## train on handwritten digits, deploy, compare, time; writes out/demo
+demo: .venv/ready ## train on handwritten digits, deploy, compare, time; writes out/demo (4 minutes; later 2)
 	$(BIN)/parnet demo
 
-test: setup ## the test suite (about 10 minutes on two cores)
+test: setup ## the test suite (10 to 15 minutes)
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 test-all: setup ## the test suite with the long sweeps
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The wheel that the pinned torch built, beside the oldest. NumPy: Triton 3.6's interpreter fails with a newer one.
+test-oldest: setup ## the test suite beside torch 2.11 and Triton 3.6 (takes what `make test` takes)
+	rm -rf build/wheel
+	$(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/wheel
+	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4' 'setuptools>=77,<82' \
+		"$$(echo build/wheel/*.whl)[test]"
+	.venv-oldest/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	.venv-oldest/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
 bench: setup .venv/peers ## speed against other engines; writes out/bench (BENCH_ARGS=--quick: a minute)
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
-.venv/peers: pyproject.toml | .venv/ready ## the engines that the benchmark compares with; it reports those it does not get
-	-$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[peers]'
+.venv/peers: pyproject.toml | .venv/tools ## the engines that the benchmark compares with; it reports those it does not get
+	-$(BIN)/python -m pip install -qq --no-build-isolation --editable '.[peers]'
 	@touch $@
 
 asan: setup ## the CPU kernels under the address, undefined-behaviour and thread sanitizers (about a minute)
 	tests/asan/run.sh
 
-lint: .venv/ready ## ruff, mypy, clang-format
+lint: .venv/tools ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: .venv/ready ## apply ruff and clang-format
+format: .venv/tools ## apply ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # Not --quiet: that hides warnings from --strict.
-docs: .venv/ready ## the documentation as a site in out/site; warnings and broken links are errors (seconds)
+docs: .venv/tools ## the documentation as a site in out/site; warnings and broken links are errors (seconds)
 	$(BIN)/python docs/figures.py
 	$(BIN)/mkdocs build --strict
 
 clean: ## remove what was built, and .venv
-	rm -rf .venv build out parnet_kernels/*.so *.egg-info
+	rm -rf .venv .venv-oldest build out parnet_kernels/*.so *.egg-info

@@ -7,7 +7,7 @@
 | PARNET_CPU_POISON | 1: the CPU kernels fill their scratch memory with NaN before each run, to find reads of it |
 | PARNET_WGMMA | 0: the CUDA kernels multiply by mma.sync on Hopper too |
 | PARNET_CUDA | building: 0 leaves the CUDA library out, 1 fails without nvcc, auto (default) builds it where nvcc is |
-| PARNET_CUDA_ARCHS | building: CUDA architectures, default "80 86 89 90 90a 100 120" (PTX of the last is included) |
+| PARNET_CUDA_ARCHS | building: architectures such as "80 90 90a"; all; native (default): this machine's GPUs, else 80 |
 | MAX_JOBS | building: number of compilations at a time |
 """
 

@@ -54,6 +54,6 @@ def test_without_optional_packages(tmp_path: Path) -> None:
 
 
 def test_import_is_fast(tmp_path: Path) -> None:
-    """Less than 100 ms on top of `import torch`: the best of several runs, since other work shares the machine."""
-    code = "import torch, time; t = time.perf_counter(); import parnet_kernels; print(time.perf_counter() - t)"
+    """Less than 100 ms of processor time on top of `import torch`: the best of several runs."""
+    code = "import torch, time; t = time.process_time(); import parnet_kernels; print(time.process_time() - t)"
     assert min(float(run(code, tmp_path)) for _ in range(5)) < 0.1

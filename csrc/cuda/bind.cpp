@@ -1,5 +1,6 @@
 // Binds the player of programs to the operators of schemas.inc: device guard, current stream, addresses. No
 // CUDA header.
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +19,23 @@ namespace cuda = parnet::cuda;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The current stream of a device as a cudaStream_t. The function is part of torch's stable ABI, but stands in
+// libtorch_cuda.so: it is looked up, not linked, so that this library loads beside a CPU build of torch too.
+// (`Stream::nativeHandle` needs torch 2.13.)
+void* current_stream(int32_t device) {
+  using Get = int32_t (*)(int32_t device, void** stream);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Get>(symbol);
+  }();
+  STD_TORCH_CHECK(get,
+                  "parnet_kernels: this torch has no aoti_torch_get_current_cuda_stream (libtorch_cuda.so)");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
 void play(const std::vector<Tensor>& buffers, const Tensor& program) {
   STD_TORCH_CHECK(program.is_cpu() && program.is_contiguous() && program.scalar_type() == ScalarType::Byte,
                   "`program` must be a contiguous uint8 CPU tensor");
@@ -33,7 +51,7 @@ void play(const std::vector<Tensor>& buffers, const Tensor& program) {
     spans.push_back({static_cast<char*>(const_cast<void*>(b.const_data_ptr())), bytes});
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+  void* stream = current_stream(device);
   const std::string error = cuda::play(static_cast<const uint8_t*>(program.const_data_ptr()), program.numel(),
                                        spans.data(), static_cast<int64_t>(spans.size()),
                                        [&](const cuda::Launch& l) { return cuda::launch(l, stream); });
