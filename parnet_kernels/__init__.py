@@ -1,5 +1,7 @@
 """Fused kernels for ParNet (Non-deep Networks, arXiv 2110.07641): every layer one operation."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from parnet_kernels import _native  # noqa: F401  registers the schemas; must come first
 from parnet_kernels import export as export
 from parnet_kernels import ops as ops
@@ -18,3 +20,14 @@ from parnet_kernels.model import parnet_m as parnet_m
 from parnet_kernels.model import parnet_s as parnet_s
 from parnet_kernels.model import parnet_xl as parnet_xl
 from parnet_kernels.preprocessing import Preprocessing as Preprocessing
+
+if _TYPE_CHECKING:
+    from parnet_kernels.app.classifier import Classifier as Classifier
+
+
+def __getattr__(name: str) -> object:
+    if name == "Classifier":  # imports Pillow: not for those who do not ask
+        from parnet_kernels.app.classifier import Classifier
+
+        return Classifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The `parnet` command: info, demo, predict, convert, export, bench."""
+"""The `parnet` command: info, demo, predict, latency, convert, export, bench."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from parnet_kernels import _native, checks, ops
 from parnet_kernels._version import __version__
 from parnet_kernels.app.console import print_table, shown
 from parnet_kernels.app.export import export
+from parnet_kernels.app.latency import latency
 from parnet_kernels.app.options import (
     ActivationOption,
     CheckpointArgument,
@@ -30,8 +31,10 @@ from parnet_kernels.app.options import (
     MeanOption,
     SizeOption,
     StdOption,
+    ThreadsOption,
     name_classes,
     preprocessing_of,
+    use_threads,
 )
 from parnet_kernels.call import OPERATORS
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
@@ -127,6 +130,7 @@ def info(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the trained network.")] = Path("out/demo"),
+    threads: ThreadsOption = None,
 ) -> None:
     """Train a small ParNet on handwritten digits, deploy it, compare and time; exits 1 if a check fails."""
     try:
@@ -134,6 +138,7 @@ def demo(
     except ImportError as error:
         raise typer.BadParameter(f"the demo needs `pip install parnet-kernels[demo]`: {error}") from error
     out.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
+    use_threads(threads)
     if not run(out, console):
         raise typer.Exit(1)
 
@@ -153,11 +158,13 @@ def predict(
     ema: EmaOption = False,
     activation: ActivationOption = None,
     ignore_classes: IgnoreClassesOption = False,
+    threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Classify images. What is done to them is told on standard error."""
     from parnet_kernels.app.images import load_image
 
+    use_threads(threads)
     network = load_model(checkpoint, ema, activation, ignore_classes=ignore_classes)
     if not network.num_classes:
         raise CheckpointError(f"{checkpoint} has no classifier")
@@ -238,6 +245,7 @@ def convert(
 
 
 app.command()(export)
+app.command()(latency)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from parnet_kernels.app.console import shown
@@ -20,6 +21,12 @@ class Activation(StrEnum):
 
 Interpolation = StrEnum("Interpolation", INTERPOLATIONS)  # type: ignore[misc]
 Color = StrEnum("Color", [*COLORS])  # type: ignore[misc]
+
+
+def use_threads(threads: int | None) -> None:
+    """For all that follows in this process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -39,6 +46,9 @@ ActivationOption = Annotated[
 ]
 IgnoreClassesOption = Annotated[
     bool, typer.Option("--ignore-classes", help="Leave objects of unknown classes in a checkpoint out.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads: one for each idle core. Default: PyTorch's.")
 ]
 LabelsOption = Annotated[
     Path | None, typer.Option(help="Text file with one class name a line; default: those of the checkpoint.")

@@ -1,0 +1,164 @@
+"""Frames and pictures → class names with probabilities, or features."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from parnet_kernels.app.images import fitted, normalised, open_image, pixels_of, upright
+from parnet_kernels.checkpoint import load_model
+from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.model import ParNet
+from parnet_kernels.preprocessing import Described, Preprocessing
+
+
+class Guess(NamedTuple):
+    """A class, and the probability that the network gives it."""
+
+    label: str
+    probability: float
+    id: int
+
+
+class Classifier:
+    """A network with its preprocessing and class names, for pictures as they come: uint8 frames [H, W, 3] (also [H, W],
+    one channel or four, the last ignored) as NumPy arrays or CPU tensors, Pillow's images, paths, and lists of these.
+
+    Args:
+        network: a file (see `load_model`), a ParNet or a DeployedParNet.
+        preprocessing: instead of that of the network. A network without any is taken to be as
+            `Preprocessing.assumed` says, with a warning.
+        class_names: instead of those of the network; without any, numbers are the labels.
+        frame_color: the order of the channels of frames, "rgb" or "bgr" (OpenCV's). Images and files say it themselves.
+
+    It may be called from several threads. Frames are read where they are: one pass resizes them, one writes the input.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_model`.
+        TypeError, ValueError: for another argument; also a network without 1 or 3 channels.
+    """
+
+    def __init__(
+        self,
+        network: str | Path | ParNet | DeployedParNet,
+        *,
+        preprocessing: Preprocessing | None = None,
+        class_names: Sequence[str] | None = None,
+        frame_color: str = "rgb",
+    ) -> None:
+        if frame_color not in ("rgb", "bgr"):
+            raise ValueError(f"Classifier: `frame_color` must be 'rgb' or 'bgr', got {frame_color!r}")
+        if isinstance(network, str | Path):
+            network = load_model(network)
+        elif isinstance(network, ParNet):
+            network = network.deploy()
+        if not isinstance(network, DeployedParNet):
+            raise TypeError(f"Classifier: `network` must be a path or a network, got a {type(network).__name__}")
+        said = Described()  # what is asked for here is checked as a network checks it, and the network left as it is
+        said.config = network.config
+        said.described_as(network)
+        if class_names is not None:
+            said.class_names = tuple(class_names)
+        if preprocessing is not None:
+            said.preprocessing = preprocessing
+        if said.preprocessing is None:
+            said.preprocessing = Preprocessing.assumed(network.config.in_chans)
+            text = f"Classifier: the network does not say its preprocessing; assumed: {said.preprocessing}"
+            warnings.warn(text, stacklevel=2)
+        self.network = network.prepare()
+        self.preprocessing = said.preprocessing
+        self.class_names = said.class_names or tuple(map(str, range(network.num_classes)))
+        self._frame_color = frame_color
+
+    def __call__(self, pictures: Any, top: int = 5) -> list[Guess] | list[list[Guess]]:
+        """The `top` most probable classes, the first the most; of a list (or a tensor or array [N, H, W, C]) a list.
+
+        Raises:
+            OSError: a file cannot be read.
+            TypeError: something is no picture.
+            ValueError: the network has no classifier, `top` is no positive integer, a picture has no pixels or is too
+                elongated, or the network's outputs for it are not finite.
+        """
+        if not self.network.num_classes:
+            raise ValueError("Classifier: the network has no classifier: `features` gives what it has")
+        if not isinstance(top, int) or top < 1:
+            raise ValueError(f"Classifier: `top` must be an integer ≥ 1, got {top!r}")
+        with torch.inference_mode():
+            logits = self.network(self.inputs(pictures)).float()
+            finite = logits.isfinite().all(1).tolist()
+            if not all(finite):
+                raise ValueError(f"Classifier: picture {finite.index(False)}: the network's outputs are not finite")
+            scores, classes = logits.softmax(1).topk(min(top, logits.shape[1]), 1)
+        found = [
+            [Guess(self.class_names[i], p, i) for i, p in zip(row, probabilities, strict=True)]
+            for row, probabilities in zip(classes.tolist(), scores.tolist(), strict=True)
+        ]
+        return found if _is_many(pictures) else found[0]
+
+    def features(self, pictures: Any) -> Tensor:
+        """What the classifier's last layer sees: [num_features]; of a list [N, num_features]. Errors as of a call."""
+        with torch.inference_mode():
+            last_map = self.network.forward_features(self.inputs(pictures))
+            found = self.network.forward_head(last_map, pre_logits=True)
+        return found if _is_many(pictures) else found[0]
+
+    def inputs(self, pictures: Any) -> Tensor:
+        """The network's input [N, C, size, size] for pictures, in its dtype, on its device. Errors as of a call."""
+        one_by_one = pictures if _is_many(pictures) else [pictures]
+        p, head = self.preprocessing, self.network.head_weight
+        fit = [fitted(self._pixels(picture, i), p, f"picture {i}") for i, picture in enumerate(one_by_one)]
+        return normalised(fit, p).to(head.device, head.dtype)
+
+    def warmup(self, batch: int = 1) -> Classifier:
+        """Does once, for lists of `batch` pictures, what else the first call does: memory and a plan for that size."""
+        p = self.preprocessing
+        with torch.inference_mode():
+            head = self.network.head_weight
+            self.network(torch.zeros(batch, p.channels, p.size, p.size, dtype=head.dtype, device=head.device))
+        return self
+
+    def _pixels(self, picture: Any, i: int) -> Tensor:
+        """uint8 [H, W, C] in the network's order of channels."""
+        p = self.preprocessing
+        if isinstance(picture, str | Path):
+            return pixels_of(open_image(picture, p.color), p)
+        if isinstance(picture, Image.Image):
+            return pixels_of(upright(picture, p.color, f"picture {i}"), p)
+        if not isinstance(picture, np.ndarray | Tensor):
+            raise TypeError(
+                f"Classifier: picture {i} must be an array, an image or a path, got {type(picture).__name__}"
+            )
+        shape, kind = tuple(picture.shape), str(picture.dtype).removeprefix("torch.")
+        if kind != "uint8" or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
+            hint = ": it looks channels-first" if len(shape) == 3 and shape[0] in (1, 3) else ""
+            raise TypeError(f"Classifier: picture {i} must be uint8 [H, W, 3], got {kind} {list(shape)}{hint}")
+        if isinstance(picture, Tensor):
+            if not picture.is_cpu:
+                raise TypeError(
+                    f"Classifier: picture {i} must be on the CPU, where it is resized, not {picture.device}"
+                )
+            pixels = picture.detach()
+        else:  # no tensor has negative strides or is read-only
+            plain = picture.flags.writeable and min(picture.strides) >= 0
+            pixels = torch.from_numpy(picture if plain else picture.copy())
+        pixels = pixels[:, :, None] if pixels.dim() == 2 else pixels[:, :, :3]
+        if pixels.shape[2] == 3 and (p.channels == 1 or self._frame_color != p.color):
+            if self._frame_color != "rgb" or p.color == "bgr":
+                pixels = pixels.flip(2)
+            if p.channels == 1:  # Pillow's weights of the colours, as in files
+                return pixels_of(Image.fromarray(pixels.contiguous().numpy()).convert("L"), p)
+            return pixels
+        return pixels.expand(-1, -1, p.channels)
+
+
+def _is_many(pictures: Any) -> bool:
+    if isinstance(pictures, np.ndarray | Tensor):
+        return pictures.ndim == 4
+    return isinstance(pictures, Sequence) and not isinstance(pictures, str)
