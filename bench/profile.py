@@ -20,7 +20,7 @@ from bench.machine import Ceilings
 from bench.workloads import Workload
 from parnet_kernels.config import layers
 
-GATE, TRANSFORM, WAIT = 2, 3, 9  # enum class Work in csrc/cpu/schedule/network.h
+GATE, TRANSFORM, WAIT = 2, 3, 9  # enum class Task in csrc/cpu/schedule/stages.h
 
 
 class LayerTime(NamedTuple):
@@ -66,14 +66,14 @@ def profile(workload: Workload, threads: int, folder: Path, rounds: int) -> tupl
 def _by_layer(stages: list[tuple[int, int, float]], threads: int) -> dict[int, list[float]]:
     """Of each layer: seconds of work, of which gates and transform, and of waiting."""
     sums: dict[int, list[float]] = defaultdict(lambda: [0.0] * 4)
-    for work, layer, seconds in stages:
+    for task, layer, seconds in stages:
         row = sums[layer]
-        if work == WAIT:
+        if task == WAIT:
             row[3] += seconds / threads
             continue
         row[0] += seconds / threads
-        if work in (GATE, TRANSFORM):
-            row[1 if work == GATE else 2] += seconds / threads
+        if task in (GATE, TRANSFORM):
+            row[1 if task == GATE else 2] += seconds / threads
     return sums
 
 

@@ -428,7 +428,7 @@ class DeployedParNet(_Weights, Described):
         that bypass it (collectives, `weight.data.mul_(2)`, NumPy views) all that change any of 64 values spread over
         each tensor, or any value of a vector. After others call it again: it always packs anew.
 
-        storage: what memory holds of the nine taps of a kernel: "transformed", the 64 values that are multiplied;
+        storage: what memory holds of the nine taps of a filter: "transformed", the 64 values that are multiplied;
         "rows", the 24 of a transform along rows; "taps", the 9 themselves (with more than 512 input channels or a
         stride of 2: 36, 18, 9). The rest is made at each call. Less memory takes more time, but for large layers, which
         are bound by reading it. "auto", the start: by size of layer and map, and by processor (csrc/cpu/policy.h).

@@ -186,7 +186,7 @@ def test_calls_from_several_threads() -> None:
 
 
 class Chain:
-    """A network of three levels of resolution that merge again, as a program of `_cpu_network` and in the reference."""
+    """A network of three levels of resolution that merge again, as the steps of `_cpu_network` and in the reference."""
 
     def __init__(
         self, widths: tuple[int, int, int] = (12, 20, 36), stem: int = 3, storage: str = "transformed"
@@ -219,12 +219,12 @@ class Chain:
             ]
         )
         rows = zip(self.starts, [inputs for _, inputs, *_ in self.layers], strict=True)
-        self.program = torch.tensor(
-            [[start, i[0], i[1] if len(i) == 2 else -1, slot + 1] for slot, (start, i) in enumerate(rows)]
+        self.steps = torch.tensor(
+            [[start, i[0], i[1] if len(i) == 2 else -1, layer + 1] for layer, (start, i) in enumerate(rows)]
         )
 
     def __call__(self, x: torch.Tensor, pooled: bool = False, channels_last: bool = False) -> torch.Tensor:
-        return torch.ops.parnet._cpu_network(x, self.packed, self.program, pooled, channels_last)
+        return torch.ops.parnet._cpu_network(x, self.packed, self.steps, pooled, channels_last)
 
     def expected(self, x: torch.Tensor) -> torch.Tensor:
         values = [x.double()]
@@ -286,20 +286,20 @@ def test_network_with_classifier(classes: int, dtype: torch.dtype, bias: bool) -
     weight = torch.randn(classes, 19).to(dtype)
     offset = torch.randn(classes).to(dtype) if bias else None
     packed = torch.ops.parnet._cpu_pack_classifier(weight, offset)
-    found = torch.ops.parnet._cpu_network(x, network.packed, network.program, True, False, packed)
+    found = torch.ops.parnet._cpu_network(x, network.packed, network.steps, True, False, packed)
     wide = offset.double() if bias else None
     expected = F.linear(network.expected(x.float()).mean((2, 3)), weight.double(), wide)
     assert found.dtype == dtype
     assert error(found, expected) <= (5e-6 if dtype == torch.float32 else 4e-3)
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        again = torch.ops.parnet._cpu_network(x, network.packed, network.program, True, False, packed)
+        again = torch.ops.parnet._cpu_network(x, network.packed, network.steps, True, False, packed)
         assert torch.equal(again, found)
 
 
 def test_profile_of_a_network() -> None:
     network, x = Chain(), torch.randn(2, 3, 64, 64)
-    rows = torch.ops.parnet._cpu_profile(x, network.packed, network.program, True, False)
+    rows = torch.ops.parnet._cpu_profile(x, network.packed, network.steps, True, False)
     assert rows.dtype == torch.float64
     assert rows[:, 1].unique().tolist() == [-1, *range(len(network.layers))]
     assert (rows[:, 2] >= 0).all()
@@ -350,7 +350,7 @@ def test_network_from_several_threads() -> None:
 # ------------------------------------------------------------------ bad arguments
 
 
-def test_bad_programs() -> None:
+def test_bad_steps() -> None:
     network, x = Chain(), torch.randn(1, 3, 8, 8)
     first, second = network.starts[:2]
     bad: dict[str, list[int]] = {
@@ -360,7 +360,7 @@ def test_bad_programs() -> None:
         "read before it is written": [first, 4, -1, 1],
         "takes 12 channels, got 3": [second, 0, -1, 1],
         "a second input goes with fusion layers only": [first, 0, 0, 1],
-        "an input slot is overwritten": [first, 0, -1, 0],
+        "an input is overwritten": [first, 0, -1, 0],
     }
     run = torch.ops.parnet._cpu_network
     for text, row in bad.items():
@@ -368,14 +368,14 @@ def test_bad_programs() -> None:
             run(x, network.packed, torch.tensor([row]), False, False)
     with pytest.raises(RuntimeError, match="no layers"):
         run(x, network.packed, torch.empty(0, 4, dtype=torch.int64), False, False)
-    for program in (torch.zeros(4, dtype=torch.int64), network.program.int(), network.program[:, :3]):
-        with pytest.raises(RuntimeError, match="`program` must be"):
-            run(x, network.packed, program, False, False)
+    for steps in (torch.zeros(4, dtype=torch.int64), network.steps.int(), network.steps[:, :3]):
+        with pytest.raises(RuntimeError, match="`steps` must be"):
+            run(x, network.packed, steps, False, False)
     classifier = torch.ops.parnet._cpu_pack_classifier(torch.randn(10, 21), None)
     with pytest.raises(RuntimeError, match="takes 21 channel means, got 20"):
-        run(x, network.packed, network.program, True, False, classifier)
+        run(x, network.packed, network.steps, True, False, classifier)
     with pytest.raises(RuntimeError, match="classifier"):
-        run(x, network.packed, network.program, True, False, network.packed)
+        run(x, network.packed, network.steps, True, False, network.packed)
     with pytest.raises(RuntimeError, match="classifier"):
         run(x, classifier, torch.tensor([[0, 0, -1, 1]]), False, False)
 

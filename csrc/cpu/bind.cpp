@@ -24,7 +24,7 @@ Dtype dtype_of(const Tensor& x) {
     case ScalarType::Float:
       return Dtype::kFloat;
     case ScalarType::Half:
-      return Dtype::kHalf;
+      return Dtype::kFloat16;
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
     default:
@@ -259,36 +259,36 @@ const parnet::cpu::PackedHeader& header_of(const Tensor& packed, int64_t at, boo
   return h;
 }
 
-// Packed layers and the order they run in.
-struct Program {
+// The layers of a network, and the order they run in.
+struct Network {
   std::vector<const parnet::cpu::PackedHeader*> layers;
   std::vector<parnet::cpu::Step> steps;
 };
 
-Program program_of(const Tensor& packed, const Tensor& program) {
-  STD_TORCH_CHECK(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.is_contiguous() &&
-                      program.dim() == 2 && program.size(1) == 4,
-                  "`program` must be a contiguous int64 CPU tensor [layers, 4]");
-  Program result;
-  const auto* row = static_cast<const int64_t*>(program.const_data_ptr());
-  for (int64_t i = 0; i < program.size(0); i++, row += 4) {
+Network network_of(const Tensor& packed, const Tensor& steps) {
+  STD_TORCH_CHECK(steps.is_cpu() && steps.scalar_type() == ScalarType::Long && steps.is_contiguous() &&
+                      steps.dim() == 2 && steps.size(1) == 4,
+                  "`steps` must be a contiguous int64 CPU tensor [layers, 4]");
+  Network result;
+  const auto* row = static_cast<const int64_t*>(steps.const_data_ptr());
+  for (int64_t i = 0; i < steps.size(0); i++, row += 4) {
     result.layers.push_back(&header_of(packed, row[0], false));
     result.steps.push_back({i, row[1], row[2], row[3]});
   }
   return result;
 }
 
-Result run(const std::vector<Tensor>& inputs, Program program, const std::optional<Tensor>& classifier,
+Result run(const std::vector<Tensor>& inputs, Network network, const std::optional<Tensor>& classifier,
            bool pooled, bool channels_last, std::vector<parnet::cpu::StageTime>* profile = nullptr) {
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   parnet::cpu::Request request{.layers = {},
                                .classifier = {},
-                               .steps = std::move(program.steps),
+                               .steps = std::move(network.steps),
                                .inputs = {},
                                .threads = static_cast<int>(torch::stable::get_num_threads()),
                                .pooled = pooled,
                                .direct = false};
-  for (const auto* h : program.layers) request.layers.push_back(parnet::cpu::geometry_of(*h));
+  for (const auto* h : network.layers) request.layers.push_back(parnet::cpu::geometry_of(*h));
   const parnet::cpu::PackedHeader* head = classifier ? &header_of(*classifier, 0, true) : nullptr;
   if (head) request.classifier = parnet::cpu::geometry_of(*head);
   std::vector<Strided> views;
@@ -310,7 +310,7 @@ Result run(const std::vector<Tensor>& inputs, Program program, const std::option
   Strided out{result.mutable_data_ptr(), views[0].dtype, {shape[0], c, h, w}, {c * h * w, h * w, w, 1}};
   if (last) out.stride[1] = 1, out.stride[2] = w * c, out.stride[3] = c;
   const bool finite =
-      parnet::cpu::plan_for(request, k)->run(program.layers, head, views, {}, {out}, run_parallel, profile);
+      parnet::cpu::plan_for(request, k)->run(network.layers, head, views, {}, {out}, run_parallel, profile);
   return {result, finite};
 }
 
@@ -318,8 +318,8 @@ Result run(const std::vector<Tensor>& inputs, Program program, const std::option
 Tensor layer(const Tensor& x, const std::optional<Tensor>& y, const Tensor& packed, bool channels_last) {
   std::vector<Tensor> inputs = {x};
   if (y) inputs.push_back(*y);
-  const Program program{{&header_of(packed, 0, false)}, {{0, 0, y ? 1 : -1, y ? 2 : 1}}};
-  const Result result = run(inputs, program, std::nullopt, false, channels_last);
+  const Network network{{&header_of(packed, 0, false)}, {{0, 0, y ? 1 : -1, y ? 2 : 1}}};
+  const Result result = run(inputs, network, std::nullopt, false, channels_last);
   return result.finite ? result.value : torch::stable::new_empty(x, {0});
 }
 
@@ -333,9 +333,9 @@ Tensor layer_if_same(const Tensor& x, const std::optional<Tensor>& y, const Tens
   return same ? layer(x, y, packed, channels_last) : torch::stable::new_empty(x, {0});
 }
 
-Tensor network(const Tensor& x, const Tensor& packed, const Tensor& program, bool pooled, bool channels_last,
-               const std::optional<Tensor>& classifier) {
-  return run({x}, program_of(packed, program), classifier, pooled, channels_last).value;
+Tensor run_network(const Tensor& x, const Tensor& packed, const Tensor& steps, bool pooled,
+                   bool channels_last, const std::optional<Tensor>& classifier) {
+  return run({x}, network_of(packed, steps), classifier, pooled, channels_last).value;
 }
 
 Strided sums_of(const Tensor& x, int64_t images, int64_t channels) {
@@ -351,11 +351,11 @@ Strided sums_of(const Tensor& x, int64_t images, int64_t channels) {
 // A part of a network: maps in, with the channel sums that their producers left or without, and maps out with
 // theirs. `ends`, at most one: channel means of the last layer's map, or logits.
 void part(const std::vector<Tensor>& inputs, const std::vector<Tensor>& input_sums, const Tensor& packed,
-          const Tensor& program_in, const std::vector<int64_t>& results, const std::vector<Tensor>& maps,
+          const Tensor& steps, const std::vector<int64_t>& results, const std::vector<Tensor>& maps,
           const std::vector<Tensor>& sums, const std::vector<Tensor>& ends,
           const std::optional<Tensor>& classifier) {
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
-  Program program = program_of(packed, program_in);
+  Network network = network_of(packed, steps);
   STD_TORCH_CHECK(!inputs.empty() && inputs.size() == input_sums.size(),
                   "each of `inputs` goes with one of `input_sums`");
   STD_TORCH_CHECK(results.size() == maps.size() && maps.size() == sums.size(),
@@ -364,14 +364,14 @@ void part(const std::vector<Tensor>& inputs, const std::vector<Tensor>& input_su
                   "`results` or `ends` must name a result");
   parnet::cpu::Request request{.layers = {},
                                .classifier = {},
-                               .steps = std::move(program.steps),
+                               .steps = std::move(network.steps),
                                .inputs = {},
                                .threads = static_cast<int>(torch::stable::get_num_threads()),
                                .pooled = !ends.empty(),
                                .direct = false,
                                .summed = {},
                                .results = results};
-  for (const auto* h : program.layers) request.layers.push_back(parnet::cpu::geometry_of(*h));
+  for (const auto* h : network.layers) request.layers.push_back(parnet::cpu::geometry_of(*h));
   const parnet::cpu::PackedHeader* head = classifier ? &header_of(*classifier, 0, true) : nullptr;
   if (head) request.classifier = parnet::cpu::geometry_of(*head);
   std::vector<Strided> views, given, outputs;
@@ -384,7 +384,7 @@ void part(const std::vector<Tensor>& inputs, const std::vector<Tensor>& input_su
     request.summed.push_back(input_sums[i].numel() > 0);
     given.push_back(request.summed.back() ? sums_of(input_sums[i], s[0], s[1]) : Strided{});
   }
-  const auto shapes = parnet::cpu::slot_shapes(request);
+  const auto shapes = parnet::cpu::variable_shapes(request);
   for (size_t i = 0; i < maps.size(); i++) {
     const auto& shape = shapes[results[i]];
     outputs.push_back(strided(maps[i]));
@@ -405,18 +405,18 @@ void part(const std::vector<Tensor>& inputs, const std::vector<Tensor>& input_su
                        {end.stride(0), end.stride(1), 1, 1}});
   }
   if (views[0].size[0] == 0) return;
-  parnet::cpu::plan_for(request, k)->run(program.layers, head, views, given, outputs, run_parallel);
+  parnet::cpu::plan_for(request, k)->run(network.layers, head, views, given, outputs, run_parallel);
 }
 
-// One row for each stage: Work, packed index, seconds.
-Tensor profile(const Tensor& x, const Tensor& packed, const Tensor& program, bool pooled, bool channels_last,
+// One row for each stage: Task, packed index, seconds.
+Tensor profile(const Tensor& x, const Tensor& packed, const Tensor& steps, bool pooled, bool channels_last,
                const std::optional<Tensor>& classifier) {
   std::vector<parnet::cpu::StageTime> times;
-  run({x}, program_of(packed, program), classifier, pooled, channels_last, &times);
+  run({x}, network_of(packed, steps), classifier, pooled, channels_last, &times);
   Tensor result = torch::stable::new_empty(x, {static_cast<int64_t>(times.size()), 3}, ScalarType::Double);
   auto* row = static_cast<double*>(result.mutable_data_ptr());
   for (const parnet::cpu::StageTime& t : times) {
-    *row++ = static_cast<double>(t.work), *row++ = t.packed, *row++ = t.seconds;
+    *row++ = static_cast<double>(t.task), *row++ = t.packed, *row++ = t.seconds;
   }
   return result;
 }
@@ -429,7 +429,7 @@ STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_pack", TORCH_BOX(&pack_layer));
   m.impl("_cpu_pack_classifier", TORCH_BOX(&pack_classifier));
   m.impl("_cpu_layer", TORCH_BOX(&layer));
-  m.impl("_cpu_network", TORCH_BOX(&network));
+  m.impl("_cpu_network", TORCH_BOX(&run_network));
   m.impl("_cpu_part", TORCH_BOX(&part));
   m.impl("_cpu_profile", TORCH_BOX(&profile));
   m.impl("_cpu_fingerprint", TORCH_BOX(&fingerprint));

@@ -13,21 +13,21 @@ extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_intel;
 
 namespace {
 
-struct Level {
+struct Compiled {
   const Kernels* kernels;
   bool supported;
-  bool chosen;  // unless a later one is, or another one is asked for
+  bool automatic;  // chosen if supported, unless a later one is, or the user asks for one
 };
 
-// Best last.
-const Level* levels(int* count) {
+// The instruction sets that the kernels are compiled for, best last.
+const Compiled* compiled_kernels(int* count) {
 #ifdef __x86_64__
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
                     avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"),
                     intel = __builtin_cpu_is("intel");
 #endif
-  static const Level all[] = {
+  static const Compiled all[] = {
       {&kernels_portable16, true, false},  // for tests
       {&kernels_portable, true, true},
 #ifdef __x86_64__
@@ -47,12 +47,12 @@ const char* override_name() {
 
 const Kernels& choose() {
   int count;
-  const Level* all = levels(&count);
+  const Compiled* all = compiled_kernels(&count);
   const char* wanted = override_name();
   const Kernels* best = nullptr;
   std::string known;
   for (int i = 0; i < count; i++) {
-    if (all[i].supported && all[i].chosen) best = all[i].kernels;
+    if (all[i].supported && all[i].automatic) best = all[i].kernels;
     if (all[i].supported && wanted && std::string(wanted) == all[i].kernels->name) return *all[i].kernels;
     if (all[i].supported) known += std::string(known.empty() ? "" : ", ") + all[i].kernels->name;
   }
@@ -72,7 +72,7 @@ const Kernels& kernels() {
 
 std::string describe_isa() {
   int count;
-  const Level* all = levels(&count);
+  const Compiled* all = compiled_kernels(&count);
   std::string compiled, supported;
   for (int i = 0; i < count; i++) {
     const std::string name = std::string("\"") + all[i].kernels->name + "\"";

@@ -6,8 +6,8 @@
 
 namespace parnet::cpu {
 
-// The level chosen at first use: the best one the processor has, lowered by PARNET_CPU_ISA. Throws
-// std::runtime_error if the variable names no level or one the processor lacks.
+// The kernels chosen at first use: for the best instruction set that the processor has, or the one
+// PARNET_CPU_ISA names. Throws std::runtime_error if it names none, or one that the processor lacks.
 const Kernels& kernels();
 
 // JSON: {"isa", "lanes", "compiled", "supported", "override"}.

@@ -1,6 +1,6 @@
-// The contract between the baseline code (packing, planning, scheduling) and the kernels compiled once per
-// instruction set: plain data only, so that no inline function of one instruction set can end up in the code
-// of another.
+// The contract between the schedule (baseline code: packing, planning, running) and the kernels, which are
+// compiled once for each instruction set: plain data only, so that no inline function of one instruction set
+// can end up in the code of another. docs/glossary.md has the words.
 #pragma once
 #include <stdint.h>
 
@@ -10,9 +10,9 @@ namespace parnet::cpu {
 
 enum class Kind : int32_t { kRepVGG, kDownsample, kFusion, kClassifier };
 enum class Activation : int32_t { kSiLU, kReLU };
-enum class Dtype : int32_t { kFloat, kHalf, kBFloat16 };
+enum class Dtype : int32_t { kFloat, kFloat16, kBFloat16 };
 
-// Storage::kRows: the place, counted in rows of slots, of row `row` of a panel. The rows that only F(6, 3)
+// Storage::kRows: the place of row `row` of a panel's slots among all such rows. The rows that only F(6, 3)
 // needs lie behind those of all panels, so that F(4, 3) reads memory without gaps.
 constexpr int64_t place_of_row(int panels, int panel, int row) {
   return row < kFewSlots ? int64_t{panel} * kFewSlots + row
@@ -21,8 +21,9 @@ constexpr int64_t place_of_row(int panels, int panel, int row) {
 // Up to this many input channels the first layer of a network runs as a direct convolution on planar rows.
 constexpr int kStemChannels = 4;
 
-// Start of a packed layer. Offsets are bytes from the start of the header; 0 means absent. "Panel" = 2*lanes
-// output channels of one group. Grouped layers interleave panels: panel 2*i+g is the i-th panel of group g.
+// Start of a packed layer. Offsets are bytes from the start of the header; 0 means absent. A panel is 2*lanes
+// output channels of one group. Layers of two groups alternate them: panel 2*i+g is the i-th panel of group
+// g.
 struct PackedHeader {
   uint64_t magic;
   int32_t version, lanes;
@@ -52,46 +53,50 @@ struct BlockRef {
   int32_t input, block;
 };
 
-// Blocked activations [image][block][row][pixel][lane]; `base` is pixel (0, 0), surrounded by a halo of
-// zeros. Strides in floats. A view of a user's channels_last tensor has no halo and is only written.
+// A map in blocks of channels, [image][block][row][pixel][lane]; `base` is pixel (0, 0), surrounded by a
+// border of zeros. Strides in floats. A view of a user's channels_last tensor has no border and is only
+// written.
 struct View {
   float* base;
   int64_t image, block, row, pixel;
 };
 
-// One output tile. `row_kind`/`col_kind` select the 1-D schemes, `rows`/`cols` how much of the tile lies in
-// the map.
+// A tile of outputs. `row_kind` and `col_kind` are its schemes (schemes.h); `rows` and `cols` say how much of
+// it lies in the map; `sum_row` is where its channel sums go.
 struct Tile {
   int32_t image, row, col, sum_row;
   uint8_t row_kind, col_kind, rows, cols;
 };
 
-// The rows of all tiles that multiply the same weight matrix, in `panels` row panels of equal size, or one
-// row more in the first ones.
+// All rows of v that one weight matrix multiplies, in `strips` strips of equal size, or one row more in the
+// first ones. `slot` is the matrix: row slot * number of slots + column slot. `first_row` is the first of its
+// rows of m.
 struct MatrixUse {
-  int32_t slot, rows, first_row, panels;
-  int32_t first_value;  // floats from the start of a block of transformed inputs
+  int32_t slot, rows, first_row, strips;
+  int32_t first_value;  // floats from the start of the set's transformed inputs
 };
 
-// A row panel of transformed inputs: [block of channels][row][lane], and a cache line more, so that panels
-// are no power of two apart.
-constexpr int64_t row_panel_floats(int rows, int blocks, int lanes) {
+// Floats of a strip of transformed inputs, [block of channels][row][lane]; a cache line more than its values,
+// so that strips are no power of two apart.
+constexpr int64_t strip_floats(int rows, int blocks, int lanes) {
   return int64_t{rows} * blocks * lanes + 16;
 }
 
-// Where the transformed values of the tiles of a block lie; blocks with the same sequence of tile kinds share
-// one.
+// Where the transformed inputs and the products of a set of tiles lie. Sets with the same sequence of schemes
+// share a table.
 struct TileTable {
-  const int32_t* v_offset;  // [tile][kMaxTransforms], floats from the start of a block of transformed inputs
+  const int32_t* v_offset;  // [tile][kMaxTransforms], floats from the start of the set's transformed inputs
   const int32_t* v_step;    // [tile][kMaxTransforms], floats from one block of channels to the next
   const int32_t* m_offset;  // [tile][kMaxTransforms], floats from the start of a panel of products
   const MatrixUse* uses;
-  int32_t num_uses, m_rows;
+  int32_t num_uses;
+  int32_t m_rows;     // rows of a panel of products, of all matrices
   int32_t slot_rows;  // rows of slots in use
-  int64_t v_floats;
+  int64_t v_floats;   // of the set's transformed inputs
 };
 
-struct TileBlock {
+// Tiles that are transformed and multiplied together.
+struct TileSet {
   const Tile* tiles;
   const TileTable* table;
   int32_t count;
@@ -105,13 +110,13 @@ struct ConvArgs {
   float* scale;  // [image][panel][2*lanes]: multiplies the skip input, or the convolution if there is no skip
   float* offset;  // [image][panel][2*lanes]
   int32_t out_rows, out_cols;
-  int32_t sum_channels;  // are summed in registers before the sum is added to the product
+  int32_t sum_channels;  // channels summed in registers before that sum is added to m
   int32_t chunk_blocks;  // weights made at each call: input blocks whose taps are used at a time
 };
 
 struct GateArgs {
   const PackedHeader* packed;
-  const float* sums[2];  // of each input: [image][sum row][block][lane]
+  const float* sums[2];  // channel sums of each input: [image][sum row][block][lane]
   int32_t sum_rows[2];   // per image
   float inverse_area;
   float* scale;
@@ -142,20 +147,21 @@ struct Kernels {
   const char* name;
   int32_t lanes, max_rows;
   int32_t min_pixels_6;  // see policy.h
-  // 3x3 taps of one panel, [channel][9][2*lanes], to one row of slots, [channel][3][2*lanes].
+  // Weights of one panel: taps, [channel][9][2*lanes], transformed along rows for one row of slots, to
+  // [channel][3][2*lanes].
   void (*expand_rows)(const float* taps, int channels, float* rows, int stride, int row);
-  // A row of slots to its first slots, [slot][channel][2*lanes] with `slot_stride` floats between slots.
-  void (*expand_columns)(const float* rows, int channels, float* full, int64_t slot_stride, int stride,
+  // That row transformed along columns, for its first `slots` slots: to [slot][channel][2*lanes], with
+  // `slot_stride` floats between slots.
+  void (*expand_columns)(const float* rows, int channels, float* u, int64_t slot_stride, int stride,
                          int slots);
   // Input transform of blocks [first, last) of the layer's block list.
-  void (*transform)(const ConvArgs&, const TileBlock&, int first, int last, float* v);
-  // Products, output transform and epilogue for panels [first, last) of one block of tiles.
-  void (*convolve)(const ConvArgs&, const TileBlock&, const float* v, int first, int last, float* m,
-                   float* u);
+  void (*transform)(const ConvArgs&, const TileSet&, int first, int last, float* v);
+  // Products, output transform and epilogue for panels [first, last) of one set of tiles.
+  void (*convolve)(const ConvArgs&, const TileSet&, const float* v, int first, int last, float* m, float* u);
   void (*gate)(const GateArgs&, int image, int first, int last);
   void (*stem)(const StemArgs&, int image, int first_row, int last_row);
-  // User tensor -> blocked view (or zero-padded planes), rows [first, last); channel sums of those rows to
-  // `sums`.
+  // A user's tensor to blocks of channels (or to planes with borders of zeros), rows [first, last); channel
+  // sums of those rows to `sums`.
   void (*enter)(const Strided&, const View&, int image, int first, int last, float* sums, float* lines);
   void (*enter_planes)(const Strided&, const StemArgs&, int image, int first, int last, float* sums);
   void (*leave)(const View&, const Strided&, int image, int first, int last);

@@ -1,20 +1,18 @@
 // Every choice between ways to compute the same layer: the one place to tune the CPU kernels. Constants and
 // small functions of plain numbers; what a scheme can do at all is in schemes.h.
 //
-// "Measured" means: on two cores, whole networks or single layers at batch 1 unless said otherwise.
+// Times are of two cores, batch 1, unless said otherwise.
 //
 // Rejected:
 // * direct convolution: other engines reach 80 to 100 % of what the multipliers can do, so only fewer
 //   multiplications (Winograd) and fewer passes (fusion) gain anything.
 // * maps in NHWC between the layers: 1 to 5 % slower than blocks of channels, 10 % at worst.
-// * strips of 4 rows: they wait for their own sums; 5 and 6 do not.
-// * strides between matrices that are powers of two: 16 to 22 ms for a layer of 800 channels that takes 6
-// with
-//   a cache line between them.
-// * a storage of the 36 matrices of F(4, 3) alone: 4/7 of the memory of 64, but 1.6 times that of taps
-//   transformed along rows, which took as long (42.6 and 41.8 ms for ParNet-S on AVX2, 73.8 and 77.2 on
-//   AVX-512); batches took 5 to 8 % longer. F(4, 3) reads no more where the matrices of F(6, 3) are stored
-//   too.
+// * strips of 4 rows on AVX2: they wait for their own sums; 5 and 6 do not.
+// * strides between matrices that are powers of two: 16 to 22 ms for a layer of 800 channels that takes 6 if
+//   they are a cache line more.
+// * a storage of the 36 matrices of F(4, 3) alone: 68 % of the bytes of 64 (ParNet-S), but 1.6 times those of
+//   kRows, which took as long (42.6 and 41.8 ms on AVX2, 73.8 and 77.2 on busier AVX-512 cores). Batches of 8
+//   took 5 to 8 % longer than with 64. F(4, 3) reads no more where the matrices of F(6, 3) are stored too.
 #pragma once
 #include <stdint.h>
 
@@ -52,41 +50,42 @@ constexpr int largest_tile(int stride, Storage storage, int in_channels, int out
 
 // ---- Which storage.
 
-// A kernel is a pair of an input and an output channel. From so many on, memory is spared.
-constexpr int64_t kManyKernels = 1'400'000;
+// A filter is the nine taps for an input and an output channel. From so many on, memory is spared.
+constexpr int64_t kManyFilters = 1'400'000;
 // From so many on a layer is bound by reading its weights: at 14 x 14 pixels half the bytes took 10 to 20 %
 // less time on one thread and 30 % less on two. Only with AVX-512 (16 lanes): with AVX2, making weights
 // costs more than it saves.
-constexpr int64_t kReadBoundKernels = 70'000;
+constexpr int64_t kReadBoundFilters = 70'000;
 
 // `pixels`: of one image's result. A layer with many uses its weights for many tiles: to make them for each
-// block of tiles again took 6 to 8 % longer at 320 and 400 channels.
+// set of tiles again took 6 to 8 % longer at 320 and 400 channels.
 constexpr Storage choose_storage(int64_t pixels, int64_t out_channels, int64_t in_channels, int lanes,
                                  int64_t min_pixels_6) {
-  const int64_t kernels = out_channels * in_channels;
-  if (kernels > kManyKernels) return Storage::kTaps;
+  const int64_t filters = out_channels * in_channels;
+  if (filters > kManyFilters) return Storage::kTaps;
   const bool many_pixels = pixels >= min_pixels_6 && in_channels <= kMaxChannels6;
-  return !many_pixels && lanes == 16 && kernels > kReadBoundKernels ? Storage::kRows : Storage::kTransformed;
+  return !many_pixels && lanes == 16 && filters > kReadBoundFilters ? Storage::kRows : Storage::kTransformed;
 }
 
-// ---- How tiles are grouped and multiplied.
+// ---- How tiles are multiplied.
 
-// Tiles whose rows are multiplied together: enough to use a weight matrix many times, while the products of a
-// panel (tiles * 36 or 64 * 128 bytes) stay in L2.
-constexpr int kTilesTogether = 50;
+// Tiles of a set: enough to use a weight matrix for many rows, while the products of a panel (tiles * 36 or
+// 64 * 128 bytes) stay in L2.
+constexpr int kTilesOfSet = 50;
 // With this many tiles or more for each thread, threads share the tiles of a layer rather than its panels:
 // they read weights twice, but no transformed inputs out of another processor's cache. Tiles of stride 2 have
 // twice as many transformed inputs.
 constexpr int kFewTiles = 20, kFewStridedTiles = 8;
-// Rows that a strip needs to hide the latency of its sums.
+// Rows of a strip that hide the latency of its sums with AVX-512, the only one that divides strips for
+// another reason.
 constexpr int kMinStripRows = 4;
 // Bytes of the taps that are multiplied before the next ones are read: they stay in L1 with as many more.
 constexpr int64_t kTapBytes = 24 << 10;
 // Channels summed in registers; such sums are then added up. Fewer lose less to rounding: F(6, 3) has 0.6 of
 // the error at 128 channels, 0.4 at 400, for 1 to 2 % of the time.
 constexpr int kSumChannels6 = 32, kSumChannels4 = 64;
-// Panels multiplied before their products are transformed back: two use the inputs in L1 twice; one of 16
-// lanes is as wide as two of 8.
+// Panels multiplied before their products are transformed back: two read the transformed inputs out of L1
+// twice; one panel of 16 lanes is as wide as two of 8.
 constexpr int panels_at_once(int lanes) { return lanes == 16 ? 1 : 2; }
 
 // ---- How work is shared.
@@ -101,7 +100,7 @@ constexpr int64_t kSharedBytes = int64_t{32} << 20;
 constexpr int kRegions = 3;
 // Images that have buffers where a batch goes image by image: one is finished while the next one begins.
 constexpr int64_t kImagesAtOnce = 2;
-// Of the work of a level, at most so much goes to whole layers as single items; the rest fills the gaps.
+// At most so many quarters of a level's products go to whole layers as single items; the rest fills the gaps.
 constexpr int64_t kUndividedQuarters = 3;
 // Items for each thread: fewer, and layers are divided into smaller ones (panels by panels, not two by two).
 constexpr int64_t kFewItems = 32;

@@ -31,7 +31,7 @@ def storages(network: WholeNetwork, storage: str) -> list[str]:
 class _Packed(NamedTuple):
     of: WholeNetwork
     weights: Tensor | None  # of all layers; None if a weight is not finite: the kernels' tiles would spread it
-    program: Tensor | None  # see schemas.inc
+    steps: Tensor | None  # see schemas.inc
     classifier: Tensor | None
 
 
@@ -90,22 +90,22 @@ class CpuNetwork:
                 for (layer, arguments), storage in zip(operators, storages(network, self.storage), strict=True)
             ]
         )
-        slots, program = {"image": 0}, []
+        variables, steps = {"image": 0}, []
         for start, (layer, _) in zip(starts, operators, strict=True):
-            inputs = [slots[name] for name in layer.inputs]
-            slots[layer.name] = len(slots)
-            program.append([start, inputs[0], inputs[1] if len(inputs) == 2 else -1, slots[layer.name]])
+            inputs = [variables[name] for name in layer.inputs]
+            variables[layer.name] = len(variables)
+            steps.append([start, inputs[0], inputs[1] if len(inputs) == 2 else -1, variables[layer.name]])
         classifier = None
         if network.config.num_classes and not network.config.pointwise_head:
             classifier = torch.ops.parnet._cpu_pack_classifier(*network.head)
-        return _Packed(network, weights, torch.tensor(program, dtype=torch.int64, device="cpu"), classifier)
+        return _Packed(network, weights, torch.tensor(steps, dtype=torch.int64, device="cpu"), classifier)
 
     def run(self, network: WholeNetwork, x: Tensor, result: str) -> Tensor | None:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map. None: not with these weights."""
         packed = self.prepare(network)
         if packed is None:
             return None
-        arguments = x, packed.weights, packed.program
+        arguments = x, packed.weights, packed.steps
         last = is_channels_last(x)
         if network.config.pointwise_head:
             return network.end(torch.ops.parnet._cpu_network.default(*arguments, False, last), result)
@@ -113,8 +113,8 @@ class CpuNetwork:
         return torch.ops.parnet._cpu_network.default(*arguments, result != "features", last, classifier)
 
     def profile(self, network: WholeNetwork, x: Tensor) -> list[tuple[int, int, float]]:
-        """Where the time of one run to the logits goes: for each stage the kind of work (`Work` in
-        csrc/cpu/schedule/network.h), the layer (−1: none) and seconds of all threads.
+        """Where the time of one run to the logits goes: for each stage the task (`Task` in
+        csrc/cpu/schedule/stages.h), the layer (−1: none) and seconds of all threads.
 
         Raises:
             RuntimeError: with the reason, where the native kernels cannot run this network on `x`.
@@ -125,6 +125,6 @@ class CpuNetwork:
         if packed is None:
             raise RuntimeError(f"parnet_kernels: no profile without the native CPU kernels: {reason}")
         stages = torch.ops.parnet._cpu_profile(
-            x, packed.weights, packed.program, True, is_channels_last(x), packed.classifier
+            x, packed.weights, packed.steps, True, is_channels_last(x), packed.classifier
         )
         return [(int(work), int(layer), seconds) for work, layer, seconds in stages.tolist()]

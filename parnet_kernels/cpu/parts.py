@@ -47,33 +47,35 @@ class CpuParts:
         )
         self._packed = packed
         self._start = {layer.name: start for start, (layer, _) in zip(starts, own, strict=True)}
-        self._programs: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[Tensor, dict[str, int]]] = {}
+        self._steps_of: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[Tensor, dict[str, int]]] = {}
         self._classifier: Tensor | None = None
 
-    def _program(self, inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[Tensor, dict[str, int]]:
-        """See schemas.inc; and the slots."""
-        known = self._programs.get((inputs, names))
+    def _steps(self, inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[Tensor, dict[str, int]]:
+        """See schemas.inc; and the variables."""
+        known = self._steps_of.get((inputs, names))
         if known is None:
-            slots = {name: i for i, name in enumerate(inputs)}
+            variables = {name: i for i, name in enumerate(inputs)}
             rows = []
             for layer in layers(self.network.config):
                 if layer.name in names:
-                    read = [slots[name] for name in layer.inputs]
-                    slots[layer.name] = len(slots)
-                    rows.append([self._start[layer.name], read[0], read[1] if len(read) == 2 else -1, len(slots) - 1])
-            program = torch.tensor(rows, dtype=torch.int64, device="cpu")
-            self._programs[inputs, names] = known = program, slots
+                    read = [variables[name] for name in layer.inputs]
+                    variables[layer.name] = len(variables)
+                    rows.append(
+                        [self._start[layer.name], read[0], read[1] if len(read) == 2 else -1, len(variables) - 1]
+                    )
+            steps = torch.tensor(rows, dtype=torch.int64, device="cpu")
+            self._steps_of[inputs, names] = known = steps, variables
         return known
 
     def run(self, inputs: Mapping[str, Summed], names: Sequence[str], results: Mapping[str, Summed]) -> None:
         """Runs the layers `names` and writes the maps of `results`, dense or channels_last, with their sums."""
-        program, slots = self._program(tuple(inputs), tuple(names))
+        steps, variables = self._steps(tuple(inputs), tuple(names))
         torch.ops.parnet._cpu_part.default(
             [m.map for m in inputs.values()],
             [m.sums for m in inputs.values()],
             self._packed,
-            program,
-            [slots[name] for name in results],
+            steps,
+            [variables[name] for name in results],
             [m.map for m in results.values()],
             [m.sums for m in results.values()],
             [],
@@ -84,8 +86,8 @@ class CpuParts:
         `like`: "logits" [N, classes], "pooled" [N, P] or "features", the last map.
         """
         network, config = self.network, self.network.config
-        program, slots = self._program(tuple(inputs), tuple(names))
-        given = [m.map for m in inputs.values()], [m.sums for m in inputs.values()], self._packed, program
+        steps, variables = self._steps(tuple(inputs), tuple(names))
+        given = [m.map for m in inputs.values()], [m.sums for m in inputs.values()], self._packed, steps
         n, size = given[0][0].shape[0], {name: m.map.shape[2:] for name, m in inputs.items()}
         for last in (layer for layer in layers(config) if layer.name in names):
             size[last.name] = torch.Size(-(-extent // last.stride) for extent in size[last.inputs[0]])
@@ -94,7 +96,7 @@ class CpuParts:
             shape = n, last.out_channels, *size[last.name]
             y = torch.empty(shape, dtype=like.dtype, device="cpu", memory_format=layout)
             sums = torch.empty(n, last.out_channels, dtype=torch.float32, device="cpu")
-            torch.ops.parnet._cpu_part.default(*given, [slots[last.name]], [y], [sums], [])
+            torch.ops.parnet._cpu_part.default(*given, [variables[last.name]], [y], [sums], [])
             return network.end(y, result) if config.pointwise_head else y
         if result == "logits" and self._classifier is None:
             self._classifier = torch.ops.parnet._cpu_pack_classifier(*network.head)

@@ -1,5 +1,5 @@
-// Between users' tensors (any strides, three dtypes) and blocked float activations, with the channel sums on
-// the way in.
+// Conversions between users' tensors (any strides, three dtypes) and maps of blocks of float channels.
+// Channels are summed on the way in.
 #pragma once
 #include "../layer.h"
 #include "simd.h"
@@ -7,20 +7,21 @@
 namespace parnet::cpu {
 namespace {
 
-struct Half {
+struct Float16 {
   uint16_t bits;
 };
 struct BFloat16 {
   uint16_t bits;
 };
 
-// Of one value (U: uint32_t, F: float) or of a vector of them; `u - u` is zero in either.
+// Conversions of one value (U: uint32_t, F: float) or of a vector of values (`u - u` is a zero of either
+// kind).
 template <class F, class U>
 PARNET_INLINE F widen(BFloat16, U bits) {
   return __builtin_bit_cast(F, bits << 16);
 }
 template <class F, class U>
-PARNET_INLINE F widen(Half, U bits) {
+PARNET_INLINE F widen(Float16, U bits) {
   const U magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
   // Moving the exponent by a multiplication also normalises subnormal halves.
   const U finite = __builtin_bit_cast(U, __builtin_bit_cast(F, magnitude) * 0x1p112f);
@@ -33,7 +34,7 @@ PARNET_INLINE U narrow(BFloat16, F f) {
   return (u & 0x7fffffffu) > 0x7f800000u ? nan : finite;
 }
 template <class U, class F>
-PARNET_INLINE U narrow(Half, F f) {
+PARNET_INLINE U narrow(Float16, F f) {
   const U bits = __builtin_bit_cast(U, f), u = bits & 0x7fffffffu, sign = bits >> 31 << 15;
   const U normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
   // The addition rounds at 2^-24.
@@ -70,7 +71,7 @@ PARNET_INLINE void write_lanes(T* to, Vec v) {
     bits[p] = __builtin_convertvector(narrow<NativeBits>(T{}, v.part[p]), NativeShort);
   }
 }
-// The first `count` of them.
+// The first `count` of kLanes values.
 PARNET_INLINE Vec read_first(const float* from, int count) { return load_first(from, count); }
 template <class T>
 PARNET_INLINE Vec read_first(const T* from, int count) {
@@ -91,8 +92,8 @@ PARNET_INLINE const T* at(const Strided& x, int64_t n, int64_t c, int64_t h) {
   return static_cast<const T*>(x.data) + n * x.stride[0] + c * x.stride[1] + h * x.stride[2];
 }
 
-// Hardware does not foresee the few rows of each of many channels: asks for what comes `kRowsAhead` rows
-// after row `h` of `block`, in this block of channels or the next one.
+// Hardware does not foresee reads of a few rows each of many channels. This asks for what is read kRowsAhead
+// rows after row `h` of `block`, in this block of channels or the next one.
 constexpr int kRowsAhead = 2;
 template <class T, bool ToWrite>
 PARNET_INLINE void fetch_lines(const Strided& x, int image, int block, int h, int first, int last) {
@@ -118,8 +119,8 @@ void read_line(const T* from, int64_t stride, int count, float* to) {
   for (; i < count; i++) to[i] = widen(from[i * stride]);
 }
 
-// One row of `Blocks` blocks of channels, all adjacent in memory, of which the last block has `channels`:
-// together they are whole cache lines of a pixel.
+// Converts one row of `Blocks` blocks of channels, all adjacent in memory; the last block has `channels`. So
+// many blocks at once are whole cache lines of a pixel.
 template <class T, int Blocks>
 void enter_pixels(const T* from, int64_t stride, int channels, int width, float* to, int64_t block,
                   float* sums, int64_t ahead) {
@@ -137,7 +138,7 @@ void enter_pixels(const T* from, int64_t stride, int channels, int width, float*
   PARNET_UNROLL for (int b = 0; b < Blocks; b++) store(sums + b * kLanes, load(sums + b * kLanes) + sum[b]);
 }
 
-// One row of one block of channels, each channel a line elsewhere. `lines`: [kLanes][pitch].
+// Converts one row of one block of channels, each of which is a line elsewhere.
 Vec enter_lines(const float* const* line, int width, float* to) {
   Vec sum = zero();
   for (int w = 0; w < width; w += kLanes) {
@@ -161,7 +162,7 @@ Vec enter_lines(const float* const* line, int width, float* to) {
   return sum;
 }
 
-// Of tensors whose channels are adjacent in memory.
+// `enter` for tensors whose channels are adjacent in memory.
 template <class T>
 void enter_pixel_rows(const Strided& x, const View& view, int image, int first, int last, float* sums) {
   constexpr int kAtOnce = 4;
@@ -182,7 +183,7 @@ void enter_pixel_rows(const Strided& x, const View& view, int image, int first, 
   }
 }
 
-// Of others. `lines`: [kLanes][pitch].
+// `enter` for other tensors. `lines`: scratch, [kLanes][pitch].
 template <class T>
 void enter_line_rows(const Strided& x, const View& view, int image, int first, int last, float* sums,
                      float* lines) {
@@ -219,8 +220,7 @@ void enter_rows(const Strided& x, const View& view, int image, int first, int la
                    : enter_line_rows<T>(x, view, image, first, last, sums, lines);
 }
 
-// Rows of a zero-padded planar copy. Row 0 and column 0 of a plane are halo, as is everything beyond the
-// image.
+// Rows of planes for a stem. Row 0 and column 0 of a plane are border, as is everything beyond the image.
 template <class T>
 void enter_plane_rows(const Strided& x, const StemArgs& a, int image, int first, int last, float* sums) {
   const int width = x.size[3];
@@ -263,7 +263,7 @@ void leave_rows(const View& view, const Strided& y, int image, int first, int la
       for (int w = 0; w < width; w += kLanes) {
         const int valid = least(kLanes, width - w);
         Vec square[kLanes];
-        // Beyond the row lies halo or the next row: readable, not used.
+        // Beyond the row lies the border or the next row: readable, not used.
         PARNET_UNROLL for (int i = 0; i < kLanes; i++) square[i] = load(row + (w + i) * kLanes);
         transpose(square);
         PARNET_UNROLL for (int c = 0; c < kLanes; c++) {
@@ -280,8 +280,8 @@ void leave_rows(const View& view, const Strided& y, int image, int first, int la
   switch (dtype) {                            \
     case Dtype::kFloat:                       \
       return function<float>(__VA_ARGS__);    \
-    case Dtype::kHalf:                        \
-      return function<Half>(__VA_ARGS__);     \
+    case Dtype::kFloat16:                     \
+      return function<Float16>(__VA_ARGS__);  \
     case Dtype::kBFloat16:                    \
       return function<BFloat16>(__VA_ARGS__); \
   }

@@ -1,7 +1,9 @@
-// y = out_scale*phi(conv_gate*(conv + bias) + skip_gate*x + skip_bias) + out_shift, and the sums of y.
+// The epilogue: what follows the convolution, on one tile of outputs, and the channel sums of what it stores.
 //
-// Per image and channel that is phi(conv + scale*x + offset) with a skip input and phi(scale*conv + offset)
-// without.
+//   y = out_scale*phi(conv_gate*(conv + bias) + skip_gate*x + skip_bias) + out_shift
+//
+// `gate` (gate.h) has reduced the argument of phi to two numbers for each image and channel: it is
+// conv + scale*x + offset with a skip, and scale*conv + offset without.
 #pragma once
 #include "../layer.h"
 #include "simd.h"
@@ -25,8 +27,8 @@ PARNET_INLINE Vec activate(Vec x) {
   return SiLU ? silu(x) : relu(x);
 }
 
-// Affine, store and sum of one block of result channels; value(i, j) is phi(...) of one pixel. Sizes of 0 are
-// run-time; of `Whole` blocks all channels are stored.
+// Output scale and shift, store and sum of one block of channels; value(i, j) is phi(...) of one pixel. Rows
+// and Cols of 0: the tile's own. Whole: all channels of the block are stored.
 template <bool Affine, bool Whole, int Rows, int Cols, class Value>
 PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block, int channels, Value value) {
   const PackedHeader& h = *a.packed;
@@ -45,7 +47,7 @@ PARNET_INLINE void emit_sized(const ConvArgs& a, const Tile& tile, int out_block
       if (Affine) v = fma(v, scale, shift);
       sum = sum + v;
       Whole ? store_unaligned(y + j * pixel, v) : store_first(y + j * pixel, v, channels);
-      prefetch_to_write(y + (j + cols) * pixel);  // of the next tile, most likely
+      prefetch_to_write(y + (j + cols) * pixel);  // the next tile is most likely the one to the right
     };
     if constexpr (Cols) {
       PARNET_UNROLL
@@ -90,7 +92,7 @@ void epilogue_dense(const ConvArgs& a, const Tile& tile, int panel, int half, in
   });
 }
 
-// Two groups whose channels alternate in the result.
+// A fusion: the channels of its two groups alternate in the result.
 template <bool SiLU, bool Affine>
 void epilogue_interleaved(const ConvArgs& a, const Tile& tile, int panel, int half, int out_block,
                           const TileValues* z) {

@@ -1,4 +1,4 @@
-// Products of a vector of channel means: the gate of a layer, and the classifier.
+// Products of a matrix and a vector of channel means: the gate of a layer, and the classifier.
 #pragma once
 #include "convert.h"
 #include "epilogue.h"
@@ -6,7 +6,7 @@
 namespace parnet::cpu {
 namespace {
 
-// sum[half] of one panel of outputs; w: [channel][kPanel], `channels` is a multiple of 4.
+// One panel of outputs, sum[half] = w * mean; w: [channel][kPanel], `channels` is a multiple of 4.
 PARNET_INLINE void multiply_means(const float* mean, const float* w, int channels, Vec* sum) {
   Vec part[4][2];
   for (int i = 0; i < 4; i++) part[i][0] = part[i][1] = zero();
@@ -23,7 +23,8 @@ PARNET_INLINE void multiply_means(const float* mean, const float* w, int channel
   }
 }
 
-// Gates of one image from the channel sums of the inputs, for panels [first, last).
+// Scale and offset of the epilogue, for one image and the panels [first, last), from the channel sums of the
+// inputs.
 void gate(const GateArgs& a, int image, int first, int last) {
   const PackedHeader& h = *a.packed;
   const int channels = h.group_blocks * kLanes;
@@ -55,6 +56,7 @@ void gate(const GateArgs& a, int image, int first, int last) {
   }
 }
 
+// One panel of logits of all images.
 template <class T>
 void classify_panel(const PackedHeader& h, const float* means, int panel, const Strided& y) {
   const int pitch = h.in_blocks * kLanes, count = least(kPanel, h.out_channels - panel * kPanel);

@@ -23,8 +23,9 @@ constexpr int kNative = 4;
 #endif
 constexpr int kLanes = PARNET_LANES;
 constexpr int kParts = kLanes / kNative;
-constexpr int kPanel = 2 * kLanes;     // output channels of a weight panel
-constexpr int kMaxRows = PARNET_ROWS;  // tiles of a row panel: 2*kMaxRows accumulators must fit the registers
+constexpr int kPanel = 2 * kLanes;  // output channels of a panel
+constexpr int kMaxRows =
+    PARNET_ROWS;  // rows of a strip: its 2*kMaxRows vectors of sums must fit the registers
 
 // Intel's cores with AVX-512 add in the units that multiply, and their L2 and memory answer late.
 #ifdef PARNET_INTEL
@@ -93,8 +94,7 @@ PARNET_INLINE Vec operator/(Vec a, Vec b) { PARNET_EACH(a.part[p] / b.part[p]); 
 // The compiler contracts these to fused instructions where they exist.
 PARNET_INLINE Vec fma(Vec a, Vec b, Vec c) { PARNET_EACH(a.part[p] * b.part[p] + c.part[p]); }
 PARNET_INLINE Vec fma(float a, Vec b, Vec c) { return fma(splat(a), b, c); }
-// sum += a*b without the register moves and spills that the compiler's choice among the three forms of fma
-// costs.
+// sum += a*b. The compiler would choose among the three forms of fma, which costs register moves and spills.
 PARNET_INLINE void accumulate(Vec& sum, Vec a, Vec b) {
 #if defined(__FMA__)
   PARNET_UNROLL
@@ -215,7 +215,8 @@ PARNET_INLINE void transpose(Vec* rows) {
 }
 
 PARNET_INLINE void prefetch(const float* at) { __builtin_prefetch(at, 0, 3); }
-// Of weights to come. Fewer lines can be on their way to L1 than Intel's memory needs.
+// For weights that are multiplied later. On Intel to L2: fewer lines can be on their way to L1 than its
+// memory needs.
 PARNET_INLINE void prefetch_weights(const float* at) { __builtin_prefetch(at, 0, kIntel ? 2 : 3); }
 PARNET_INLINE void prefetch_to_write(const float* at) { __builtin_prefetch(at, 1, 3); }
 template <class T>

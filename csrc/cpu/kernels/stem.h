@@ -6,19 +6,19 @@
 namespace parnet::cpu {
 namespace {
 
-// One output row of one panel.
+// One row of outputs of one panel.
 struct StemRow {
   const float* lines[3 * kStemChannels];  // [channel][tap row]
   const float* weight;
   float* y;
   int64_t block, pixel;
   int32_t num_lines, halves;
-  int32_t channels[2];  // of each half that are stored: a user's tensor has no padding behind the last one
+  int32_t channels[2];  // stored of each half: a user's tensor has no padding behind its last channel
   bool affine;
   Vec scale[2], offset[2], out_scale[2], out_shift[2], sum[2];
 };
 
-// `groups` times `Pixels` output pixels from pixel `start` on.
+// Computes `groups` times Pixels neighbouring outputs, from pixel `start` on.
 template <int Stride, bool SiLU, int Pixels>
 __attribute__((noinline)) void stem_pixels(StemRow& row, int start, int groups) {
   for (int g = 0; g < groups; g++, start += Pixels) {
@@ -38,7 +38,7 @@ __attribute__((noinline)) void stem_pixels(StemRow& row, int start, int groups) 
     }
     PARNET_UNROLL for (int half = 0; half < 2; half++) {
       if (half == row.halves) break;
-      // Copies, which no store to y could change.
+      // Local copies: the compiler cannot know that no store to y changes `row`.
       const Vec scale = row.scale[half], offset = row.offset[half];
       const Vec out_scale = row.out_scale[half], out_shift = row.out_shift[half];
       const bool affine = row.affine;

@@ -1,5 +1,5 @@
-// The arithmetic of the schemes of schemes.h: `forward` turns kIn inputs into kValues transformed ones,
-// `inverse` turns kValues products into kOut outputs.
+// The arithmetic of the schemes of schemes.h, on vectors of channels. `forward` turns kIn neighbouring inputs
+// d into kValues transformed inputs o; `inverse` turns kValues products m into kOut outputs y.
 #pragma once
 #include <type_traits>
 
@@ -84,10 +84,10 @@ struct Polyphase {
     } else if constexpr (Outputs == 2) {
       o[0] = d[0] - d[2], o[1] = d[2], o[2] = d[4] - d[2];
     } else if constexpr (Outputs == 3) {
-      const Vec half = .5f * d[4];
+      const Vec middle = .5f * d[4];
       o[0] = d[0] - d[4];
-      o[1] = fma(.5f, d[2], half);
-      o[2] = fma(-.5f, d[2], half);
+      o[1] = fma(.5f, d[2], middle);
+      o[2] = fma(-.5f, d[2], middle);
       o[3] = d[6] - d[2];
     } else {
       const Vec e = d[6] - d[2];
@@ -125,8 +125,9 @@ template <int Stride, int Kind>
 using SchemeOf = std::conditional_t<Stride == 1, Winograd<kSchemes[0][Kind].outputs>,
                                     Polyphase<kSchemes[1][Kind].outputs>>;
 
-// ---- Transformed weights. Forms are sums: processors with adders beside their multipliers make them between
-// the products at no cost. Intel's take fewer instructions with fused multiply-adds.
+// ---- Transformed weights. Forms are made by additions: processors with adders beside their multipliers do
+// these between the products at no cost. Intel's have none, and take fewer instructions with fused
+// multiply-adds.
 
 template <Form F>
 PARNET_INLINE Vec combine(Vec t0, Vec t1, Vec t2) {
@@ -139,13 +140,13 @@ PARNET_INLINE Vec combine(Vec t0, Vec t1, Vec t2) {
       return (t0 + t2) - t1;
     case Form::kPlusTwice: {
       if (kIntel) return fma(2.f, fma(2.f, t2, t1), t0);
-      const Vec half = (t2 + t2) + t1;
-      return t0 + (half + half);
+      const Vec rest = (t2 + t2) + t1;
+      return t0 + (rest + rest);
     }
     case Form::kMinusTwice: {
       if (kIntel) return fma(-2.f, fma(-2.f, t2, t1), t0);
-      const Vec half = (t2 + t2) - t1;
-      return t0 + (half + half);
+      const Vec rest = (t2 + t2) - t1;
+      return t0 + (rest + rest);
     }
     case Form::kPlusHalf:
       return combine<Form::kPlusTwice>(t2, t1, t0);
@@ -160,7 +161,7 @@ PARNET_INLINE Vec combine(Vec t0, Vec t1, Vec t2) {
   }
 }
 
-// `taps` holds three vectors, `pitch` floats apart.
+// The weight of a slot. `taps` holds three vectors, `pitch` floats apart.
 template <int Stride, int Index>
 PARNET_INLINE Vec weight_at(const float* taps, int pitch) {
   constexpr Slot slot = kSlots[Stride - 1][Index];
@@ -169,8 +170,8 @@ PARNET_INLINE Vec weight_at(const float* taps, int pitch) {
   return combine<slot.form>(load(t), load(t + pitch), load(t + 2 * pitch));
 }
 
-// Taps of one panel, [channel][tap row][tap column][kPanel], to one row of slots: [channel][tap
-// column][kPanel].
+// Transforms the taps of one panel along rows, for one row of slots: [channel][tap row][tap column][kPanel]
+// to [channel][tap column][kPanel].
 template <int Stride, int Row = 0>
 void expand_rows(const float* taps, int channels, float* rows, int row) {
   if constexpr (Row < (Stride == 1 ? kMaxSlots : kFewSlots)) {
@@ -183,27 +184,27 @@ void expand_rows(const float* taps, int channels, float* rows, int row) {
   }
 }
 
-// One row of slots to the first `slots` slots of the row, [slot][channel][kPanel].
+// Transforms what expand_rows left along columns, for the first `slots` slots of the row: to
+// [slot][channel][kPanel], with `slot_stride` floats between slots.
 template <int Stride, int Index = 0>
-void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride, int slots) {
+void expand_columns(const float* rows, int channels, float* u, int64_t slot_stride, int slots) {
   if constexpr (Index < (Stride == 1 ? kMaxSlots : kFewSlots)) {
     if (Index >= slots) return;
     for (int c = 0; c < channels; c++) {
       PARNET_UNROLL for (int i = 0; i < kPanel; i += kLanes) {
-        store(full + c * kPanel + i, weight_at<Stride, Index>(rows + c * 3 * kPanel + i, kPanel));
+        store(u + c * kPanel + i, weight_at<Stride, Index>(rows + c * 3 * kPanel + i, kPanel));
       }
     }
-    expand_columns<Stride, Index + 1>(rows, channels, full + slot_stride, slot_stride, slots);
+    expand_columns<Stride, Index + 1>(rows, channels, u + slot_stride, slot_stride, slots);
   }
 }
 
 void expand_rows(const float* taps, int channels, float* rows, int stride, int row) {
   stride == 1 ? expand_rows<1>(taps, channels, rows, row) : expand_rows<2>(taps, channels, rows, row);
 }
-void expand_columns(const float* rows, int channels, float* full, int64_t slot_stride, int stride,
-                    int slots) {
-  stride == 1 ? expand_columns<1>(rows, channels, full, slot_stride, slots)
-              : expand_columns<2>(rows, channels, full, slot_stride, slots);
+void expand_columns(const float* rows, int channels, float* u, int64_t slot_stride, int stride, int slots) {
+  stride == 1 ? expand_columns<1>(rows, channels, u, slot_stride, slots)
+              : expand_columns<2>(rows, channels, u, slot_stride, slots);
 }
 
 }  // namespace

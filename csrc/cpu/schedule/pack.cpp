@@ -83,7 +83,7 @@ PackedHeader plan_pack(const LayerParameters& p, const Kernels& k) {
   if (p.kind == Kind::kDownsample && h.in_channels <= kStemChannels) {
     h.stem_weight = reserve(h.panels * h.in_channels * 9 * panel);
   }
-  h.weight = reserve(h.panels * channels * panel * values_per_kernel(h));
+  h.weight = reserve(h.panels * channels * panel * values_per_filter(h));
   return h;
 }
 
@@ -96,8 +96,8 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
   auto* refs = reinterpret_cast<BlockRef*>(static_cast<char*>(to) + h.block_list);
   for (int g = 0; g < h.groups; g++) {
     groups.push_back(group_channels(p, g, lanes));
-    // Groups of unaligned width can touch different numbers of blocks; the shorter one repeats a block with
-    // zero weights.
+    // If a group's channels do not start at a block's, groups can read different numbers of blocks. The
+    // shorter one reads a block once more, with zero weights.
     groups[g].blocks.resize(h.group_blocks, groups[g].blocks[0]);
     groups[g].channels.resize(channels, -1);
     std::copy(groups[g].blocks.begin(), groups[g].blocks.end(), refs + g * h.group_blocks);
@@ -146,9 +146,9 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
       taps(floats(to, h.stem_weight) + index * h.in_channels * 9 * panel, 0, h.in_channels);
     }
     const int slots = slots_of(h.stride, h.in_channels);
-    float* weight = floats(to, h.weight) + index * channels * panel * values_per_kernel(h);
+    float* weight = floats(to, h.weight) + index * channels * panel * values_per_filter(h);
     if (h.storage == Storage::kTaps) return taps(weight, 0, channels);
-    // A block of channels at a time keeps the taps in cache.
+    // A block of channels at a time, so that the taps stay in cache.
     std::vector<float> scratch(lanes * (9 + 3) * panel + 16);
     float* block = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / 4;
     float* rows = block + lanes * 9 * panel;

@@ -1,4 +1,4 @@
-// Packing: a layer's parameters, transformed once into the bytes the kernels read.
+// Packing: a layer's parameters, brought once into the bytes that the kernels read.
 #pragma once
 #include <functional>
 #include <string>
@@ -23,8 +23,8 @@ struct LayerParameters {
 // parallel(count, body) calls body(i) for i in [0, count), possibly on several threads.
 using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
-// Values stored for the 9 taps of a kernel.
-inline int values_per_kernel(const PackedHeader& h) {
+// Values stored for the 9 taps of a filter.
+inline int values_per_filter(const PackedHeader& h) {
   const int slots = slots_of(h.stride, h.in_channels);
   return h.storage == Storage::kTaps ? 9 : h.storage == Storage::kRows ? slots * 3 : slots * slots;
 }

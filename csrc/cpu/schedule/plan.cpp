@@ -6,12 +6,13 @@
 namespace parnet::cpu {
 namespace {
 
+// The tiles along one direction: first output, kind of scheme, outputs in the map.
 struct Segment {
   int start, kind, size;
 };
 
-// Stride 1: as many of `largest` as fit, then the smallest of 2, 4 and `largest` that covers the rest; kind
-// is half the size - 1. Stride 2: `largest`, then the rest exactly; kind is size - 1.
+// Stride 1: as many of `largest` as fit, then the smallest of 2, 4 and `largest` that covers the rest. Stride
+// 2: `largest`, then the rest exactly.
 std::vector<Segment> segments(int length, int stride, int largest) {
   std::vector<Segment> result;
   for (int at = 0; at < length;) {
@@ -33,9 +34,10 @@ const Scheme& scheme(int stride, int kind) { return kSchemes[stride - 1][kind]; 
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
 
-// Row panels of one weight matrix. Each fetches its part of the next matrix, at most one cache line per
-// channel (two passes of 6 rows stream weights 15 % faster than one of 12), but has 4 rows to hide latency.
-int row_panels(int rows, const Kernels& k) {
+// Strips into which the rows of one weight matrix are divided. Each strip fetches a part of the next matrix,
+// at most one cache line for each channel, so that more of them fetch more evenly: two passes of 6 rows
+// stream weights 15 % faster than one of 12.
+int strips_of(int rows, const Kernels& k) {
   const int lines_per_channel = 2 * k.lanes * 4 / 64;
   return std::max(div_up(rows, k.max_rows), std::min(lines_per_channel, std::max(1, rows / kMinStripRows)));
 }
@@ -48,7 +50,8 @@ Geometry geometry_of(const PackedHeader& h) {
 }
 
 const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const Tile* tiles, int count) {
-  // uses[slot] lists the rows of each weight matrix in the order of the tiles.
+  // First the rows of each matrix are counted, and each transformed input gets its row; then the rows of all
+  // matrices are laid out one behind the other.
   const int axis = slots_of(g.stride, g.in_channels), matrices = axis * axis;
   std::vector<int> rows(matrices, 0);
   auto table = std::make_unique<Table>();
@@ -71,7 +74,7 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   }
   std::vector<int> use_of(matrices, -1);
   const int blocks = g.groups * g.group_blocks;
-  const auto floats = [&](int rows) { return row_panel_floats(rows, blocks, k.lanes); };
+  const auto floats = [&](int rows) { return strip_floats(rows, blocks, k.lanes); };
   int64_t v_floats = 0;
   int m_rows = 0, slot_rows = 0;
   for (int slot = 0; slot < matrices; slot++) {
@@ -79,7 +82,7 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
     if (table->uses.empty() || table->uses.back().slot / axis != slot / axis) slot_rows++;
     use_of[slot] = table->uses.size();
     const int count =
-        transforms_at_call(g.storage) ? div_up(rows[slot], k.max_rows) : row_panels(rows[slot], k);
+        transforms_at_call(g.storage) ? div_up(rows[slot], k.max_rows) : strips_of(rows[slot], k);
     table->uses.push_back({slot, rows[slot], m_rows, count, static_cast<int32_t>(v_floats)});
     const int small = rows[slot] / count, bigger = rows[slot] % count;
     v_floats += bigger * floats(small + 1) + (count - bigger) * floats(small);
@@ -90,7 +93,7 @@ const TileTable* TilePlan::table_of(const Geometry& g, const Kernels& k, const T
   for (size_t i = 0; i < slot_of.size(); i++) {
     if (slot_of[i] < 0) continue;
     const MatrixUse& use = table->uses[use_of[slot_of[i]]];
-    const int row = m[i], small = use.rows / use.panels, bigger = use.rows % use.panels;
+    const int row = m[i], small = use.rows / use.strips, bigger = use.rows % use.strips;
     const int in_bigger = bigger * (small + 1);
     const bool big = row < in_bigger;
     const int height = big ? small + 1 : small, from = big ? row : row - in_bigger;
@@ -126,26 +129,25 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
       }
     }
   }
-  // Blocks do not straddle images unless several images fit into one: then as many as leave all threads as
-  // many blocks.
-  const int most = std::max(1, kTilesTogether / tiles_per_image);
+  // A set has tiles of one image, unless several images fit into one: then as many as leave all threads as
+  // many sets.
+  const int most = std::max(1, kTilesOfSet / tiles_per_image);
   int whole = most;
-  const auto uneven = [&](int64_t blocks) { return blocks % threads && blocks < 2 * threads; };
+  const auto uneven = [&](int64_t sets) { return sets % threads && sets < 2 * threads; };
   while (images > most && whole > div_up(most, 2) && uneven(div_up(images, whole))) whole--;
   whole = div_up(images, div_up(images, whole));
   const int unit = whole * tiles_per_image, units = div_up(tiles.size(), unit);
   const int few = g.stride == 2 && largest == 4 ? kFewStridedTiles : kFewTiles;
   v_floats = m_floats = 0;
-  const TileBlock* previous = nullptr;
-  blocks.reserve(tiles.size());
+  sets.reserve(tiles.size());
   for (int64_t start = 0; start < static_cast<int64_t>(tiles.size()); start += unit) {
     const int count = std::min<int64_t>(unit, tiles.size() - start);
-    const int parts = std::max(div_up(count, kTilesTogether), std::min(div_up(threads, units), count / few));
+    const int parts = std::max(div_up(count, kTilesOfSet), std::min(div_up(threads, units), count / few));
     for (int part = 0, at = 0; part < parts; part++) {
       const int size = count / parts + (part < count % parts);
       const Tile* first = &tiles[start + at];
       const TileTable* table = nullptr;
-      for (const TileBlock& b : blocks) {
+      for (const TileSet& b : sets) {
         if (b.count == size && std::equal(first, first + size, b.tiles, [](const Tile& x, const Tile& y) {
               return x.row_kind == y.row_kind && x.col_kind == y.col_kind;
             })) {
@@ -154,10 +156,9 @@ TilePlan::TilePlan(const Geometry& g, const Kernels& k, int64_t images, int out_
         }
       }
       if (!table) table = table_of(g, k, first, size);
-      blocks.push_back({first, table, size});
-      previous = &blocks.back();
-      v_floats = std::max(v_floats, previous->table->v_floats);
-      m_floats = std::max(m_floats, int64_t{previous->table->m_rows} * 2 * k.lanes);
+      sets.push_back({first, table, size});
+      v_floats = std::max(v_floats, table->v_floats);
+      m_floats = std::max(m_floats, int64_t{table->m_rows} * 2 * k.lanes);
       at += size;
     }
   }

@@ -1,5 +1,5 @@
-// How one layer's map is cut into tiles, and the tiles into blocks. Tiles depend on shapes and storage only,
-// blocks on the number of threads as well; results never depend on the blocks.
+// How one layer's output is cut into tiles, and which tiles are multiplied together as a set. Tiles depend on
+// shapes and storage only, sets on the number of threads as well; results never depend on the sets.
 #pragma once
 #include <memory>
 #include <vector>
@@ -19,11 +19,11 @@ Geometry geometry_of(const PackedHeader&);
 
 struct TilePlan {
   std::vector<Tile> tiles;
-  std::vector<TileBlock> blocks;
-  int64_t v_floats;  // transformed inputs of the largest block
-  int64_t m_floats;  // products of the panels in flight
-  int64_t u_floats;  // expanded weights of a chunk
-  int32_t chunk_blocks, sum_channels;
+  std::vector<TileSet> sets;
+  int64_t v_floats;                    // transformed inputs of the largest set
+  int64_t m_floats;                    // products of the panels that are multiplied at once
+  int64_t u_floats;                    // weights made at the call, of a chunk of input channels
+  int32_t chunk_blocks, sum_channels;  // see ConvArgs
   int32_t tiles_per_image;
   int threads;  // that it was made for
 

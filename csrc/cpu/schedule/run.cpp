@@ -56,10 +56,12 @@ class NetworkRun {
 
   bool finite() const { return finite_; }
 
+  // What every thread does.
   void work() {
     const int worker = workspace_.counter(0).value++;
-    Scratch scratch{workspace_.at(plan_.scratch_ + worker * plan_.scratch_floats_)};
+    Scratch scratch{workspace_.at(plan_.memory_.scratch.start + worker * plan_.memory_.scratch.floats)};
     const auto& stages = plan_.stages_;
+    const int64_t tickets = stages.back().first_ticket + stages.back().items;
     double* seconds = seconds_.empty() ? nullptr : seconds_.data() + worker * stages.size() * 2;
     Clock::time_point last = Clock::now();
     const auto lap = [&](size_t i) {
@@ -70,7 +72,7 @@ class NetworkRun {
     };
     for (size_t s = 0;;) {
       const int64_t ticket = workspace_.counter(1).value++;
-      if (ticket >= plan_.tickets_) return;
+      if (ticket >= tickets) return;
       while (ticket >= stages[s].first_ticket + stages[s].items) s++;
       for (const int before : stages[s].after) wait(before);
       lap(2 * s);
@@ -83,9 +85,9 @@ class NetworkRun {
   std::vector<StageTime> times() const {
     const auto& stages = plan_.stages_;
     std::vector<StageTime> result;
-    for (const NetworkPlan::Stage& stage : stages) {
-      result.push_back({Work::kWait, plan_.packed_of(stage), 0});
-      result.push_back({stage.work, plan_.packed_of(stage), 0});
+    for (const Stage& stage : stages) {
+      result.push_back({Task::kWait, layer_of(stage), 0});
+      result.push_back({stage.task, layer_of(stage), 0});
     }
     for (size_t i = 0; i < seconds_.size(); i++) result[i % result.size()].seconds += seconds_[i];
     return result;
@@ -93,14 +95,25 @@ class NetworkRun {
 
  private:
   using Clock = std::chrono::steady_clock;
-  using Value = NetworkPlan::Value;
-  using Layer = NetworkPlan::Layer;
-  // Of one thread: transformed inputs, products, weights, means.
+  // The scratch memory of one thread.
   struct Scratch {
-    float* v;
-    const Layer* layer = nullptr;  // whose transformed inputs it holds, of which block
-    int64_t block = -1;
+    float* start;
+    int layer = -1;  // whose transformed inputs it holds, and of which set of tiles
+    int64_t set = -1;
   };
+
+  // The packed index of a stage's layer, or -1.
+  int64_t layer_of(const Stage& stage) const {
+    switch (stage.task) {
+      case Task::kGate:
+      case Task::kTransform:
+      case Task::kConvolve:
+      case Task::kStem:
+        return plan_.graph_.layers[stage.index].step.packed;
+      default:
+        return -1;
+    }
+  }
 
   void wait(int stage) {
     const auto& done = workspace_.counter(2 + stage).value;
@@ -111,89 +124,87 @@ class NetworkRun {
   }
 
   // For the items of one image, if not all images have a buffer.
-  View view_of(const Value& v, int64_t image) const {
-    View view = v.view;
-    if (v.offset < 0) {
+  View view_of(int map, int64_t image) const {
+    const Map& m = plan_.graph_.maps[map];
+    const MapMemory& memory = plan_.memory_.maps[map];
+    View view = memory.view;
+    if (memory.pixels < 0) {
       view.base = static_cast<float*>(outputs_[0].data);
-    } else if (v.kept == v.shape[0]) {
-      view.base = workspace_.at(v.offset);
+    } else if (m.kept == m.shape[0]) {
+      view.base = workspace_.at(memory.pixels);
     } else {
-      view.base = workspace_.at(v.offset + image % v.kept * view.image);
+      view.base = workspace_.at(memory.pixels + image % m.kept * view.image);
       view.image = 0;
     }
     return view;
   }
-  const PackedHeader& packed_of(const Layer& l) const { return *packed_[l.step.packed]; }
-  float* scales(const Layer& l) const { return workspace_.at(l.gates); }
-  float* offsets(const Layer& l) const {
-    return scales(l) + plan_.values_[l.input].shape[0] * packed_of(l).panels * 2 * plan_.kernels_.lanes;
+  float* sums_of(int map) const { return workspace_.at(plan_.memory_.maps[map].sums); }
+  const Layer& layer(int index) const { return plan_.graph_.layers[index]; }
+  const PackedHeader& packed_of(int index) const { return *packed_[layer(index).step.packed]; }
+  float* scales(int index) const { return workspace_.at(plan_.memory_.layers[index].gates); }
+  float* offsets(int index) const {
+    const int64_t images = plan_.graph_.maps[layer(index).input].shape[0];
+    return scales(index) + images * packed_of(index).panels * 2 * plan_.kernels_.lanes;
   }
 
-  void execute(const NetworkPlan::Stage& stage, int64_t item, Scratch& scratch) {
-    float* m = scratch.v + plan_.v_scratch_;
-    float* u = m + plan_.m_scratch_;
-    float* means = u + plan_.u_scratch_;
-    switch (stage.work) {
-      case Work::kEnter:
-      case Work::kEnterPlanes:
+  void execute(const Stage& stage, int64_t item, Scratch& scratch) {
+    const ScratchMemory& places = plan_.memory_.scratch;
+    float *m = scratch.start + places.m, *u = scratch.start + places.u;
+    switch (stage.task) {
+      case Task::kEnter:
+      case Task::kEnterPlanes:
         return enter(stage, item, u);
-      case Work::kGate:
-        return gate(plan_.layers_[stage.index], item, means);
-      case Work::kTransform:
-        return transform(plan_.layers_[stage.index], item);
-      case Work::kConvolve:
-        return convolve(plan_.layers_[stage.index], item, scratch, m, u);
-      case Work::kStem:
-        return stem(plan_.layers_[stage.index], item);
-      case Work::kLeave: {
-        const Value& v = plan_.values_[stage.index];
-        const Rows rows = rows_of(item, v.shape[2], stage.items_per_image);
-        const Strided& to = outputs_[v.result < 0 ? 0 : 2 * v.result];
-        return plan_.kernels_.leave(view_of(v, rows.image), to, rows.image, rows.first, rows.last);
+      case Task::kGate:
+        return gate(stage.index, item, scratch.start + places.means);
+      case Task::kTransform:
+        return transform(stage.index, item);
+      case Task::kConvolve:
+        return convolve(stage.index, item, scratch, m, u);
+      case Task::kStem:
+        return stem(stage.index, item);
+      case Task::kLeave: {
+        const Map& map = plan_.graph_.maps[stage.index];
+        const Part rows = part_of(item, map.shape[2], stage.items_per_image);
+        const Strided& to = outputs_[map.result < 0 ? 0 : 2 * map.result];
+        return plan_.kernels_.leave(view_of(stage.index, rows.of), to, rows.of, rows.first, rows.last);
       }
-      case Work::kMeans: {
-        const Value& v = plan_.values_[stage.index];
-        const bool as_sums = v.result >= 0;
-        Strided to = as_sums ? outputs_[2 * v.result + 1] : outputs_.back();
-        if (classifier_ && !as_sums) {
-          const int64_t pitch = int64_t{v.blocks} * plan_.kernels_.lanes;
-          to = {workspace_.at(plan_.means_), Dtype::kFloat, {v.shape[0], v.shape[1], 1, 1}, {pitch, 1, 1, 1}};
-        }
-        return plan_.kernels_.leave_means(workspace_.at(v.sums), v.sum_rows, v.blocks,
-                                          as_sums ? 1.f : 1.f / (v.shape[2] * v.shape[3]), to, item);
-      }
-      case Work::kClassify:
-        return plan_.kernels_.classify(*classifier_, workspace_.at(plan_.means_), item, outputs_.back());
-      case Work::kWait:
+      case Task::kMeans:
+        return means(stage.index, item);
+      case Task::kClassify:
+        return plan_.kernels_.classify(*classifier_, workspace_.at(plan_.memory_.means), item,
+                                       outputs_.back());
+      case Task::kWait:
         break;
     }
   }
 
-  struct Rows {
-    int image, first, last;
+  // A range of rows, panels or blocks; `of` is the image or the set of tiles that they belong to.
+  struct Part {
+    int of, first, last;
   };
-  // Item `item` when the rows of each image are split into `chunks`.
-  static Rows rows_of(int64_t item, int64_t rows, int64_t chunks) {
-    const int64_t chunk = item % chunks;
-    return {static_cast<int>(item / chunks), static_cast<int>(rows * chunk / chunks),
-            static_cast<int>(rows * (chunk + 1) / chunks)};
+  // Item `item`, where each image or set is divided into `parts`.
+  static Part part_of(int64_t item, int64_t count, int64_t parts) {
+    const int64_t part = item % parts;
+    return {static_cast<int>(item / parts), static_cast<int>(count * part / parts),
+            static_cast<int>(count * (part + 1) / parts)};
   }
 
-  StemArgs stem_args(const Layer& l, int64_t image) const {
-    const Value& out = plan_.values_[l.output];
-    StemArgs a = planes_of(plan_.values_[l.input], image);
-    a.packed = &packed_of(l);
+  StemArgs stem_args(int index, int64_t image) const {
+    const int out = layer(index).output;
+    const Map& map = plan_.graph_.maps[out];
+    StemArgs a = planes_of(layer(index).input, image);
+    a.packed = &packed_of(index);
     a.out = view_of(out, image);
-    a.sums = workspace_.at(out.sums);
-    a.scale = scales(l);
-    a.offset = offsets(l);
-    a.out_rows = out.shape[2];
-    a.out_cols = out.shape[3];
+    a.sums = sums_of(out);
+    a.scale = scales(index);
+    a.offset = offsets(index);
+    a.out_rows = map.shape[2];
+    a.out_cols = map.shape[3];
     return a;
   }
 
-  StemArgs planes_of(const Value& v, int64_t image) const {
-    const View view = view_of(v, image);
+  StemArgs planes_of(int map, int64_t image) const {
+    const View view = view_of(map, image);
     StemArgs a{};
     a.planes = view.base;
     a.image = view.image;
@@ -202,16 +213,18 @@ class NetworkRun {
     return a;
   }
 
-  void enter(const NetworkPlan::Stage& stage, int64_t item, float* lines) {
-    const Value& v = plan_.values_[stage.index];
-    const Strided& x = inputs_[stage.index];
-    const Rows rows = rows_of(item, v.shape[2], v.entered_rows);
-    float* sums = workspace_.at(v.entered_sums) + item * v.blocks * plan_.kernels_.lanes;
-    if (v.sums != v.entered_sums && rows.first == 0) take_sums(v, input_sums_[stage.index], rows.image);
-    if (stage.work == Work::kEnter) {
-      plan_.kernels_.enter(x, view_of(v, rows.image), rows.image, rows.first, rows.last, sums, lines);
+  void enter(const Stage& stage, int64_t item, float* lines) {
+    const int map = stage.index;
+    const Map& m = plan_.graph_.maps[map];
+    const Strided& x = inputs_[map];
+    const MapMemory& memory = plan_.memory_.maps[map];
+    const Part rows = part_of(item, m.shape[2], memory.entered_rows);
+    float* sums = workspace_.at(memory.entered_sums) + item * m.blocks * plan_.kernels_.lanes;
+    if (memory.sums != memory.entered_sums && rows.first == 0) take_sums(map, rows.of);
+    if (stage.task == Task::kEnter) {
+      plan_.kernels_.enter(x, view_of(map, rows.of), rows.of, rows.first, rows.last, sums, lines);
     } else {
-      plan_.kernels_.enter_planes(x, planes_of(v, rows.image), rows.image, rows.first, rows.last, sums);
+      plan_.kernels_.enter_planes(x, planes_of(map, rows.of), rows.of, rows.first, rows.last, sums);
     }
     // A sum is finite only if everything in it is.
     const auto is_finite = [](float sum) { return std::isfinite(sum); };
@@ -220,96 +233,128 @@ class NetworkRun {
 
   // The sums of an input as its producer left them: added up anew, in another order, they would be other
   // bits.
-  void take_sums(const Value& v, const Strided& given, int64_t image) {
-    const int64_t pitch = int64_t{v.blocks} * plan_.kernels_.lanes;
-    float* to = workspace_.at(v.sums) + image * pitch;
+  void take_sums(int map, int64_t image) {
+    const Map& m = plan_.graph_.maps[map];
+    const Strided& given = input_sums_[map];
+    const int64_t pitch = int64_t{m.blocks} * plan_.kernels_.lanes;
+    float* to = sums_of(map) + image * pitch;
     const float* from = static_cast<const float*>(given.data) + image * given.stride[0];
-    for (int64_t c = 0; c < pitch; c++) to[c] = c < v.shape[1] ? from[c * given.stride[1]] : 0;
+    for (int64_t c = 0; c < pitch; c++) to[c] = c < m.shape[1] ? from[c * given.stride[1]] : 0;
   }
 
-  void gate(const Layer& l, int64_t item, float* means) {
-    const Value& in = plan_.values_[l.input];
-    const Value& other = plan_.values_[l.other >= 0 ? l.other : l.input];
+  void gate(int index, int64_t item, float* means) {
+    const Layer& l = layer(index);
+    const int other = l.other >= 0 ? l.other : l.input;
+    const Map& in = plan_.graph_.maps[l.input];
     GateArgs a;
-    a.packed = &packed_of(l);
-    a.sums[0] = workspace_.at(in.sums);
-    a.sums[1] = workspace_.at(other.sums);
-    a.sum_rows[0] = in.sum_rows;
-    a.sum_rows[1] = other.sum_rows;
+    a.packed = &packed_of(index);
+    a.sums[0] = sums_of(l.input);
+    a.sums[1] = sums_of(other);
+    a.sum_rows[0] = plan_.memory_.maps[l.input].sum_rows;
+    a.sum_rows[1] = plan_.memory_.maps[other].sum_rows;
     a.inverse_area = 1.f / (in.shape[2] * in.shape[3]);
-    a.scale = scales(l);
-    a.offset = offsets(l);
+    a.scale = scales(index);
+    a.offset = offsets(index);
     a.means = means;
-    const Rows panels = rows_of(item, a.packed->panels, l.gate_items);
-    plan_.kernels_.gate(a, panels.image, panels.first, panels.last);
+    const Part panels = part_of(item, a.packed->panels, plan_.graph_.divisions[index].gate_items);
+    plan_.kernels_.gate(a, panels.of, panels.first, panels.last);
   }
 
-  ConvArgs conv_args(const Layer& l, const TileBlock& tiles) const {
-    const int64_t image = tiles.tiles[0].image;
-    const Value& out = plan_.values_[l.output];
+  ConvArgs conv_args(int index, const TileSet& set) const {
+    const int64_t image = set.tiles[0].image;
+    const Layer& l = layer(index);
+    const TilePlan& tiles = *plan_.graph_.divisions[index].tiles;
     ConvArgs a{};
-    a.packed = &packed_of(l);
-    a.in[0] = view_of(plan_.values_[l.input], image);
-    if (l.other >= 0) a.in[1] = view_of(plan_.values_[l.other], image);
-    a.out = view_of(out, image);
-    a.sums = workspace_.at(out.sums);
-    a.scale = scales(l);
-    a.offset = offsets(l);
-    a.sum_channels = l.tiles->sum_channels;
-    a.chunk_blocks = l.tiles->chunk_blocks;
+    a.packed = &packed_of(index);
+    a.in[0] = view_of(l.input, image);
+    if (l.other >= 0) a.in[1] = view_of(l.other, image);
+    a.out = view_of(l.output, image);
+    a.sums = sums_of(l.output);
+    a.scale = scales(index);
+    a.offset = offsets(index);
+    a.sum_channels = tiles.sum_channels;
+    a.chunk_blocks = tiles.chunk_blocks;
     return a;
   }
 
-  float* shared_v(const Layer& l, int64_t block) const {
-    return workspace_.at(plan_.v_regions_[l.v_region].start + block * l.tiles->v_floats);
+  float* shared_v(int index, int64_t set) const {
+    const int64_t region = plan_.memory_.regions[plan_.memory_.layers[index].region];
+    return workspace_.at(region + set * plan_.graph_.divisions[index].tiles->v_floats);
   }
 
-  void transform(const Layer& l, int64_t item) {
-    const PackedHeader& h = packed_of(l);
-    const Rows blocks = rows_of(item, h.groups * h.group_blocks, l.transform_items);
-    const TileBlock& tiles = l.tiles->blocks[blocks.image];
-    plan_.kernels_.transform(conv_args(l, tiles), tiles, blocks.first, blocks.last,
-                             shared_v(l, blocks.image));
+  void transform(int index, int64_t item) {
+    const PackedHeader& h = packed_of(index);
+    const Division& d = plan_.graph_.divisions[index];
+    const Part blocks = part_of(item, h.groups * h.group_blocks, d.transform_items);
+    const TileSet& set = d.tiles->sets[blocks.of];
+    plan_.kernels_.transform(conv_args(index, set), set, blocks.first, blocks.last,
+                             shared_v(index, blocks.of));
   }
 
-  void convolve(const Layer& l, int64_t item, Scratch& scratch, float* m, float* u) {
-    const int64_t panels = packed_of(l).panels, items = (panels + l.panels_per_item - 1) / l.panels_per_item;
-    const int64_t block = item / items, first = item % items * l.panels_per_item;
-    const int last = std::min(first + l.panels_per_item, panels);
-    const TileBlock& tiles = l.tiles->blocks[block];
-    const ConvArgs a = conv_args(l, tiles);
-    const float* v = l.v_region >= 0 ? shared_v(l, block) : scratch.v;
-    if (l.v_region < 0 && (scratch.layer != &l || scratch.block != block)) {
-      scratch.layer = &l, scratch.block = block;
-      plan_.kernels_.transform(a, tiles, 0, a.packed->groups * a.packed->group_blocks, scratch.v);
+  void convolve(int index, int64_t item, Scratch& scratch, float* m, float* u) {
+    const Division& d = plan_.graph_.divisions[index];
+    const int64_t panels = packed_of(index).panels,
+                  items = (panels + d.panels_per_item - 1) / d.panels_per_item;
+    const int64_t set = item / items, first = item % items * d.panels_per_item;
+    const int last = std::min(first + d.panels_per_item, panels);
+    const TileSet& tiles = d.tiles->sets[set];
+    const ConvArgs a = conv_args(index, tiles);
+    const bool shared = d.transform_items > 0;
+    float* v = shared ? shared_v(index, set) : scratch.start;
+    if (!shared && (scratch.layer != index || scratch.set != set)) {
+      scratch.layer = index, scratch.set = set;
+      plan_.kernels_.transform(a, tiles, 0, a.packed->groups * a.packed->group_blocks, v);
     }
     plan_.kernels_.convolve(a, tiles, v, first, last, m, u);
   }
 
-  void stem(const Layer& l, int64_t item) {
-    const Rows rows = rows_of(item, plan_.values_[l.output].shape[2], l.row_items);
-    plan_.kernels_.stem(stem_args(l, rows.image), rows.image, rows.first, rows.last);
+  void stem(int index, int64_t item) {
+    const int64_t rows_of_image = plan_.graph_.maps[layer(index).output].shape[2];
+    const Part rows = part_of(item, rows_of_image, plan_.graph_.divisions[index].row_items);
+    plan_.kernels_.stem(stem_args(index, rows.of), rows.of, rows.first, rows.last);
+  }
+
+  // Channel means of one image, to the user or to where the classifier reads them; of a part's result the
+  // sums.
+  void means(int map, int64_t image) {
+    const Map& m = plan_.graph_.maps[map];
+    const bool as_sums = m.result >= 0;
+    Strided to = as_sums ? outputs_[2 * m.result + 1] : outputs_.back();
+    if (classifier_ && !as_sums) {
+      const int64_t pitch = int64_t{m.blocks} * plan_.kernels_.lanes;
+      to = {workspace_.at(plan_.memory_.means),
+            Dtype::kFloat,
+            {m.shape[0], m.shape[1], 1, 1},
+            {pitch, 1, 1, 1}};
+    }
+    plan_.kernels_.leave_means(sums_of(map), plan_.memory_.maps[map].sum_rows, m.blocks,
+                               as_sums ? 1.f : 1.f / (m.shape[2] * m.shape[3]), to, image);
   }
 
   void poison() {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     const auto fill = [&](int64_t start, int64_t floats) { std::fill_n(workspace_.at(start), floats, nan); };
-    fill(plan_.scratch_, plan_.request_.threads * plan_.scratch_floats_);
-    for (const Layer& l : plan_.layers_) {
-      const int64_t images = plan_.values_[l.input].shape[0];
-      fill(l.gates, 2 * images * packed_of(l).panels * 2 * plan_.kernels_.lanes);
-      if (l.v_region >= 0) {
-        fill(plan_.v_regions_[l.v_region].start, l.tiles->blocks.size() * l.tiles->v_floats);
-      }
+    const Graph& graph = plan_.graph_;
+    const Memory& memory = plan_.memory_;
+    const int64_t lanes = plan_.kernels_.lanes;
+    fill(memory.scratch.start, plan_.request_.threads * memory.scratch.floats);
+    for (size_t i = 0; i < graph.layers.size(); i++) {
+      const int64_t images = graph.maps[graph.layers[i].input].shape[0];
+      fill(memory.layers[i].gates, 2 * images * packed_of(i).panels * 2 * lanes);
+      const Division& d = graph.divisions[i];
+      if (d.transform_items)
+        fill(memory.regions[memory.layers[i].region], d.tiles->sets.size() * d.tiles->v_floats);
     }
-    for (const Value& v : plan_.values_) {
-      fill(v.sums, v.shape[0] * v.sum_rows * v.blocks * plan_.kernels_.lanes);
-      if (v.offset < 0 || v.view.pixel == 1) continue;
-      for (int64_t i = 0; i < v.kept * v.blocks * v.shape[2]; i++) {
-        const int64_t row = i % v.shape[2], block = i / v.shape[2] % v.blocks,
-                      image = i / v.shape[2] / v.blocks;
-        fill(v.offset + image * v.view.image + block * v.view.block + row * v.view.row,
-             v.shape[3] * v.view.pixel);
+    for (size_t i = 0; i < graph.maps.size(); i++) {
+      const Map& map = graph.maps[i];
+      const MapMemory& at = memory.maps[i];
+      fill(at.sums, map.shape[0] * at.sum_rows * map.blocks * lanes);
+      if (at.pixels < 0 || at.planes) continue;
+      const int64_t rows = map.shape[2];
+      for (int64_t r = 0; r < map.kept * map.blocks * rows; r++) {
+        const int64_t row = r % rows, block = r / rows % map.blocks, image = r / rows / map.blocks;
+        fill(at.pixels + image * at.view.image + block * at.view.block + row * at.view.row,
+             map.shape[3] * at.view.pixel);
       }
     }
   }

@@ -8,12 +8,12 @@
 
 namespace parnet::cpu {
 
-// One counter a cache line: finished items of a stage, or tickets.
+// A counter with a cache line of its own: finished items of a stage, or tickets.
 struct alignas(64) Counter {
   std::atomic<int64_t> value{0};
 };
 
-// Zeroed at creation. Kernels never write the halos of activations, so they stay zero from run to run.
+// Zeroed at creation. Kernels never write the borders of maps, so they stay zero from run to run.
 class Workspace {
  public:
   Workspace(int64_t floats, int64_t counters);
