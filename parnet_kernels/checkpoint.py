@@ -73,7 +73,8 @@ def load_checkpoint(
         config = config.replace(activation=_activation(content, state, activation, name))
     elif activation not in (None, config.activation):
         raise CheckpointError(f"{name} was saved with activation {config.activation!r}, asked for {activation!r}")
-    model = ParNet(_fits(config, state, name))
+    with _somewhere():
+        model = ParNet(_fits(config, state, name))
     _load(model, state, name)
     _describe(model, said, name)
     if num_classes not in (None, model.num_classes):
@@ -97,7 +98,8 @@ def load_deployed(path: str | Path) -> DeployedParNet:
     dtype = checked["head_weight"].dtype
     if dtype not in DTYPES:
         raise CheckpointError(f"{path}: entry 'head_weight' must be one of {DTYPES}, got {dtype}")
-    model = DeployedParNet(_fits(config, checked, str(path))).to(dtype)
+    with _somewhere():
+        model = DeployedParNet(_fits(config, checked, str(path))).to(dtype)
     _load(model, checked, str(path))
     return _describe(model, said, str(path))
 
@@ -268,6 +270,12 @@ def _checked(state: Mapping[Any, Tensor], name: str) -> dict[str, Tensor]:
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(f"{name}: entry {key!r} must hold all its values, got an expanded tensor")
     return dict(state)
+
+
+def _somewhere() -> torch.device:
+    """Where a model of a file goes: the default device, but for "meta", which would lose the values."""
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _load(model: ParNet | DeployedParNet, state: dict[str, Tensor], name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,23 +35,13 @@ class TrainingForm(Protocol):
     def fusion_norm(self, name: str) -> Any: ...
 
 
-class _Weights(nn.Module):
-    """Its weights are buffers: who asks for, or forgets, gradients of a module means these too."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        for t in self.buffers():
-            t.requires_grad_(requires_grad)
-        return super().requires_grad_(requires_grad)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for t in self.buffers():
-            if t.grad is not None:
-                t.grad = None if set_to_none else torch.zeros_like(t)
+def _weight(t: Tensor) -> nn.Parameter:
+    """A Parameter, so that optimisers, averages, pruning, … find it; it asks for no gradient until someone does."""
+    return nn.Parameter(t, requires_grad=False)
 
 
-class DeployedLayer(_Weights):
-    """One layer as one operator; its buffers are the operator's arguments. See `ops` for their shapes."""
+class DeployedLayer(nn.Module):
+    """One layer as one operator; its Parameters are the operator's arguments. See `ops` for their shapes."""
 
     weight: Tensor
     bias: Tensor
@@ -64,14 +54,14 @@ class DeployedLayer(_Weights):
         shapes = _shapes(layer, with_affine)
         self.names = tuple(shapes)
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape))
+            self.register_parameter(name, _weight(torch.zeros(shape)))
 
     def extra_repr(self) -> str:
         k, c = self.weight.shape[:2]
         return f"{self.kind}, {c} → {k} channels, stride {self.stride}, {self.activation}"
 
     def arguments(self) -> dict[str, Tensor]:
-        """The operator's tensors by name, whatever they are now: buffers, Parameters, parametrized."""
+        """The operator's tensors by name, whatever they are now: Parameters, parametrized."""
         return {name: getattr(self, name) for name in self.names}
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -81,16 +71,12 @@ class DeployedLayer(_Weights):
         return getattr(ops, self.kind)(*inputs, **self.arguments(), activation=self.activation, **options)
 
 
-class AffineLayer(_Weights):
+class AffineLayer(nn.Module):
     """scale·x + shift: a fusion's BatchNorm where no producer can take it over (a stream without blocks)."""
-
-    scale: Tensor
-    shift: Tensor
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.ones(c))
-        self.register_buffer("shift", torch.zeros(c))
+        self.scale, self.shift = _weight(torch.ones(c)), _weight(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * per_channel(self.scale) + per_channel(self.shift)
@@ -171,7 +157,7 @@ def _why_not_layer(m: nn.Module, expected: tuple[Any, ...]) -> str | None:
     return None
 
 
-class DeployedParNet(_Weights, Described):
+class DeployedParNet(Described):
     """ParNet for inference. Make one with `ParNet.deploy()` or `load_deployed`.
 
     Input [N, in_chans, H, W], H, W ≥ 1; output logits [N, num_classes] ([N, P] without a classifier).
@@ -182,15 +168,12 @@ class DeployedParNet(_Weights, Described):
     not part of the state dict; else, and wherever something was done to a layer that those kernels would not see
     (`why_layer_by_layer`), each layer is one operator.
 
-    Weights are buffers. Those that ask for a gradient (`network.head_weight.requires_grad_()`, or `requires_grad_()` of
-    the network or a layer) get it, and so do Parameters in their place and parametrizations; a call that records
-    gradients goes layer by layer.
+    Weights are Parameters that ask for no gradient. Those that do (after `network.head_weight.requires_grad_()`, or
+    `requires_grad_()` of the network or a layer; parametrizations) get it; a call that records gradients goes layer by
+    layer.
     """
 
-    head_weight: Tensor
-    head_bias: Tensor
-
-    # Buffers are never inference tensors, whose changes could not be seen by the packed weights.
+    # Weights are never inference tensors, whose changes could not be seen by the packed weights.
     @torch.inference_mode(False)
     def __init__(self, config: ParNetConfig) -> None:
         super().__init__()
@@ -204,8 +187,8 @@ class DeployedParNet(_Weights, Described):
         self.affines = nn.ModuleDict(
             {_slot(name): AffineLayer(width[name]) for name, in_producer in fused.items() if not in_producer}
         )
-        self.register_buffer("head_weight", torch.zeros(config.num_classes, self.num_features))
-        self.register_buffer("head_bias", torch.zeros(config.num_classes))
+        self.head_weight = _weight(torch.zeros(config.num_classes, self.num_features))
+        self.head_bias = _weight(torch.zeros(config.num_classes))
         self._schedule = _schedule(config)
         self._whole: Remembered[WholeNetwork] = Remembered()
         self._native = CpuNetwork()
@@ -222,7 +205,7 @@ class DeployedParNet(_Weights, Described):
 
         def assign(module: nn.Module, values: dict[str, Tensor]) -> None:
             for name, value in values.items():
-                module.get_buffer(name).copy_(value)
+                module.get_parameter(name).copy_(value)
 
         for layer in layers(model.config):
             assign(deployed.layers[_slot(layer.name)], model.block(layer.name).fold())
@@ -240,7 +223,7 @@ class DeployedParNet(_Weights, Described):
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedParNet:
-        self._forget()  # what was packed is of the old buffers
+        self._forget()  # what was packed is of the old weights
         return super()._apply(fn, recurse)
 
     def _forget(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parnet_kernels import dispatch  # noqa: F401  registers the operators
+from parnet_kernels import dispatch, flops  # noqa: F401  register the operators
 from parnet_kernels.selection import clear_cache as clear_cache
 from parnet_kernels.selection import explain as explain
 from parnet_kernels.selection import use_backend as use_backend

@@ -30,7 +30,8 @@ def deinterleave(u: Tensor) -> tuple[Tensor, Tensor]:
 
 def shuffle(v: Tensor) -> Tensor:
     """Channel 2i + k is channel k · K/2 + i of v: the channel shuffle of two groups, an interleaving of its halves."""
-    return interleave(*v.chunk(2, 1))
+    half = v.shape[1] // 2
+    return interleave(v[:, :half], v[:, half:])  # not chunk, whose result torch.fx cannot unpack
 
 
 def per_channel(vector: Tensor) -> Tensor:

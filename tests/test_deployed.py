@@ -155,7 +155,7 @@ def test_deploy_leaves_the_model_as_it_is() -> None:
 
 def test_nothing_to_train() -> None:
     _, deployed = pair(TINY["3 streams"])
-    assert not list(deployed.parameters())
+    assert not [p for p in deployed.parameters() if p.requires_grad]
     assert not deployed.training
 
 
@@ -198,7 +198,7 @@ def test_changes_of_weights_are_seen() -> None:
     deployed.load_state_dict(state)
     assert torch.equal(deployed(x), before)
 
-    deployed.layers["combine_3"].bias = deployed.layers["combine_3"].bias + 1
+    deployed.layers["combine_3"].bias = torch.nn.Parameter(deployed.layers["combine_3"].bias + 1, False)
     assert not torch.allclose(deployed(x), before, rtol=1e-3)
     deployed.load_state_dict(state)
     assert error(deployed.double()(x.double()), model(x.double())) <= 5e-6
@@ -273,7 +273,7 @@ def test_made_in_inference_mode() -> None:
         before = deployed(x)
         deployed.layers["streams_1_0"].weight.mul_(0.5)
         assert not torch.allclose(deployed(x), before, rtol=1e-3)
-    assert not any(b.is_inference() for b in deployed.buffers())
+    assert not any(b.is_inference() for b in deployed.parameters())
 
 
 @torch.no_grad()
@@ -320,7 +320,7 @@ def test_compile_and_export() -> None:
 def test_cifar_form() -> None:
     model = randomize(parnet_cifar(width=32)).eval()
     deployed = model.deploy()
-    assert sum(b.numel() for b in deployed.buffers()) == 1_304_938
+    assert sum(b.numel() for b in deployed.parameters()) == 1_304_938
     with torch.no_grad():
         assert deployed(image((32, 32))).shape == (2, 10)
 
@@ -356,11 +356,11 @@ def test_levels_are_independent(variant: str) -> None:
 def test_replaced_weights_are_seen_whatever_their_address() -> None:
     _, deployed = pair(TINY["3 streams"])
     x = image((33, 40))
-    deployed.head_bias = torch.zeros(4)
+    deployed.head_bias = torch.nn.Parameter(torch.zeros(4), False)
     for i in range(20):
         deployed(x)
         for j in range(2):  # the second may take the place of the one that is packed
-            deployed.head_bias = torch.full((4,), 10.0 * i + j)
+            deployed.head_bias = torch.nn.Parameter(torch.full((4,), 10.0 * i + j), False)
         with ops.use_backend("reference"):
             expected = deployed(x)
         assert error(deployed(x), expected) <= 5e-6
@@ -381,7 +381,7 @@ def test_inference_tensors_as_weights() -> None:
         expected = deployed(x)
         twin = copy.deepcopy(deployed).prepare()
         assert error(twin(x), expected) <= 5e-6
-        deployed.layers["streams_1_0"].weight = deployed.layers["streams_1_0"].weight * 0.5
+        deployed.layers["streams_1_0"].weight = torch.nn.Parameter(0.5 * deployed.layers["streams_1_0"].weight, False)
         assert not torch.allclose(deployed(x), expected, rtol=1e-3)
 
 

@@ -136,7 +136,7 @@ def test_written_weights_are_used(how: str, of: str) -> None:
     net.head_bias.normal_()
     net.layers["combine_3"].bias.normal_()
     before = net(X)
-    WRITES[how](net.get_buffer(of))
+    WRITES[how](net.get_parameter(of))
     check(net, before)
 
 
@@ -177,20 +177,18 @@ def test_gradients_reach_weights_that_ask(how: str) -> None:
         torch.testing.assert_close(net(X), net.head_bias.expand(2, -1).clone())
 
 
-def test_non_leaf_buffers_get_gradients() -> None:
+def test_non_leaf_weights_get_gradients() -> None:
     net, scale = network(), torch.ones((), requires_grad=True)
-    for module in net.modules():
-        for name, buffer in list(module._buffers.items()):
-            module._buffers[name] = buffer * scale if buffer is not None else None
-    every = list(net.buffers())
-    found = torch.autograd.grad(net(X).sum(), every, allow_unused=True)
+    weights = {name: p * scale for name, p in net.named_parameters()}
+    y = torch.func.functional_call(net, weights, X)
+    found = torch.autograd.grad(y.sum(), list(weights.values()), allow_unused=True)
     assert all(g is not None for g in found)
 
 
 def test_functional_call_uses_what_it_is_given() -> None:
     net = network()
     net(X)
-    given = {name: 1.2 * b for name, b in net.named_buffers()}
+    given = {name: 1.2 * b for name, b in net.named_parameters()}
     other = copy.deepcopy(net)
     other.load_state_dict(given)
     torch.testing.assert_close(torch.func.functional_call(net, given, X), other(X), rtol=1e-4, atol=1e-4)

@@ -48,7 +48,7 @@ STEPS = {
     "network": (
         300,
         "net = ParNet(ParNetConfig((32, 64, 64, 64), (2, 2, 2), num_classes=10)).eval().deploy()\n"
-        "x, b = torch.randn(1, 3, 32, 32), next(net.buffers())\n"
+        "x, b = torch.randn(1, 3, 32, 32), next(net.parameters())\n"
         "def step(i): net(x); b.mul_(0.9999)",
     ),
     "new sizes": (

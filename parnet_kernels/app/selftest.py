@@ -127,10 +127,10 @@ def _network(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, Ten
     """A small deployed network with well-scaled random weights, and its logits in float64."""
     generator = torch.Generator().manual_seed(0)
     network = DeployedParNet(ParNetConfig((24, 48, 96, 160), (4, 4, 4), num_classes=20))
-    for name, buffer in network.named_buffers():
-        fan = buffer[0].numel() if buffer.dim() > 1 else 0
-        value = torch.randn(buffer.shape, generator=generator) * (fan**-0.5 if fan else 0.2)
-        buffer.copy_(value + 1 if name.endswith("scale") else value)
+    for name, weight in network.named_parameters():
+        fan = weight[0].numel() if weight.dim() > 1 else 0
+        value = torch.randn(weight.shape, generator=generator) * (fan**-0.5 if fan else 0.2)
+        weight.copy_(value + 1 if name.endswith("scale") else value)
     network = network.to(device, dtype)
     x = torch.randn(n, 3, 96, 80, generator=generator).to(device, dtype)
     with ops.use_backend("reference"):

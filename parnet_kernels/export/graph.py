@@ -65,7 +65,7 @@ def graph_of(network: DeployedParNet) -> Graph:
             slot = name.replace(".", "_")
             if slot in network.affines:
                 inputs[i] = f"{layer.name}/{name}"
-                parameters = dict(network.affines[slot].named_buffers())
+                parameters: dict[str, Tensor] = {**dict(network.affines[slot].named_parameters())}
                 nodes.append(Node(inputs[i], "affine", (name,), 1, network.config.activation, parameters))
         module = network.layers[layer.name.replace(".", "_")]
         assert isinstance(module, DeployedLayer)

@@ -52,7 +52,7 @@ def _why_not_plain(network: DeployedParNet) -> str | None:
     for name, m in network.affines.items():
         if type(m) is not AffineLayer:
             return f"affines.{name} is a {type(m).__name__}"
-        shapes = {buffer: tuple(t.shape) for buffer, t in m.named_buffers()}
+        shapes = {weight: tuple(t.shape) for weight, t in m.named_parameters()}
         if reason := why_not_tensors(m, shapes, network.head_weight):
             return f"affines.{name}: {reason}"
     return None

@@ -105,6 +105,22 @@ def test_transforms(op: str, way: str, where: torch.device) -> None:
 
 
 @each_operator
+def test_flops_are_those_of_the_formulas(op: str, where: torch.device) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    positional, options = call(op, where)
+    found = []
+    for name in ("triton", "reference"):
+        with FlopCounterMode(display=False) as counter, ops.use_backend(name):
+            gradients(getattr(ops, op), positional, options)
+        found.append(counter.get_total_flops())
+    n, k, h, w = getattr(ops, op)(*positional, **options).shape
+    # PyTorch counts the weight gradient of two groups as if each group had all channels.
+    twice = 2 * n * h * w * k * 6 * 9 if op == "fusion_se" else 0
+    assert found[0] == found[1] - twice > 0
+
+
+@each_operator
 def test_second_derivative_falls_back(op: str, where: torch.device) -> None:
     positional, options = call(op, where)
 
