@@ -21,7 +21,6 @@ from parnet_kernels.app.latency import latency
 from parnet_kernels.app.options import (
     ActivationOption,
     CheckpointArgument,
-    CheckpointOption,
     ColorOption,
     CropOption,
     EmaOption,
@@ -36,6 +35,7 @@ from parnet_kernels.app.options import (
     preprocessing_of,
     use_threads,
 )
+from parnet_kernels.app.predict import predict
 from parnet_kernels.call import OPERATORS
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
 from parnet_kernels.deployed import DeployedParNet
@@ -144,69 +144,6 @@ def demo(
 
 
 @app.command()
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    checkpoint: CheckpointOption,
-    size: SizeOption = None,
-    crop: CropOption = None,
-    interpolation: InterpolationOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    color: ColorOption = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 5,
-    labels: LabelsOption = None,
-    ema: EmaOption = False,
-    activation: ActivationOption = None,
-    ignore_classes: IgnoreClassesOption = False,
-    threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Classify images. What is done to them is told on standard error."""
-    from parnet_kernels.app.images import load_image
-
-    use_threads(threads)
-    network = load_model(checkpoint, ema, activation, ignore_classes=ignore_classes)
-    if not network.num_classes:
-        raise CheckpointError(f"{checkpoint} has no classifier")
-    asked = {"size": size, "crop": crop, "interpolation": interpolation, "mean": mean, "std": std, "color": color}
-    preprocessing, told = preprocessing_of(network, checkpoint, **asked)
-    for line in (told, name_classes(network, labels)):
-        if line:
-            typer.echo(f"parnet: {line}", err=True)
-    names = network.class_names or [str(i) for i in range(network.num_classes)]
-    results: list[dict[str, Any]] = []
-    failed = False
-    with torch.inference_mode():
-        for path in images:
-            try:
-                image = load_image(path, preprocessing).to(network.head_weight.dtype)
-                logits = network(image)[0].float()
-                if not logits.isfinite().all():
-                    raise ValueError(f"{path}: the network's outputs are not finite ({logits.dtype})")
-            except (OSError, ValueError) as error:  # of this picture: the others are classified all the same
-                typer.echo(f"parnet: {shown(error)}", err=True)
-                failed = True
-                continue
-            scores, classes = logits.softmax(0).topk(min(top, network.num_classes))
-            found = [
-                {"class": c, "label": names[c], "probability": p}
-                for c, p in zip(classes.tolist(), scores.tolist(), strict=True)
-            ]
-            results.append({"image": str(path), "top": found})
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-    elif results:
-        rows = [
-            (result["image"], entry["label"], f"{entry['probability']:.2%}")
-            for result in results
-            for entry in result["top"]
-        ]
-        print_table(console, ("image", "class", "probability"), rows)
-    if failed:
-        raise typer.Exit(1)
-
-
-@app.command()
 def convert(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
@@ -244,6 +181,7 @@ def convert(
         typer.echo(f"parnet: {shown(output)} does not say how pictures become inputs: --size and others do", err=True)
 
 
+app.command()(predict)
 app.command()(export)
 app.command()(latency)
 
