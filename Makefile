@@ -62,7 +62,7 @@ test-oldest: setup ## the test suite beside torch 2.11 and Triton 3.6 (takes wha
 	.venv-oldest/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 bench: setup .venv/peers ## speed against other engines; writes out/bench (BENCH_ARGS=--quick: a minute)
-	$(BIN)/python -m bench $(BENCH_ARGS)
+	$(BIN)/python -m bench cpu $(BENCH_ARGS)
 
 .venv/peers: pyproject.toml | .venv/tools ## the engines that the benchmark compares with; it reports those it does not get
 	-$(BIN)/python -m pip install -qq --no-build-isolation --editable '.[peers]'

@@ -2,15 +2,16 @@
 
     make bench                              README's table and the blocks of ParNet-S and M: twenty minutes
     make bench BENCH_ARGS=--quick           about a minute
-    python -m bench --suite all --variants s,m,l,xl --minutes 300
-    python -m bench --suite net --variants s,m --batch 1 --threads 1 --engines ours,onnxruntime,ncnn
-    python -m bench --isa avx2              what processors without AVX-512 do, on one that has it
-    python -m bench --profile --variants s  our layers within a run
-    python -m bench --calls                 what public operators cost beside their kernels
-    python -m bench --device cuda           on a GPU: see bench/gpu/__init__.py
+    python -m bench cpu --suite all --variants s,m,l,xl --minutes 300
+    python -m bench cpu --suite net --variants s,m --batch 1 --threads 1 --engines ours,onnxruntime,ncnn
+    python -m bench cpu --isa avx2          what processors without AVX-512 do, on one that has it
+    python -m bench profile --variants s    our layers within a run
+    python -m bench calls                   what public operators cost beside their kernels
+    python -m bench gpu                     on a GPU: see bench/gpu/__init__.py
     pip install -e '.[peers]'               the other engines; a missing one is reported
 
-Each run writes results.csv, results.json, results.md and plots to out/bench/<time>.
+`cpu` and `gpu` write results.csv, results.json, results.md and plots to out/bench/<time>. Tables have
+80 columns at most; in a pipe they are tab-separated lines, and lines that begin with #.
 
 How it measures
 ---------------
@@ -37,6 +38,6 @@ How to read the numbers
 * "vs best peer" is the fastest right peer's median over ours, "vs compile" the faster torch.compile's.
 
 The files: `workloads` (what is run), `lowering` and `onnx_model` (in which form), `engines` (by whom), `worker` and
-`process` (where), `measure` (how often), `machine` and `limits` (what is possible), `report` and `plot`, `profile`,
-`calls`.
+`process` (where), `measure` (how often), `machine` and `limits` (what is possible), `report`, `tables` and `plot`,
+`profile`, `calls`.
 """

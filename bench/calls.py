@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
+from rich.console import Console
 from torch import Tensor
 
+from bench import tables
 from bench.engines import ENGINES, Task
 from bench.engines.ours import Ours
 from bench.worker import norm_error
@@ -80,14 +81,14 @@ def measure(workload: Workload, threads: int, cold_bytes: int, folder: Path, rou
     return CallTime(statistics.median(seconds[0]), statistics.median(seconds[1]), copies)
 
 
-def table(rows: list[tuple[Workload, int, CallTime]]) -> Table:
+HEADER = ("layer", "batch", "thr.", "copies", "packed ms", "public ms", "more by µs", "of packed")
+
+
+def show(console: Console, rows: list[tuple[Workload, int, CallTime]]) -> None:
     """A line for each (workload, threads)."""
-    made = Table(title="Public operators against calls with packed weights: median ms", title_justify="left")
-    made.add_column("layer")
-    for heading in ("batch", "thr.", "copies", "packed", "public", "more by µs", "of the packed call"):
-        made.add_column(heading, justify="right")
+    lines = []
     for workload, threads, t in rows:
         more = t.public - t.packed
         times = f"{1e3 * t.packed:.3f}", f"{1e3 * t.public:.3f}", f"{1e6 * more:.0f}", f"{100 * more / t.packed:.1f} %"
-        made.add_row(workload.title, str(workload.batch), str(threads), str(t.copies), *times)
-    return made
+        lines.append((workload.title, str(workload.batch), str(threads), str(t.copies), *times))
+    tables.show(console, "Public operators against calls with packed weights: medians", HEADER, lines)

@@ -23,11 +23,9 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +41,6 @@ from parnet_kernels.cuda.program import SKIP, ClassifierCall, LevelCall
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.whole import WholeNetwork
 
-TESTS = Path(__file__).parents[1] / "tests"
 HALF = 2  # bytes
 
 
@@ -122,16 +119,15 @@ def lowered(name: str, gpu: Gpu) -> tuple[Weights, Lowered]:
 
 def launches(weights: Weights, low: Lowered) -> list[Any]:
     """The launches as the package's host code decodes them."""
-    sys.path[:0] = [path for path in (str(TESTS), str(TESTS / "cuda")) if path not in sys.path]
-    from player import decode
+    from tests.cuda.player import decode
 
     return decode(low.program, [(1 << 40, 1 << 40)] * (3 + len(weights.tensors)))
 
 
 def count(weights: Weights, low: Lowered, architecture: int) -> list[int]:
     """Bytes that each launch loads and stores, in the simulator."""
-    from player import play
-    from ptxsim.device import Simulator
+    from tests.cuda.player import play
+    from tests.ptxsim.device import Simulator
 
     memory = torch.zeros(low.workspace_bytes, dtype=torch.uint8)
     buffers = [memory, torch.zeros(low.shape).half(), torch.zeros(1, 3, 224, 224).half(), *weights.tensors]

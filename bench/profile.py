@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
+from rich.console import Console
 
+from bench import tables
 from bench.limits import Cost, costs
 from bench.machine import Ceilings
 from bench.workloads import Workload
@@ -77,14 +78,20 @@ def _by_layer(stages: list[tuple[int, int, float]], threads: int) -> dict[int, l
     return sums
 
 
-def table(workload: Workload, threads: int, times: list[LayerTime], whole: float, ceilings: Ceilings | None) -> Table:
-    """A line for each layer, and one for their sum."""
+HEADER = ("layer", "ms", "gates", "transform", "waiting", "share", "GFLOP/s", "of limit")
+
+
+def show(
+    console: Console,
+    workload: Workload,
+    threads: int,
+    times: list[LayerTime],
+    whole: float,
+    ceilings: Ceilings | None,
+) -> None:
+    """A line for each layer, and one for their sum; "of limit": of Winograd's, see `bench.limits`."""
     total = sum(t.seconds + t.waiting for t in times)
-    what = f"{workload.title}, batch {workload.batch}, {threads} thr."
-    made = Table(title=f"{what}: layers within a run; network {1e3 * whole:.2f} ms", title_justify="left")
-    made.add_column("layer")
-    for heading in ("ms", "gates", "transform", "waiting", "share", "GFLOP/s", "of Winograd limit"):
-        made.add_column(heading, justify="right")
+    rows = []
     for t in times:
         parts = [f"{1e3 * s:.2f}" if s >= 5e-6 else "–" for s in (t.seconds, t.gates, t.transform, t.waiting)]
         rate = limit = "–"
@@ -92,8 +99,8 @@ def table(workload: Workload, threads: int, times: list[LayerTime], whole: float
             rate = f"{2e-9 * t.cost.macs / t.seconds:.0f}"
             if ceilings:
                 limit = f"{100 * t.cost.seconds(ceilings, winograd=True) / t.seconds:.0f} %"
-        made.add_row(t.name, *parts, f"{100 * (t.seconds + t.waiting) / total:.1f} %", rate, limit)
+        rows.append((t.name, *parts, f"{100 * (t.seconds + t.waiting) / total:.1f} %", rate, limit))
     macs = sum(t.cost.macs for t in times if t.cost)
-    made.add_section()
-    made.add_row("sum", f"{1e3 * total:.2f}", "", "", "", "", f"{2e-9 * macs / total:.0f}", "")
-    return made
+    rows.append(("sum", f"{1e3 * total:.2f}", "", "", "", "", f"{2e-9 * macs / total:.0f}", ""))
+    what = f"{workload.title}, batch {workload.batch}, {threads} thr."
+    tables.show(console, f"{what}: layers within a run; network {1e3 * whole:.2f} ms", HEADER, rows, total=1)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from bench import tables
 from bench.engines import ENGINES
 from bench.machine import Machine
 from bench.measure import COLUMNS, Row
@@ -112,49 +111,34 @@ def _best_of_ours(cell: dict[str, Row]) -> Row | None:
     return min(ours, key=lambda row: (row.status != "ok", row.median_ms), default=None)
 
 
-def _text(row: Row | None, best: bool) -> Text:
-    if row is None:
-        return Text("")
-    if row.status != "ok":
-        return Text(row.status, "dim" if row.status == "missing" else "bold red")
-    text = Text(number(row.median_ms), "bold green" if is_ours(row.engine) else "bold" if best else "")
-    return text.append(f"\n{number(row.p10_ms)}–{number(row.p90_ms)}\n{row.error:.0e}", "dim not bold")
+HEADER = ("engine", "median ms", "p10–p90", "error", "ours is")
 
 
-def tables(rows: list[Row], subject: Subject = CPU) -> list[Table]:
-    """One for each suite: a line for each cell, a column for each engine."""
-    found = []
-    for suite, title in subject.suites.items():
-        cells = by_cell(rows, suite, subject)
-        if not cells:
+def _lines(cell: dict[str, Row], subject: Subject) -> list[tuple[str, ...]]:
+    """A line for each engine; the last column says how many times as fast ours is."""
+    ours = _best_of_ours(cell)
+    lines: list[tuple[str, ...]] = []
+    for name in (name for name in subject.engines if name in cell):
+        row = cell[name]
+        if row.status != "ok":
+            lines.append((subject.engines[name].title, row.status, "", "", ""))
             continue
-        table = Table(
-            title=f"{title}: median ms, p10–p90, error against float64", title_justify="left", show_lines=True
-        )
-        table.add_column("workload", no_wrap=True)
-        for heading in ("batch", *(short for short, _, _ in subject.conditions)):
-            table.add_column(heading, justify="right")
-        names = _engines(rows, subject)
-        for name in names:
-            table.add_column(subject.engines[name].title, justify="right")
-        limit_headings = ("of direct / Winograd limit",) if subject.limits else ()
-        for heading in ("vs best peer", "vs compile", "GFLOP/s", *limit_headings):
-            table.add_column(heading, justify="right")
-        for conditions, cell in cells.items():
-            against, best, compiled = speedups(cell)
-            ours = _best_of_ours(cell)
-            rate = number(ours.gflops) if ours else ""
-            limits = f"{_percent(ours.of_direct_limit)} / {_percent(ours.of_winograd_limit)}" if ours else ""
-            table.add_row(
-                *conditions,
-                *(_text(cell.get(name), name == best) for name in names),
-                ratio(against),
-                ratio(compiled),
-                rate,
-                *((limits,) if subject.limits else ()),
-            )
-        found.append(table)
-    return found
+        range_ = f"{number(row.p10_ms)}–{number(row.p90_ms)}"
+        against = "" if ours is None or is_ours(name) else ratio(row.median_ms / ours.median_ms)
+        lines.append((subject.engines[name].title, number(row.median_ms), range_, f"{row.error:.0e}", against))
+    return lines
+
+
+def _limits(cell: dict[str, Row], subject: Subject) -> str:
+    """What ours reaches in a cell, or nothing where it has no time."""
+    ours = _best_of_ours(cell)
+    if ours is None or ours.status != "ok":
+        return ""
+    told = f"{subject.engines[ours.engine].title}: {number(ours.gflops)} GFLOP/s"
+    if subject.limits:
+        direct, winograd = _percent(ours.of_direct_limit), _percent(ours.of_winograd_limit)
+        told += f", {direct} of the direct limit, {winograd} of Winograd's"
+    return told
 
 
 def _percent(value: float) -> str:
@@ -228,9 +212,30 @@ def write(rows: list[Row], machine: Machine, folder: Path, subject: Subject = CP
 
 
 def show(console: Console, rows: list[Row], machine: Machine, subject: Subject = CPU) -> None:
-    for table in tables(rows, subject):
-        console.print(table)
+    """On a terminal a table for each cell; in a pipe tab-separated lines, and remarks that begin with #."""
+    if console.is_terminal:
+        for suite, heading in subject.suites.items():
+            for cell in by_cell(rows, suite, subject).values():
+                where = subject.where(next(iter(cell.values())))
+                tables.show(console, f"{heading}: {where}", HEADER, _lines(cell, subject))
+                console.print(_limits(cell, subject), style="dim", highlight=False, markup=False)
+    else:
+        named = [long for _, long, _ in subject.conditions]
+        columns = ["workload", "suite", "batch", *named, "engine", "status", "median_ms", "p10_ms", "p90_ms", "error"]
+        found = []
+        for row in rows:
+            place = (row.workload, row.suite, str(row.batch), *(value(row) for _, _, value in subject.conditions))
+            numbers = (f"{x:.6g}" for x in (row.median_ms, row.p10_ms, row.p90_ms, row.error))
+            found.append((*place, row.engine, row.status, *numbers))
+        tables.show(console, f"median latency in ms, {subject.about}", columns, found)
+    mark = "• " if console.is_terminal else "# "
     for remark in remarks(rows, machine, subject):
-        console.print(f"• {remark}", style="yellow", highlight=False)
-    console.print(machine.line(), style="dim", highlight=False)
-    console.print(machine.ceilings_line(), style="dim", highlight=False)
+        console.print(mark + remark, style="yellow", highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    conditions(console, machine.line(), machine.ceilings_line())
+
+
+def conditions(console: Console, *lines: str) -> None:
+    """Under which conditions was measured; in a pipe as lines that begin with #."""
+    for line in lines:
+        told = line if console.is_terminal else f"# {line}"
+        console.print(told, style="dim", highlight=False, markup=False, soft_wrap=not console.is_terminal)

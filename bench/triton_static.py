@@ -11,7 +11,6 @@ import argparse
 import csv
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "triton")]
 
 PRECISIONS = {"half": "ieee", "tf32": "tf32", "exact": "ieee", "tf32x3": "tf32x3"}
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_"
@@ -58,7 +56,7 @@ def matrix_share(compiled: Any, target: str) -> float | None:
     """Share of matrix instructions among the machine instructions of the longest loop; None for AMD."""
     if target.startswith("gfx"):
         return None
-    from offline import tool
+    from tests.triton.offline import tool
 
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -79,10 +77,9 @@ def matrix_share(compiled: Any, target: str) -> float | None:
 
 def tiles() -> Iterator[dict[str, Any]]:
     """One row a kernel of every tile of every table."""
-    import test_offline
-    from offline import resources
-
     from parnet_kernels.triton import policy
+    from tests.triton import test_offline
+    from tests.triton.offline import resources
 
     for arch, table in policy.TABLES.items():
         for (kind, mode), rules in table.items():
@@ -122,11 +119,10 @@ LAYERS = {
 
 def traffic() -> Iterator[dict[str, Any]]:
     """One row a layer of ParNet-M at 224², batch 1, float16: what the simulator counts on sm_80. Checks results too."""
-    from cases import arguments, to
-    from simulated import simulate
-
     from parnet_kernels import reference
     from parnet_kernels.triton import layers
+    from tests.cases import arguments, to
+    from tests.triton.simulated import simulate
 
     for name, (op, c, k, size, stride) in LAYERS.items():
         positional, options = arguments(op, 1, c, k, (size, size), dtype=torch.float16, stride=stride)

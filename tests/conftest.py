@@ -1,13 +1,7 @@
 """Fixtures and options that all tests share."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # `import ptxsim` from everywhere
-
 from ptxsim.device import add_option as pytest_addoption  # noqa: F401
 from ptxsim.device import device  # noqa: F401
 from ptxsim.device import mark_items as pytest_collection_modifyitems  # noqa: F401

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -18,7 +20,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import calls, report
+from bench import calls, report, tables
+from bench import profile as profiles
 from bench.__main__ import app
 from bench.engines import ENGINES, Task
 from bench.engines.torch_eager import Eager, TorchProgram, TorchRunner
@@ -26,7 +29,6 @@ from bench.limits import costs, gflop, multiplications
 from bench.machine import CannotHideError, Ceilings, avx512_hidden, describe, measure_ceilings
 from bench.measure import COLUMNS, Bench, Plan, Row
 from bench.process import Handle, WorkerError
-from bench.profile import profile, table
 from bench.worker import Worker, norm_error
 from bench.workloads import Workload, random_network, reference_result, select
 from parnet_kernels import _native
@@ -43,6 +45,23 @@ COLD = 1 << 12  # bytes: a few copies of tiny layers
 
 def tiny(layer: str | None = None, batch: int = 1, config: ParNetConfig = TINY, size: int = 32) -> Workload:
     return Workload("tiny", config, layer, batch, size)
+
+
+def printed(show: Callable[[Console], None]) -> str:
+    """What is shown on a terminal of 80 columns, all of which it must fit."""
+    console = Console(width=80, record=True, force_terminal=True, file=io.StringIO())
+    show(console)
+    told = console.export_text()
+    assert max(map(len, told.splitlines())) <= 80
+    assert "…" not in told
+    return told
+
+
+def piped(show: Callable[[Console], None]) -> list[list[str]]:
+    """The cells of what is written to a pipe; the other lines begin with #."""
+    file = io.StringIO()
+    show(Console(file=file))
+    return [line.split("\t") for line in file.getvalue().splitlines() if not line.startswith("#")]
 
 
 # ------------------------------------------------------------------ what is run
@@ -96,13 +115,12 @@ def test_selection_has_every_stream_and_each_shape_once() -> None:
 @pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
 def test_profile_names_every_layer(tmp_path: Path) -> None:
     workload = tiny()
-    times, whole = profile(workload, threads=1, folder=tmp_path, rounds=2)
+    times, whole = profiles.profile(workload, threads=1, folder=tmp_path, rounds=2)
     assert [t.name for t in times] == ["input and head", *(layer.name for layer in workload.graph_layers)]
     assert all(t.seconds > 0 for t in times)
     assert sum(t.seconds + t.waiting for t in times) < 2 * whole
-    text = Console(width=200, record=True)
-    text.print(table(workload, 1, times, whole, Ceilings(100.0, 10.0)))
-    assert "streams.0.0" in text.export_text()
+    told = printed(lambda console: profiles.show(console, workload, 1, times, whole, Ceilings(100.0, 10.0)))
+    assert "streams.0.0 " in told
     network = workload.network(tmp_path)
     with pytest.raises(RuntimeError, match="no profile without"):
         network.profile(workload.inputs()[0].double())
@@ -116,9 +134,8 @@ def test_public_operators_against_packed_calls(tmp_path: Path, monkeypatch: pyte
         assert 0 < time.packed < 1
         assert 0 < time.public < 1
         assert time.copies == workload.copies(COLD)
-    text = Console(width=200, record=True)
-    text.print(calls.table([(workload, 2, calls.CallTime(1.2e-3, 1e-3, 3))]))
-    assert "20.0 %" in text.export_text()
+    rows = [(workload, 2, calls.CallTime(1.2e-3, 1e-3, 3))]
+    assert "20.0 %" in printed(lambda console: calls.show(console, rows))
     # No time for different results.
     monkeypatch.setattr(calls.Ours, "build", lambda *_: wrong_runner(workload))
     with pytest.raises(RuntimeError, match="disagree"):
@@ -266,7 +283,24 @@ def test_reports_are_complete(rows: list[Row], tmp_path: Path) -> None:
     assert data["rows"][0]["median_ms"] is None
     assert data["rows"][2]["median_ms"] == pytest.approx(rows[2].median_ms)
     assert paths[3].read_bytes().startswith(b"\x89PNG")
-    assert len(report.tables(rows)) == 1
+
+
+def test_tables_fit_a_terminal_and_are_plain_in_a_pipe(rows: list[Row]) -> None:
+    told = printed(lambda console: report.show(console, rows, describe()))
+    assert told.count("engine ") == 1
+    assert next(line for line in told.splitlines() if line.strip().startswith("ONNX")).strip().endswith("×")
+    header, *lines = piped(lambda console: report.show(console, rows, describe()))
+    assert all(len(line) == len(header) for line in lines)
+    assert [line[header.index("status")] for line in lines] == [row.status for row in rows]
+    assert float(lines[2][header.index("median_ms")]) == pytest.approx(rows[2].median_ms, rel=1e-5)
+
+
+def test_tables_of_long_names_are_folded() -> None:
+    rows = [("a launch of many layers " * 4, *("123.4",) * 5), ("sum", *("1234",) * 5)]
+    header = ("launch", "roofline µs modelled", "µs modelled", "µs warm", "µs cold", "cold / modelled")
+    told = printed(lambda console: tables.show(console, "title", header, rows, total=1))
+    assert "".join(line[:20].strip() for line in told.splitlines()).count("launch") == 5
+    assert piped(lambda console: tables.show(console, "title", header, rows)) == [[*header], *map(list, rows)]
 
 
 def test_rounds_are_bounded() -> None:
@@ -296,7 +330,7 @@ def test_worker_process_reports_and_survives(tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     """The real entry point on a small image: our engine and eager in processes of their own."""
-    arguments = "--suite net --variants s --batch 1 --threads 1 --size 32 --rounds 1 --engines eager,ours"
+    arguments = "cpu --suite net --variants s --batch 1 --threads 1 --size 32 --rounds 1 --engines eager,ours"
     told = CliRunner().invoke(app, [*arguments.split(), "--out", str(tmp_path)])
     assert told.exit_code == 0, told.output
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.json", "results.md", "net.png"}
@@ -308,10 +342,14 @@ def test_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--suite all,net", "--suite"),
-        ("--variants s,q", "--variants"),
-        ("--batch 0", "--batch"),
-        ("--engines tvm", "--engines"),
+        ("cpu --suite all,net", "--suite"),
+        ("cpu --variants s,q", "--variants"),
+        ("cpu --batch 0", "--batch"),
+        ("cpu --engines tvm", "--engines"),
+        ("profile --variants t", "--variants"),
+        ("profile --quick", "--quick"),
+        ("calls --suite net", "--suite"),
+        ("tpu", "tpu"),
     ],
 )
 def test_command_line_says_what_is_wrong(arguments: str, message: str) -> None:

@@ -114,7 +114,7 @@ def test_levels_stand_beside_the_model(tmp_path: Path) -> None:
     unknown = levels.measure("s", device, "an unknown GPU", launches)
     assert all(math.isnan(row.modelled_us) for row in unknown)
     console = Console(width=200, record=True, quiet=True)
-    console.print(levels.table(rows, "A100"))
+    levels.show(console, rows, "A100")
     with levels.write(rows, tmp_path).open() as file:
         assert len(list(csv.DictReader(file))) == len(labels)
     for error in (0.1, math.nan):
@@ -131,7 +131,7 @@ def test_levels_on_a_device() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_without_a_device_the_command_line_says_what_it_needs() -> None:
-    told = CliRunner().invoke(app, ["--device", "cuda", "--quick"])
+    told = CliRunner().invoke(app, ["gpu", "--quick"])
     assert told.exit_code == 1
     assert "needs a CUDA device, torch.cuda.is_available() is False" in told.output
     assert why_no_device() is not None
@@ -140,12 +140,11 @@ def test_without_a_device_the_command_line_says_what_it_needs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--device cuda --suite nets", "--suite"),
-        ("--device cuda --dtypes fp8", "--dtypes"),
-        ("--device cuda --modes hot", "--modes"),
-        ("--device cuda --engines ncnn", "--engines"),
-        ("--device cuda --profile", "--profile"),
-        ("--device tpu", "--device"),
+        ("gpu --suite nets", "--suite"),
+        ("gpu --dtypes fp8", "--dtypes"),
+        ("gpu --modes hot", "--modes"),
+        ("gpu --engines ncnn", "--engines"),
+        ("gpu --threads 2", "--threads"),
     ],
 )
 def test_command_line_says_what_is_wrong(arguments: str, message: str) -> None:

@@ -65,9 +65,10 @@ def test_selftest_without_a_gpu() -> None:
 
 
 def test_bench_is_reachable() -> None:
-    result = parnet("bench", "--help")
+    result = parnet("bench", "cpu", "--help")
     assert result.returncode == 0, result.stderr
     assert "--engines" in result.stdout
+    assert parnet("bench", "cpu", "--batch", "0").returncode == 2
 
 
 def test_predict(folder: Path) -> None:

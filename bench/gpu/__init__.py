@@ -1,4 +1,4 @@
-"""The benchmark on a CUDA device: `python -m bench --device cuda [--suite net,ops,train,levels] [--dtypes fp16,tf32]`.
+"""The benchmark on a CUDA device: `python -m bench gpu [--suite net,ops,train,levels] [--dtypes fp16,tf32]`.
 
 How it measures
 ---------------

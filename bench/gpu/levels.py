@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
+from rich.console import Console
 
-from bench import cuda_levels
+from bench import cuda_levels, tables
 from bench.gpu.tasks import TOLERANCE, GpuTask, error_of
 from bench.gpu.timing import Call, Device, calls_in_a_sample, sample
 from bench.report import number
@@ -104,31 +104,19 @@ def measure(
     return rows
 
 
-def table(rows: list[LevelRow], device_name: str) -> Table:
-    variant = rows[0].variant.upper()
-    made = Table(title=f"ParNet-{variant}, fp16, batch 1, launch by launch on {device_name}", title_justify="left")
-    made.add_column("launch")
-    headings = (
-        "roofline µs (modelled)",
-        "µs (modelled)",
-        "µs (measured, warm)",
-        "µs (measured, cold)",
-        "cold / modelled",
-    )
-    for heading in headings:
-        made.add_column(heading, justify="right")
+HEADER = ("launch", "roofline µs modelled", "µs modelled", "µs warm", "µs cold", "cold / modelled")
 
-    def add(label: str, roofline: float, modelled: float, warm: float, cold: float) -> None:
-        made.add_row(label, *map(number, (roofline, modelled, warm, cold, cold / modelled)))
 
-    for r in rows:
-        add(
-            r.launch if len(r.launch) <= 60 else r.launch[:57] + "…", r.roofline_us, r.modelled_us, r.warm_us, r.cold_us
-        )
-    made.add_section()
+def show(console: Console, rows: list[LevelRow], device_name: str) -> None:
+    """A line for each launch, and one for their sum; warm and cold are measured."""
+
+    def line(label: str, roofline: float, modelled: float, warm: float, cold: float) -> tuple[str, ...]:
+        return label, *map(number, (roofline, modelled, warm, cold, cold / modelled))
+
     columns = [sum(getattr(r, name) for r in rows) for name in ("roofline_us", "modelled_us", "warm_us", "cold_us")]
-    add("sum", *columns)
-    return made
+    lines = [line(r.launch, r.roofline_us, r.modelled_us, r.warm_us, r.cold_us) for r in rows]
+    title = f"ParNet-{rows[0].variant.upper()}, fp16, batch 1, launch by launch on {device_name}"
+    tables.show(console, title, HEADER, [*lines, line("sum", *columns)], total=1)
 
 
 def write(rows: list[LevelRow], folder: Path) -> Path:

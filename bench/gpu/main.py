@@ -1,4 +1,4 @@
-"""The benchmark's command line on a CUDA device: what `python -m bench --device cuda` does."""
+"""What `python -m bench gpu` does."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import report
+from bench import report, tables
 from bench.gpu import levels
 from bench.gpu.engines import ENGINES, GpuEngine
 from bench.gpu.measure import COLUMNS, GpuPlan, GpuRow, cell
@@ -102,9 +101,8 @@ def rows_of(
     """Measures task by task; stops at the request's minutes, and says so."""
     every = tasks(request, device.torch_device, folder)
     start = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        shown = bar.add_task("starting", total=len(every))
+    with tables.progress() as bar:
+        shown = bar.add_task("starting", total=len(every), left="")
         for done, task in enumerate(every):
             if time.monotonic() - start > 60 * request.minutes:
                 console.print(
@@ -129,7 +127,7 @@ def _levels(request: Request, device: Device, name: str, console: Console, folde
         except RuntimeError as error:
             console.print(f"launches of ParNet-{variant.upper()}: {error}", style="yellow")
             continue
-        console.print(levels.table(rows, name))
+        levels.show(console, rows, name)
         found += rows
     if found:
         console.print(f"wrote {levels.write(found, folder)}", highlight=False, markup=False)
@@ -150,7 +148,7 @@ def run(
     """
     if device is None:
         if reason := why_no_device():
-            console.print(f"bench: --device cuda {reason}", style="red", highlight=False, soft_wrap=True)
+            console.print(f"bench gpu {reason}", style="red", highlight=False, soft_wrap=True)
             return 1
         device = CudaDevice()
     machine = machine or describe_gpu()

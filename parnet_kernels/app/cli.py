@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,10 +194,10 @@ def bench(context: typer.Context) -> None:
     checkout = Path(__file__).parents[2]
     if not (checkout / "bench" / "__main__.py").is_file():
         raise typer.BadParameter("the benchmark is not part of the installed package: run it from a source checkout")
-    sys.path.insert(0, str(checkout))
-    from bench.__main__ import app as benchmark
-
-    benchmark(context.args, prog_name="parnet bench")
+    # A process of its own: the checkout is on its path, and not on that of this program.
+    path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "bench", *context.args]
+    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
 
 
 def main() -> None:

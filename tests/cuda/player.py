@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ptxsim.device import Device
 from torch import Tensor
 
 from parnet_kernels.cuda.record import COUNTER_BYTES
+from tests.ptxsim.device import Device
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 THREADS = 128

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from unittest import mock
 
-from offline import Launch
-from ptxsim import PtxModule, Result
 from torch import Tensor
 
 from parnet_kernels.triton import launch
+from tests.ptxsim import PtxModule, Result
+from tests.triton.offline import Launch
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from cases import arguments
-from offline import SHARED_LIMIT, Launch, record, resources
 
 from parnet_kernels.call import Call
 from parnet_kernels.triton import backend, float32_precision, policy
+from tests.cases import arguments
+from tests.triton.offline import SHARED_LIMIT, Launch, record, resources
 
 SERVES = {
     "sm_80": ["sm_80", "sm_86", "sm_89", "sm_120"],

@@ -1,5 +1,4 @@
 import pytest
-
 from ptxsim import Unavailable
 from ptxsim.native import core
 from ptxsim.toolchain import why_no_nvcc

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from ptxsim import PtxModule, Unavailable, compile_cuda, compile_triton
 
 KERNELS = Path(__file__).parent / "kernels"

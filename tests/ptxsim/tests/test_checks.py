@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from ptxsim import PtxFault, PtxModule, PtxSanitizerError, Uninit
 
 from .helpers import cuda, run_ptx

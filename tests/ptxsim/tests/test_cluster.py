@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from ptxsim import PtxError, PtxFault, PtxModule, PtxSanitizerError, tensor_map
 
 from .helpers import RNG, cuda

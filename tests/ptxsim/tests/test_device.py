@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from ptxsim import PtxError, PtxSanitizerError, Unavailable
 from ptxsim.cuda_driver import CudaDriver, LaunchAttribute, LaunchConfig
 from ptxsim.device import Gpu, Simulator, open_device, triton_signature

@@ -7,7 +7,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from ptxsim import PtxFault, PtxModule, PtxSanitizerError, Uninit
 
 from .helpers import aligned_pointers, cuda, triton_kernel

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from ptxsim import PtxError, PtxFault, PtxSanitizerError, Session, tensor_map
 
 from .helpers import cuda, run_ptx

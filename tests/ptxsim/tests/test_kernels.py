@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from ptxsim import PtxModule, Uninit, ptxas_info
 
 from .helpers import RNG, cuda

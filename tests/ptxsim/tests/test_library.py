@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from ptxsim import PtxModule, Uninit
 
 from .helpers import RNG, cuda_text

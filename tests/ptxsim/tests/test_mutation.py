@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-
 from ptxsim import PtxError, PtxModule, Uninit
 
 from .helpers import aligned_pointers, cuda_text, triton_kernel

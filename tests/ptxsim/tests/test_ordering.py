@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-
 from ptxsim import PtxModule, PtxSanitizerError, Uninit
 
 from .helpers import RNG, cuda

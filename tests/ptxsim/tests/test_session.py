@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from ptxsim import PtxFault, PtxSanitizerError, Session, Uninit
 
 from .helpers import RNG, cuda

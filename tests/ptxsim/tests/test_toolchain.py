@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from ptxsim import Unavailable, compile_cuda, native, toolchain
 
 from .helpers import KERNELS

@@ -4,7 +4,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from ptxsim import Uninit
 
 from .helpers import launch_triton
