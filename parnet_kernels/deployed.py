@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import profiler
 
-from parnet_kernels import _native, ops
+from parnet_kernels import _native, evaluated, ops
 from parnet_kernels.config import Layer, ParNetConfig, layers, levels
 from parnet_kernels.cpu.backend import DTYPES as CPU_DTYPES
 from parnet_kernels.cpu.network import CpuNetwork
 from parnet_kernels.cuda.network import CapturedNetwork, CudaNetwork
 from parnet_kernels.preprocessing import Described
 from parnet_kernels.reference import ACTIVATIONS, per_channel
-from parnet_kernels.reparam import affine_of
 from parnet_kernels.unchanged import HOOKS, Remembered, Watch
 from parnet_kernels.whole import WholeNetwork, classify, why_not_now, why_not_tensors
 
@@ -31,6 +30,7 @@ class TrainingForm(Protocol):
     head: Any
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
     def block(self, name: str) -> Any: ...
     def fusion_norm(self, name: str) -> Any: ...
 
@@ -198,7 +198,12 @@ class DeployedParNet(Described):
     @classmethod
     @torch.no_grad()
     def from_training(cls, model: TrainingForm) -> DeployedParNet:
-        """Folds `model` (in float64, stored in its dtype, on its device), with its running statistics."""
+        """Folds `model` (in float64, stored in its dtype, on its device), with its running statistics.
+
+        Raises:
+            FoldError: see `ParNet.deploy`.
+        """
+        evaluated.refuse_hooks(model.named_modules())
         reference = next(model.parameters())
         with reference.device:  # whatever the default device is
             deployed = cls(model.config).to(reference.dtype)
@@ -208,17 +213,25 @@ class DeployedParNet(Described):
                 module.get_parameter(name).copy_(value)
 
         for layer in layers(model.config):
-            assign(deployed.layers[_slot(layer.name)], model.block(layer.name).fold())
+            values, where = model.block(layer.name).fold(f"{layer.name}.block"), f"{layer.name}.block"
+            found, expected = {name: tuple(t.shape) for name, t in values.items()}, _shapes(layer, False)
+            if found != expected:
+                evaluated.refuse(where, f"folds to {found}, not to {expected} as the configuration says")
+            assign(deployed.layers[_slot(layer.name)], values)
             if layer.kind == "fusion_se":
                 norm = model.fusion_norm(layer.name)
-                for name, bn in zip(layer.inputs, (norm.b1, norm.b2), strict=True):
-                    scale, shift = affine_of(bn)
+                norms = layer.name.rpartition(".")[0] + ".0"
+                for name, bn, which in zip(layer.inputs, (norm.b1, norm.b2), ("b1", "b2"), strict=True):
+                    like = values["bias"].new_empty(layer.in_channels)
+                    scale, shift = evaluated.norm(bn, f"{norms}.{which}", like)
                     if _slot(name) in deployed.affines:
                         assign(deployed.affines[_slot(name)], {"scale": scale, "shift": shift})
                     else:
                         assign(deployed.layers[_slot(name)], {"out_scale": scale, "out_shift": shift})
         if model.config.num_classes:
-            assign(deployed, {"head_weight": model.head.fc.weight, "head_bias": model.head.fc.bias})
+            sizes = deployed.num_features, model.config.num_classes
+            weight, bias = evaluated.linear(model.head.fc, "head.fc", sizes)
+            assign(deployed, {"head_weight": weight, "head_bias": bias})
         return deployed.described_as(model)
 
     @torch.inference_mode(False)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from parnet_kernels.config import VARIANTS, Layer, ParNetConfig, cifar_config, layers
 from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.evaluated import convolution, norm, refuse
 from parnet_kernels.preprocessing import Described
 from parnet_kernels.reference import ACTIVATIONS, interleave, shuffle
-from parnet_kernels.reparam import affine_of, fold_gated_block, fold_identity_block
+from parnet_kernels.reparam import Affine, fold_gated_block, fold_identity_block
 
 
 class _Holder(nn.Module):
@@ -36,6 +37,15 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
+
+
+def _fold_conv_bn(m: nn.Module, where: str, kernel: int, stride: int, groups: int) -> tuple[Tensor, Affine]:
+    """Of a ConvBN: the weight of the convolution, and the affine map after it."""
+    if type(m) is not ConvBN:
+        refuse(where, f"is a {type(m).__name__}, not a ConvBN")
+    weight, bias = convolution(m.conv, f"{where}.conv", kernel=kernel, stride=stride, groups=groups)
+    scale, shift = norm(m.bn, f"{where}.bn", bias)
+    return weight, Affine(scale, shift + scale * bias)
 
 
 class AvgPool(nn.Module):
@@ -87,17 +97,30 @@ class Block(nn.Module):
         t = ACTIVATIONS[self.activation](t)
         return t if self.groups == 1 else shuffle(t)
 
-    def fold(self) -> dict[str, Tensor]:
-        """The arguments of the block's operator, in float64, from its running statistics."""
-        dense = self.rbr_dense
-        point = self.rbr_1x1 if isinstance(self.rbr_1x1, ConvBN) else self.rbr_1x1[1]
-        assert isinstance(point, ConvBN)
-        weight3, bn3 = dense.conv.weight.double(), affine_of(dense.bn)
-        weight1, bn1 = point.conv.weight.double(), affine_of(point.bn)
-        gate_weight = self.se.cvsig.conv.weight.double()
+    def fold(self, where: str = "block") -> dict[str, Tensor]:
+        """The arguments of the block's operator, in float64, from its running statistics. where: its name, for errors.
+
+        Raises:
+            FoldError: naming the module that cannot be folded.
+        """
+        groups, at = self.groups, f"{where}.rbr_1x1"
+        dense = _fold_conv_bn(self.rbr_dense, f"{where}.rbr_dense", 3, self.stride, groups)
+        point: Any = self.rbr_1x1
+        if self.stride == 2:
+            if not (isinstance(point, nn.Sequential) and len(point) == 2 and type(point[0]) is AvgPool):
+                refuse(at, f"is a {type(point).__name__}, not average pooling and a ConvBN")
+            point, at = point[1], f"{at}.1"
+        branches = (*dense, *_fold_conv_bn(point, at, 1, 1, groups))
+        if type(self.se) is not Gate:
+            refuse(f"{where}.se", f"is a {type(self.se).__name__}, not a Gate")
+        at = f"{where}.se.cvsig.conv"
+        gate_weight, gate_bias = convolution(self.se.cvsig.conv, at, kernel=1, groups=groups)
+        if gate_bias.any():
+            refuse(at, "has a bias")
         if self.rbr_identity is None:
-            return fold_gated_block(weight3, bn3, weight1, bn1, gate_weight, self.stride)
-        return fold_identity_block(weight3, bn3, weight1, bn1, affine_of(self.rbr_identity), gate_weight)
+            return fold_gated_block(*branches, gate_weight, self.stride)
+        identity = norm(self.rbr_identity, f"{where}.rbr_identity", dense[1].scale)
+        return fold_identity_block(*branches, identity, gate_weight)
 
 
 class Pointwise(nn.Module):
@@ -111,10 +134,10 @@ class Pointwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](self.dense(x))
 
-    def fold(self) -> dict[str, Tensor]:
-        """weight [K, C, 1, 1] and bias [K] of the convolution, in float64."""
-        scale, shift = affine_of(self.dense.bn)
-        return {"weight": self.dense.conv.weight.double() * scale[:, None, None, None], "bias": shift}
+    def fold(self, where: str = "block") -> dict[str, Tensor]:
+        """weight [K, C, 1, 1] and bias [K] of the convolution, in float64; see `Block.fold`."""
+        weight, (scale, shift) = _fold_conv_bn(self.dense, f"{where}.dense", 1, 1, 1)
+        return {"weight": weight * scale[:, None, None, None], "bias": shift}
 
 
 class MultiBatchNorm(nn.Module):
@@ -214,7 +237,8 @@ class ParNet(Described):
     def block(self, name: str) -> Block | Pointwise:
         """The block of the layer `name` (see `config.layers`)."""
         module = self.get_submodule(f"{name}.block")
-        assert isinstance(module, (Block, Pointwise))
+        if not isinstance(module, (Block, Pointwise)):
+            refuse(f"{name}.block", f"is a {type(module).__name__}")
         return module
 
     def fusion_norm(self, name: str) -> MultiBatchNorm:
@@ -251,7 +275,15 @@ class ParNet(Described):
         self.head.fc = self._classifier(num_classes).to(reference.device, reference.dtype)
 
     def deploy(self) -> DeployedParNet:
-        """The network for inference, one operator a layer; this model is left as it is. See `DeployedParNet`."""
+        """The network for inference, one operator a layer; this model is left as it is. See `DeployedParNet`.
+
+        Weights that pruning, weight norm, spectral norm or another parametrization makes at each forward are those of
+        the next forward in evaluation.
+
+        Raises:
+            FoldError (a ValueError): naming a module that has no exact folded form: a BatchNorm without running
+                statistics, a hook or a forward of its own, a module of another class.
+        """
         return DeployedParNet.from_training(self)
 
 

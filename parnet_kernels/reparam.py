@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Affine(NamedTuple):
@@ -19,12 +20,14 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
-def affine_of(bn: nn.BatchNorm2d) -> Affine:
+def affine_of(bn: _BatchNorm) -> Affine:
     """The affine map of a BatchNorm in evaluation, in float64: a·x + b with a = γ/√(var + ε), b = β − a·mean."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    scale = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
-    return Affine(scale, bn.bias.double() - scale * bn.running_mean.double())
+    one = torch.ones_like(bn.running_var, dtype=torch.float64)
+    scale = (one if bn.weight is None else bn.weight.double()) / torch.sqrt(bn.running_var.double() + bn.eps)
+    shift = -scale * bn.running_mean.double()
+    return Affine(scale, shift if bn.bias is None else bn.bias.double() + shift)
 
 
 def merge_branches(weight3: Tensor, bn3: Affine, weight1: Tensor, bn1: Affine, stride: int) -> tuple[Tensor, Tensor]:
