@@ -43,6 +43,12 @@ def run(op: str, args: list, options: dict, storage: str = "transformed") -> Ten
     return torch.ops.parnet._cpu_layer(call.x, call.maps[1] if len(call.maps) == 2 else None, packed, channels_last)
 
 
+def expected_of(op: str, args: list, options: dict) -> Tensor:
+    """The float64 reference of one call."""
+    wide_args, wide_options = to(torch.float64, args, options)
+    return getattr(reference, op)(*wide_args, **wide_options)
+
+
 def random_case(rng: random.Random) -> dict:
     op = rng.choice(OPERATORS)
     k = rng.choice(CHANNELS)
