@@ -286,6 +286,8 @@ class ParNet(Described):
         """
         return DeployedParNet.from_training(self)
 
+    fuse = deploy  # what timm's reparameterize_model calls
+
 
 def parnet_s(**overrides: Any) -> ParNet:
     """ParNet-S: 19.1 M parameters and 4.7 GMACs at 224², folded."""

@@ -67,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def skip_without_packages(text: str) -> None:
     """Where an optional package that the text needs is not installed; `make test-integrations` has them all."""
-    for word, package in {".onnx": "onnx"}.items():
+    for word, package in {".onnx": "onnx", "timm": "timm"}.items():
         if word in text:
             pytest.importorskip(package)
 
