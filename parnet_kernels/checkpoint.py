@@ -6,7 +6,6 @@ Nothing in a file is executed: see `archive`.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from parnet_kernels.archive import read_archive
 from parnet_kernels.checks import DTYPES
 from parnet_kernels.config import VARIANTS, ParNetConfig, layers
 from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.files import write_whole
 from parnet_kernels.model import ParNet
 from parnet_kernels.preprocessing import Described
 
@@ -113,7 +113,7 @@ def load_model(
         FileNotFoundError: no such file.
         CheckpointError: as `load_checkpoint`; or `ema` is asked of a deployed file, or an activation that it has not.
     """
-    if Path(path).suffix == ".safetensors" and _metadata(Path(path)).get("parnet_form") == "deployed":
+    if Path(path).suffix == ".safetensors" and read_metadata(Path(path)).get("parnet_form") == "deployed":
         if ema:
             raise CheckpointError(f"{path} holds a deployed ParNet, which has no EMA weights")
         network = load_deployed(path)
@@ -142,16 +142,7 @@ def save(model: ParNet | DeployedParNet, path: str | Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses tensors that share memory
     metadata = {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config)), **model.description()}
-    content = serialize(state, metadata)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, serialize(state, metadata))
 
 
 def infer_config(state: Mapping[str, Tensor], name: str = "the state dict") -> ParNetConfig:
@@ -312,7 +303,7 @@ def _read(
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     if path.suffix == ".safetensors":
-        metadata = _metadata(path)
+        metadata = read_metadata(path)
         found = metadata.get("parnet_form", form)
         if found != form:
             raise CheckpointError(f"{path} holds a ParNet in {found} form, expected the {form} form")
@@ -326,7 +317,13 @@ def _read(
     return content, None, content
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: it is truncated, or of another kind.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     try:

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from parnet_kernels.pretrained import Pretrained
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 #: Pillow's filters, by their names there.
@@ -96,7 +98,7 @@ class Preprocessing:
         return f"size {self.size}, crop {self.crop:g}, {self.interpolation}, mean {mean}, std {std}, {self.color}"
 
 
-class Described(nn.Module):
+class Described(Pretrained, nn.Module):
     """A network that can say what its input and outputs mean. Both parts are kept by `deploy`, `save` and the loading
     functions; None where nobody has said it.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -31,6 +33,11 @@ def deployed_form(network: Any, what: str) -> DeployedParNet:
     return network
 
 
+def metadata(network: DeployedParNet) -> dict[str, str]:
+    """What an exported file tells about a network besides its function: JSON texts, named as in our own files."""
+    return {"parnet_config": json.dumps(asdict(network.config)), **network.description()}
+
+
 def _why_not_methods(network: nn.Module) -> str | None:
     base = ParNet if isinstance(network, ParNet) else DeployedParNet
     for name in _METHODS:
@@ -52,7 +59,7 @@ def _why_not_plain(network: DeployedParNet) -> str | None:
     for name, m in network.affines.items():
         if type(m) is not AffineLayer:
             return f"affines.{name} is a {type(m).__name__}"
-        shapes = {weight: tuple(t.shape) for weight, t in m.named_parameters()}
+        shapes = dict.fromkeys(("scale", "shift"), tuple(m.scale.shape))
         if reason := why_not_tensors(m, shapes, network.head_weight):
             return f"affines.{name}: {reason}"
     return None
