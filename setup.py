@@ -26,7 +26,14 @@ TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # 2.11: the oldest t
 AVX2 = "-mavx2 -mfma -mf16c"
 # GCC 12 takes the undefined operand of its own AVX-512 headers for a fault of ours, in 7000 lines.
 AVX512 = f"-mavx512f -mavx512dq -mavx512bw -mavx512vl {AVX2} -Wno-maybe-uninitialized"
-X86_FLAGS = {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512, "isa_avx512_intel.cpp": AVX512}
+X86_FLAGS = {
+    "isa_avx2.cpp": AVX2,
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512_intel.cpp": AVX512,
+    "int8_avx_vnni.cpp": f"{AVX2} -mavxvnni",
+    "int8_avx512_vnni.cpp": f"{AVX512} -mavx512vnni",
+    "int8_amx.cpp": f"{AVX512} -mamx-tile -mamx-int8",
+}
 ALL_ARCHS = "80 86 89 90 90a 100 120"
 HOPPER = "90a"  # for hopper_*.cu, and for nothing else
 
@@ -98,9 +105,11 @@ class NinjaBuild(build_ext):
 
         objects = []
         for source in [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").rglob("*.cpp"))]:
-            binding = source.name in ("ops.cpp", "bind.cpp")
+            binding = source.name in ("ops.cpp", "bind.cpp", "bind_int8.cpp")
             extra = f"{torch_flags} {abi}" if binding else X86_FLAGS.get(source.name, "") if is_x86() else ""
-            objects.append(f"cpu/{source.stem}.o")
+            if source.name.startswith("int8_"):  # every instruction set rounds alike
+                extra += " -ffp-contract=off -Wno-psabi"
+            objects.append(str(source.relative_to(ROOT / "csrc").with_suffix(".o")))
             yield f"build {objects[-1]}: cxx {source}\n  flags = {common} {extra}"
         yield f"build _C.so: link {' '.join(objects)}\n  flags = {torch_link}"
         libraries.append("_C.so")

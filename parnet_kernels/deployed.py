@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import profiler
 
-from parnet_kernels import _native, evaluated, ops
+from parnet_kernels import _native, evaluated
 from parnet_kernels.config import Layer, ParNetConfig, layers, levels
 from parnet_kernels.cpu.backend import DTYPES as CPU_DTYPES
 from parnet_kernels.cpu.network import CpuNetwork
 from parnet_kernels.cuda.network import CapturedNetwork, CudaNetwork
+from parnet_kernels.deployed_layer import (
+    AffineLayer,
+    DeployedLayer,
+    module_name,
+    parameter,
+    shapes_of,
+    why_not_layer,
+    why_not_modules,
+)
 from parnet_kernels.preprocessing import Described
-from parnet_kernels.reference import ACTIVATIONS, per_channel
-from parnet_kernels.unchanged import HOOKS, Remembered, Watch
+from parnet_kernels.quantize import quantize
+from parnet_kernels.quantized import QuantizedParNet
+from parnet_kernels.unchanged import Remembered, Watch
 from parnet_kernels.whole import WholeNetwork, classify, why_not_now, why_not_tensors
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 class TrainingForm(Protocol):
@@ -33,71 +44,6 @@ class TrainingForm(Protocol):
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
     def block(self, name: str) -> Any: ...
     def fusion_norm(self, name: str) -> Any: ...
-
-
-def _weight(t: Tensor) -> nn.Parameter:
-    """A Parameter, so that optimisers, averages, pruning, … find it; it asks for no gradient until someone does."""
-    return nn.Parameter(t, requires_grad=False)
-
-
-class DeployedLayer(nn.Module):
-    """One layer as one operator; its Parameters are the operator's arguments. See `ops` for their shapes."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, layer: Layer, activation: str, with_affine: bool) -> None:
-        super().__init__()
-        self.kind = layer.kind
-        self.stride = layer.stride
-        self.activation = activation
-        shapes = _shapes(layer, with_affine)
-        self.names = tuple(shapes)
-        for name, shape in shapes.items():
-            self.register_parameter(name, _weight(torch.zeros(shape)))
-
-    def extra_repr(self) -> str:
-        k, c = self.weight.shape[:2]
-        return f"{self.kind}, {c} → {k} channels, stride {self.stride}, {self.activation}"
-
-    def arguments(self) -> dict[str, Tensor]:
-        """The operator's tensors by name, whatever they are now: Parameters, parametrized."""
-        return {name: getattr(self, name) for name in self.names}
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        if self.kind == "pointwise":
-            return ACTIVATIONS[self.activation](F.conv2d(inputs[0], self.weight, self.bias))
-        options: dict[str, Any] = {} if self.kind == "repvgg_sse" else {"stride": self.stride}
-        return getattr(ops, self.kind)(*inputs, **self.arguments(), activation=self.activation, **options)
-
-
-class AffineLayer(nn.Module):
-    """scale·x + shift: a fusion's BatchNorm where no producer can take it over (a stream without blocks)."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.scale, self.shift = _weight(torch.ones(c)), _weight(torch.zeros(c))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * per_channel(self.scale) + per_channel(self.shift)
-
-
-def _shapes(layer: Layer, with_affine: bool) -> dict[str, tuple[int, ...]]:
-    """Of a layer's tensors."""
-    c, k = layer.in_channels, layer.out_channels
-    shapes: dict[str, tuple[int, ...]] = {"weight": (k, c, 3, 3), "bias": (k,), "gate_weight": (k, c)}
-    if layer.kind == "pointwise":
-        shapes = {"weight": (k, c, 1, 1), "bias": (k,)}
-    if layer.kind == "repvgg_sse":
-        shapes |= {"skip_scale": (c,), "skip_shift": (c,)}
-    if with_affine:
-        shapes |= {"out_scale": (k,), "out_shift": (k,)}
-    return shapes
-
-
-def _slot(name: str) -> str:
-    """A layer's name as a module name."""
-    return name.replace(".", "_")
 
 
 def _fused(config: ParNetConfig) -> dict[str, bool]:
@@ -121,40 +67,6 @@ def _schedule(config: ParNetConfig) -> list[tuple[Layer, list[str]]]:
 def _label(name: str) -> AbstractContextManager[object]:
     """Names a span for a profiler, if one is running."""
     return profiler.record_function(name) if profiler._is_profiler_enabled else nullcontext()
-
-
-# What a call of a layer goes through; changed where someone patches a class.
-_METHODS = operator.attrgetter("__call__", "_call_impl", "forward", "arguments")
-_ORIGINAL = _METHODS(DeployedLayer)
-_requires_grad = operator.attrgetter("requires_grad")
-
-
-def _why_not_modules() -> str | None:
-    """What was done to all modules, or to the class of the layers, that one call for all would ignore; or None."""
-    g = nn.modules.module
-    if (
-        g._global_forward_hooks
-        or g._global_forward_pre_hooks
-        or g._global_backward_hooks
-        or g._global_backward_pre_hooks
-    ):
-        return "there are global module hooks"
-    return None if _METHODS(DeployedLayer) == _ORIGINAL else "DeployedLayer was patched"
-
-
-def _why_not_layer(m: nn.Module, expected: tuple[Any, ...]) -> str | None:
-    """What was done to a layer that the native kernels would ignore, or None. expected: kind, stride, activation,
-    names of the tensors.
-    """
-    if type(m) is not DeployedLayer:
-        return f"is a {type(m).__name__}"
-    if patched := [name for name in m.__dict__ if name in _ATTRIBUTES]:
-        return f"has another `{patched[0]}`"
-    if any(m.__dict__[name] for name in HOOKS):
-        return "has hooks"
-    if (m.kind, m.stride, m.activation, m.names) != expected:
-        return "has other settings than the configuration says"
-    return None
 
 
 class DeployedParNet(Described):
@@ -181,14 +93,14 @@ class DeployedParNet(Described):
         self.num_features = config.planes[-1]
         graph, fused = layers(config), _fused(config)
         self.layers = nn.ModuleDict(
-            {_slot(m.name): DeployedLayer(m, config.activation, fused.get(m.name, False)) for m in graph}
+            {module_name(m.name): DeployedLayer(m, config.activation, fused.get(m.name, False)) for m in graph}
         )
         width = {layer.name: layer.out_channels for layer in graph}
         self.affines = nn.ModuleDict(
-            {_slot(name): AffineLayer(width[name]) for name, in_producer in fused.items() if not in_producer}
+            {module_name(name): AffineLayer(width[name]) for name, in_producer in fused.items() if not in_producer}
         )
-        self.head_weight = _weight(torch.zeros(config.num_classes, self.num_features))
-        self.head_bias = _weight(torch.zeros(config.num_classes))
+        self.head_weight = parameter(torch.zeros(config.num_classes, self.num_features))
+        self.head_bias = parameter(torch.zeros(config.num_classes))
         self._schedule = _schedule(config)
         self._whole: Remembered[WholeNetwork] = Remembered()
         self._native = CpuNetwork()
@@ -214,20 +126,20 @@ class DeployedParNet(Described):
 
         for layer in layers(model.config):
             values, where = model.block(layer.name).fold(f"{layer.name}.block"), f"{layer.name}.block"
-            found, expected = {name: tuple(t.shape) for name, t in values.items()}, _shapes(layer, False)
+            found, expected = {name: tuple(t.shape) for name, t in values.items()}, shapes_of(layer, False)
             if found != expected:
                 evaluated.refuse(where, f"folds to {found}, not to {expected} as the configuration says")
-            assign(deployed.layers[_slot(layer.name)], values)
+            assign(deployed.layers[module_name(layer.name)], values)
             if layer.kind == "fusion_se":
                 norm = model.fusion_norm(layer.name)
                 norms = layer.name.rpartition(".")[0] + ".0"
                 for name, bn, which in zip(layer.inputs, (norm.b1, norm.b2), ("b1", "b2"), strict=True):
                     like = values["bias"].new_empty(layer.in_channels)
                     scale, shift = evaluated.norm(bn, f"{norms}.{which}", like)
-                    if _slot(name) in deployed.affines:
-                        assign(deployed.affines[_slot(name)], {"scale": scale, "shift": shift})
+                    if module_name(name) in deployed.affines:
+                        assign(deployed.affines[module_name(name)], {"scale": scale, "shift": shift})
                     else:
-                        assign(deployed.layers[_slot(name)], {"out_scale": scale, "out_shift": shift})
+                        assign(deployed.layers[module_name(name)], {"out_scale": scale, "out_shift": shift})
         if model.config.num_classes:
             sizes = deployed.num_features, model.config.num_classes
             weight, bias = evaluated.linear(model.head.fc, "head.fc", sizes)
@@ -260,7 +172,7 @@ class DeployedParNet(Described):
         """The network as the runners of whole networks take it, the same object as long as nothing has changed; or
         what was done to it, or is active now, that one call of the native kernels would ignore.
         """
-        if reason := why_not_now() or _why_not_modules():
+        if reason := why_not_now() or why_not_modules():
             return reason
         known = self._whole.get()
         if known is None:
@@ -291,15 +203,15 @@ class DeployedParNet(Described):
         """Why the modules are not those that the configuration says, as they were made; or None."""
         config, graph, fused = self.config, layers(self.config), _fused(self.config)
         modules = self._modules.get("layers")
-        if type(modules) is not nn.ModuleDict or [*modules] != [_slot(layer.name) for layer in graph]:
+        if type(modules) is not nn.ModuleDict or [*modules] != [module_name(layer.name) for layer in graph]:
             return "layers were added, removed or reordered"
         shapes = {"head_weight": (config.num_classes, self.num_features), "head_bias": (config.num_classes,)}
         head: Any = self._buffers.get("head_weight", self._parameters.get("head_weight"))
         if reason := why_not_tensors(self, shapes, head):
             return reason
         for layer, (name, m) in zip(graph, modules.items(), strict=True):
-            shapes = _shapes(layer, fused.get(layer.name, False))
-            reason = _why_not_layer(m, (layer.kind, layer.stride, config.activation, tuple(shapes)))
+            shapes = shapes_of(layer, fused.get(layer.name, False))
+            reason = why_not_layer(m, (layer.kind, layer.stride, config.activation, tuple(shapes)))
             if reason := reason or why_not_tensors(m, shapes, head):
                 return f"layers.{name}: {reason}"
         return None
@@ -337,14 +249,14 @@ class DeployedParNet(Described):
     ) -> Tensor:
         made = {"image": x}
         for layer, last in self._schedule:
-            slot, inputs = _slot(layer.name), [made[name] for name in layer.inputs]
+            inputs = [made[name] for name in layer.inputs]
             if layer.kind == "fusion_se":
-                names = map(_slot, layer.inputs)
+                names = map(module_name, layer.inputs)
                 inputs = [self.affines[n](t) if n in self.affines else t for n, t in zip(names, inputs, strict=True)]
             for name in last:
                 del made[name]
             with label(layer.name):
-                made[layer.name] = self.layers[slot](*inputs)
+                made[layer.name] = self.layers[module_name(layer.name)](*inputs)
         (features,) = made.values()
         if result == "features":
             return features
@@ -363,7 +275,7 @@ class DeployedParNet(Described):
                 f"parnet_kernels: `x` must be a tensor [N, {self.config.in_chans}, H, W], "
                 f"got a {type(x).__module__}.{type(x).__name__}"
             )
-        first = self.layers._modules.get(_slot(layers(self.config)[0].name))
+        first = self.layers._modules.get(module_name(layers(self.config)[0].name))
         if not isinstance(x, Tensor) or type(first) is not DeployedLayer or first._forward_pre_hooks or x.dim() != 4:
             return
         weight, c = first.weight, first.weight.shape[1]
@@ -416,6 +328,10 @@ class DeployedParNet(Described):
             raise RuntimeError(f"parnet_kernels: no profile without the native CPU kernels: {found}")
         return self._native.profile(found, x)
 
+    def quantize(self, images: Tensor | Iterable[Tensor], dtype: str = "int8", range: str = "mse") -> QuantizedParNet:
+        """The network in int8, calibrated on `images`: see `quantize.quantize`."""
+        return quantize(self, images, dtype, range)
+
     def prepare(self, storage: str | None = None) -> DeployedParNet:
         """Packs the weights for the native CPU kernels now, not at the first call; returns itself.
 
@@ -442,5 +358,3 @@ class DeployedParNet(Described):
 
 
 _PARTS = {"forward_features": DeployedParNet.forward_features, "forward_head": DeployedParNet.forward_head}
-# Attributes of an instance that hide what its class does.
-_ATTRIBUTES = {name for name in dir(DeployedLayer) if callable(getattr(DeployedLayer, name))} | {"_compiled_call_impl"}

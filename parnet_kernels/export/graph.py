@@ -9,7 +9,8 @@ from torch import Tensor
 
 from parnet_kernels import reference
 from parnet_kernels.config import layers
-from parnet_kernels.deployed import DeployedLayer, DeployedParNet
+from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.deployed_layer import DeployedLayer
 
 
 @dataclass(frozen=True)

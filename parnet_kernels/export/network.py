@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from parnet_kernels.deployed import AffineLayer, DeployedParNet
+from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.deployed_layer import AffineLayer
 from parnet_kernels.model import ParNet
 from parnet_kernels.unchanged import HOOKS
 from parnet_kernels.whole import why_not_now, why_not_tensors

@@ -10,11 +10,12 @@ cxx=${CXX:-g++}
 # The kernels are compiled without optimisation for AddressSanitizer: with it that takes a minute a level.
 compile() {
   mkdir -p "$out/$1"
-  for source in tests/asan/driver.cpp csrc/cpu/*.cpp csrc/cpu/*/*.cpp; do
+  for source in tests/asan/*.cpp csrc/cpu/*.cpp csrc/cpu/*/*.cpp; do
     name=$(basename "$source" .cpp)
+    object=$(echo "$source" | tr / _)
     flags="-O1 -fsanitize=$1 -fno-sanitize-recover=all"
     case $name in
-      bind) continue ;; # needs torch
+      bind | bind_int8) continue ;; # need torch
       isa_*)
         case " $3 " in *" ${name#isa_} "*) flags="$2 -fsanitize=$1 -fno-sanitize-recover=all" ;; *) flags=-O0 ;; esac
         [ "$(uname -m)" = x86_64 ] && case $name in
@@ -22,8 +23,16 @@ compile() {
           isa_avx512*) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c" ;;
         esac
         ;;
+      int8_*)
+        flags="$flags -ffp-contract=off -Wno-psabi"
+        [ "$(uname -m)" = x86_64 ] && case $name in
+          int8_avx_vnni) flags="$flags -mavx2 -mfma -mf16c -mavxvnni" ;;
+          int8_avx512_vnni) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mavx512vnni" ;;
+          int8_amx) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mamx-tile -mamx-int8" ;;
+        esac
+        ;;
     esac
-    echo "$cxx -std=c++20 -g1 $flags -c $source -o $out/$1/$name.o"
+    echo "$cxx -std=c++20 -g1 $flags -c $source -o $out/$1/$object.o"
   done | xargs -P "${MAX_JOBS:-2}" -I{} sh -c '{}'
   $cxx -fsanitize="$1" "$out/$1"/*.o -o "$out/$1/driver" -lpthread
 }

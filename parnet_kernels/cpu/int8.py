@@ -1,0 +1,259 @@
+"""An int8 network as one call of the native CPU kernels (csrc/cpu/int8): packing, choice of kernels, workspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parnet_kernels import _native
+from parnet_kernels.config import ParNetConfig
+from parnet_kernels.locks import Lock
+from parnet_kernels.unchanged import State, state_of
+
+#: The kernels by number, in the order of csrc/cpu/int8/dispatch.cpp.
+KERNELS = ("portable", "tiles", "avx_vnni", "avx512_vnni", "amx")
+PANEL = 32  # output channels that one call multiplies
+KINDS = ("repvgg_sse", "downsample_se", "fusion_se")
+ACTIVATIONS = ("silu", "relu")
+#: More input channels than this, and sums of products could leave 32 bits.
+MAX_CHANNELS = 3600
+_SPARE_WORKSPACES = 4  # of finished calls, kept for the next ones
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Layer:
+    """One layer as the kernels see it. q: bytes of an activation, whose value is scale · (q − zero).
+
+    With P = Σ weight · (q − zero_in) in integers and γ = σ(gate_weight · mean(x) · gate_scale + gate_bias):
+    v = φ(weight_scale·scale_in·P + bias + γ·(skip_scale·x + skip_shift)) with a skip, else
+    v = φ(2γ·(weight_scale·scale_in·P + bias)); the result is out_scale·v + out_shift, as bytes of scale_out, zero_out
+    or, of the last layer, as floats.
+    """
+
+    kind: str
+    stride: int
+    weight: Tensor  # int8 [K, C, 3, 3]
+    weight_scale: Tensor  # [K]
+    bias: Tensor  # [K]
+    gate_weight: Tensor  # int8 [K, C]
+    gate_scale: Tensor  # [K]
+    gate_bias: Tensor  # [K]
+    skip_scale: Tensor | None  # [K]
+    skip_shift: Tensor | None
+    out_scale: Tensor  # [K], in the order of the result's channels
+    out_shift: Tensor
+    scale_in: float
+    zero_in: int
+    scale_out: float
+    zero_out: int
+    last: bool
+
+
+class Layers(Protocol):
+    """Whose layers run: `QuantizedParNet`."""
+
+    config: ParNetConfig
+    layers: nn.ModuleDict
+
+    def program(self) -> list[tuple[Int8Layer, tuple[int, int, int]]]: ...
+
+
+@dataclass(eq=False)
+class Packed:
+    """An int8 network for one kind of kernels, and workspaces that calls have left."""
+
+    kernels: int
+    weights: Tensor
+    program: Tensor
+    spare: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+
+    def take(self, x: Tensor) -> tuple[tuple[int, ...], Tensor]:
+        """A workspace for maps like x, and what to give it back under."""
+        key = (*x.shape, torch.get_num_threads())
+        with self.lock:
+            if self.spare.get(key):
+                return key, self.spare[key].pop()
+        size = torch.ops.parnet._cpu_int8_workspace.default(*x.shape, self.weights, self.program, self.kernels)
+        return key, torch.empty(size, dtype=torch.uint8, device="cpu")
+
+    def give_back(self, key: tuple[int, ...], workspace: Tensor) -> None:
+        with self.lock:
+            if sum(map(len, self.spare.values())) >= _SPARE_WORKSPACES:
+                self.spare.clear()
+            self.spare.setdefault(key, []).append(workspace)
+
+
+def info() -> tuple[int, list[tuple[bool, int]]]:
+    """The number of the best kernels, or −1; of all: whether this processor can run them, and their quad multiple."""
+    best, *rest = torch.ops.parnet._cpu_int8_info.default()
+    return best, [(bool(able), multiple) for able, multiple in zip(rest[::2], rest[1::2], strict=True)]
+
+
+def supported() -> list[str]:
+    """The names of the kernels that this processor can run."""
+    if _native.cpu_error:
+        return []
+    return [name for name, (able, _) in zip(KERNELS, info()[1], strict=False) if able]
+
+
+def why_not() -> str | None:
+    """Why int8 is not faster than float32 on this processor, or None."""
+    if _native.cpu_error:
+        return _native.cpu_error
+    if info()[0] < 0:
+        return "this processor has no instructions for sums of 8-bit products (AVX-VNNI, AVX-512 VNNI or AMX)"
+    return None
+
+
+def choose(name: str | None) -> int:
+    """The number of the kernels `name`; None: of the best, or of the portable ones.
+
+    Raises:
+        ValueError: this processor cannot run them.
+    """
+    if name is None:
+        return max(info()[0], 0)
+    if name not in supported():
+        raise ValueError(f"parnet_kernels: `kernels` must be one of {supported()} on this processor, got {name!r}")
+    return KERNELS.index(name)
+
+
+def pack(layers: Sequence[tuple[Int8Layer, tuple[int, int, int]]], activation: str, kernels: int) -> Packed:
+    """Layers with their values (input, second input or −1, output), for the kernels of this number."""
+    multiple = info()[1][kernels][1]
+    blob: list[Tensor] = []
+    end = 0
+
+    def put(t: Tensor | None) -> int:
+        nonlocal end
+        if t is None:
+            return 0
+        data = t.contiguous().view(-1).view(torch.uint8)
+        start, end = end, end + -(-data.numel() // 64) * 64
+        blob.append(F.pad(data, (0, end - start - data.numel())))
+        return start
+
+    program = []
+    for layer, values in layers:
+        (k, c), groups = layer.weight.shape[:2], 2 if layer.kind == "fusion_se" else 1
+
+        def vector(t: Tensor | None, groups: int = groups, in_result: bool = False) -> Tensor | None:
+            """[K] → [panel · 32]; the panels of two groups alternate."""
+            if t is None:
+                return None
+            if in_result and groups == 2:  # channel 2i + g of the result is the i-th of group g
+                t = torch.cat([t[0::2], t[1::2]])
+            by_group = t.view(groups, -1)
+            padded = F.pad(by_group, (0, -by_group.shape[1] % PANEL))
+            return padded.view(groups, -1, PANEL).transpose(0, 1).contiguous()
+
+        weight = _quads(layer.weight, groups, multiple)
+        start = -layer.zero_in * layer.weight.flatten(1).sum(1, dtype=torch.int64)
+        gate = torch.stack([torch.nn.functional.pad(g, (0, 0, 0, -g.shape[0] % PANEL)) for g in _groups(layer, groups)])
+        gate = gate.unflatten(1, (-1, PANEL)).permute(1, 0, 3, 2)  # [panel of a group][group][channel][lane]
+        skip_scale = skip_shift = None
+        if layer.skip_scale is not None and layer.skip_shift is not None:
+            skip_scale = layer.skip_scale * layer.scale_in
+            skip_shift = layer.skip_shift - layer.skip_scale * (layer.scale_in * layer.zero_in)
+        out_scale, out_shift = layer.out_scale, layer.out_shift
+        if not layer.last:
+            out_scale, out_shift = out_scale / layer.scale_out, out_shift / layer.scale_out + layer.zero_out
+        scale = torch.tensor([layer.scale_in], dtype=torch.float32, device="cpu")
+        row = [KINDS.index(layer.kind), ACTIVATIONS.index(activation), layer.stride, *values, c, k]
+        row += [int(layer.last), layer.zero_in, layer.zero_out]
+        vectors = [vector(start.to(torch.int32)), vector(layer.weight_scale * layer.scale_in), vector(layer.bias)]
+        vectors += [vector(skip_scale), vector(skip_shift), vector(out_scale, in_result=True)]
+        vectors += [vector(out_shift, in_result=True), gate, vector(layer.gate_scale), vector(layer.gate_bias)]
+        program.append([*row, *map(put, [scale, weight, *vectors])])
+    packed = torch.ops.parnet._cpu_bytes(end)
+    torch.cat(blob, out=packed)
+    return Packed(kernels, packed, torch.tensor(program, dtype=torch.int64, device="cpu"))
+
+
+def _groups(layer: Int8Layer, groups: int) -> tuple[Tensor, ...]:
+    return layer.gate_weight.chunk(groups)
+
+
+def _quads(weight: Tensor, groups: int, multiple: int) -> Tensor:
+    """int8 [K, C, 3, 3] → bytes [panel][input][tap][quad][32][4], as csrc/cpu/int8/layer.h says."""
+    c = weight.shape[1]
+    inputs = groups
+    # Of each group and input: the first channel, and the positions of its weights among the group's channels.
+    segments = []
+    for g in range(groups):
+        for j in range(inputs):
+            t = torch.arange(g * c, (g + 1) * c)
+            own = t[t % inputs == j]
+            segments.append((int(own[0]) // inputs // 4 * 4 if len(own) else 0, own // inputs, own - g * c))
+    quads = [
+        max(-(-(int(ch[-1]) + 1 - first) // 4) if len(ch) else 0 for first, ch, _ in segments[j::inputs])
+        for j in range(inputs)
+    ]
+    quads = [-(-q // multiple) * multiple for q in quads]
+    by_group = []
+    for g in range(groups):
+        w = weight.chunk(groups)[g].flatten(2)  # [K / groups, C, 9]
+        w = F.pad(w, (0, 0, 0, 0, 0, -w.shape[0] % PANEL))
+        parts = []
+        for j in range(inputs):
+            first, channels, positions = segments[g * inputs + j]
+            wide = torch.zeros(w.shape[0], 4 * quads[j], 9, dtype=torch.int8)
+            wide[:, channels - first] = w[:, positions]
+            # [panel, 32, quad, 4, tap] → [panel, tap, quad, 32, 4]
+            parts.append(wide.view(-1, PANEL, quads[j], 4, 9).permute(0, 4, 2, 1, 3).flatten(1))
+        by_group.append(torch.cat(parts, 1))
+    return torch.stack(by_group, 1)
+
+
+class Int8Network:
+    """The packed form of one network's int8 layers, made again when they have changed.
+
+    Not copied, pickled or saved with the network: the copy packs its own.
+    """
+
+    def __init__(self, kernels: str | None = None) -> None:
+        self.kernels = kernels
+        self._packed: tuple[State, Packed] | None = None
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[Int8Network], tuple[str | None]]:
+        return Int8Network, (self.kernels,)
+
+    def use(self, kernels: str | None) -> None:
+        """Packs anew at the next use, for `kernels` (None: the best).
+
+        Raises:
+            ValueError: this processor cannot run them.
+        """
+        choose(kernels)
+        with self._lock:
+            self.kernels, self._packed = kernels, None
+
+    def packed(self, network: Layers) -> Packed:
+        tensors = [*network.layers.buffers()]
+        state, known = state_of(tensors), self._packed
+        if known is not None and known[0] == state:
+            return known[1]
+        with self._lock:
+            # State first: a change by another thread while packing must make this stale, not hide in it.
+            state = state_of(tensors)
+            made = pack(network.program(), network.config.activation, choose(self.kernels))
+            self._packed = state, made
+            return made
+
+    def run(self, network: Layers, x: Tensor) -> Tensor:
+        """x: what the first int8 layer reads, float32 [N, C, H, W] → the last layer's map, channels_last."""
+        packed = self.packed(network)
+        x = x.contiguous(memory_format=torch.channels_last)
+        key, workspace = packed.take(x)
+        result: Tensor = torch.ops.parnet._cpu_int8_network.default(
+            x, packed.weights, packed.program, packed.kernels, workspace
+        )
+        packed.give_back(key, workspace)
+        return result

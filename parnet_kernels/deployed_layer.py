@@ -1,0 +1,117 @@
+"""The layers of a deployed network as modules, and whether one is still as it was made."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parnet_kernels import ops
+from parnet_kernels.config import Layer
+from parnet_kernels.reference import ACTIVATIONS, per_channel
+from parnet_kernels.unchanged import HOOKS
+
+
+def parameter(t: Tensor) -> nn.Parameter:
+    """A Parameter, so that optimisers, averages, pruning, … find it; it asks for no gradient until someone does."""
+    return nn.Parameter(t, requires_grad=False)
+
+
+class DeployedLayer(nn.Module):
+    """One layer as one operator; its Parameters are the operator's arguments. See `ops` for their shapes."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Layer, activation: str, with_affine: bool) -> None:
+        super().__init__()
+        self.kind = layer.kind
+        self.stride = layer.stride
+        self.activation = activation
+        shapes = shapes_of(layer, with_affine)
+        self.names = tuple(shapes)
+        for name, shape in shapes.items():
+            self.register_parameter(name, parameter(torch.zeros(shape)))
+
+    def extra_repr(self) -> str:
+        k, c = self.weight.shape[:2]
+        return f"{self.kind}, {c} → {k} channels, stride {self.stride}, {self.activation}"
+
+    def arguments(self) -> dict[str, Tensor]:
+        """The operator's tensors by name, whatever they are now: Parameters, parametrized."""
+        return {name: getattr(self, name) for name in self.names}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.kind == "pointwise":
+            return ACTIVATIONS[self.activation](F.conv2d(inputs[0], self.weight, self.bias))
+        options: dict[str, Any] = {} if self.kind == "repvgg_sse" else {"stride": self.stride}
+        return getattr(ops, self.kind)(*inputs, **self.arguments(), activation=self.activation, **options)
+
+
+class AffineLayer(nn.Module):
+    """scale·x + shift: a fusion's BatchNorm where no producer can take it over (a stream without blocks)."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.scale, self.shift = parameter(torch.ones(c)), parameter(torch.zeros(c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * per_channel(self.scale) + per_channel(self.shift)
+
+
+def shapes_of(layer: Layer, with_affine: bool) -> dict[str, tuple[int, ...]]:
+    """Of a layer's tensors."""
+    c, k = layer.in_channels, layer.out_channels
+    shapes: dict[str, tuple[int, ...]] = {"weight": (k, c, 3, 3), "bias": (k,), "gate_weight": (k, c)}
+    if layer.kind == "pointwise":
+        shapes = {"weight": (k, c, 1, 1), "bias": (k,)}
+    if layer.kind == "repvgg_sse":
+        shapes |= {"skip_scale": (c,), "skip_shift": (c,)}
+    if with_affine:
+        shapes |= {"out_scale": (k,), "out_shift": (k,)}
+    return shapes
+
+
+def module_name(name: str) -> str:
+    """A layer's name as a module name."""
+    return name.replace(".", "_")
+
+
+# What a call of a layer goes through; changed where someone patches a class.
+_METHODS = operator.attrgetter("__call__", "_call_impl", "forward", "arguments")
+_ORIGINAL = _METHODS(DeployedLayer)
+
+
+def why_not_modules() -> str | None:
+    """What was done to all modules, or to the class of the layers, that one call for all would ignore; or None."""
+    g = nn.modules.module
+    if (
+        g._global_forward_hooks
+        or g._global_forward_pre_hooks
+        or g._global_backward_hooks
+        or g._global_backward_pre_hooks
+    ):
+        return "there are global module hooks"
+    return None if _METHODS(DeployedLayer) == _ORIGINAL else "DeployedLayer was patched"
+
+
+def why_not_layer(m: nn.Module, expected: tuple[Any, ...]) -> str | None:
+    """What was done to a layer that the native kernels would ignore, or None. expected: kind, stride, activation,
+    names of the tensors.
+    """
+    if type(m) is not DeployedLayer:
+        return f"is a {type(m).__name__}"
+    if patched := [name for name in m.__dict__ if name in _ATTRIBUTES]:
+        return f"has another `{patched[0]}`"
+    if any(m.__dict__[name] for name in HOOKS):
+        return "has hooks"
+    if (m.kind, m.stride, m.activation, m.names) != expected:
+        return "has other settings than the configuration says"
+    return None
+
+
+# Attributes of an instance that hide what its class does.
+_ATTRIBUTES = {name for name in dir(DeployedLayer) if callable(getattr(DeployedLayer, name))} | {"_compiled_call_impl"}
