@@ -10,6 +10,8 @@ from parnet_kernels.checkpoint import CheckpointError as CheckpointError
 from parnet_kernels.checkpoint import load_checkpoint as load_checkpoint
 from parnet_kernels.checkpoint import load_deployed as load_deployed
 from parnet_kernels.checkpoint import load_model as load_model
+from parnet_kernels.checkpoint import load_network as load_network
+from parnet_kernels.checkpoint import load_quantized as load_quantized
 from parnet_kernels.checkpoint import save as save
 from parnet_kernels.config import ParNetConfig as ParNetConfig
 from parnet_kernels.deployed import DeployedParNet as DeployedParNet
@@ -20,6 +22,7 @@ from parnet_kernels.model import parnet_m as parnet_m
 from parnet_kernels.model import parnet_s as parnet_s
 from parnet_kernels.model import parnet_xl as parnet_xl
 from parnet_kernels.preprocessing import Preprocessing as Preprocessing
+from parnet_kernels.quantized import QuantizedParNet as QuantizedParNet
 
 if _TYPE_CHECKING:
     from parnet_kernels.app.classifier import Classifier as Classifier

@@ -25,6 +25,7 @@ from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.files import write_whole
 from parnet_kernels.model import ParNet
 from parnet_kernels.preprocessing import Described
+from parnet_kernels.quantized import QuantizedParNet
 
 
 def load_checkpoint(
@@ -124,8 +125,45 @@ def load_model(
     return load_checkpoint(path, ema, activation, ignore_classes=ignore_classes).deploy()
 
 
-def save(model: ParNet | DeployedParNet, path: str | Path) -> None:
-    """Writes a model of either form as safetensors, with its configuration, preprocessing and class names. The file
+def load_quantized(path: str | Path) -> QuantizedParNet:
+    """An int8 network from a file written by `save`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is truncated, of another kind, or holds another form.
+    """
+    state, config, said = _read(Path(path), "int8")
+    if config is None:
+        raise CheckpointError(f"{path} is not an int8 ParNet; make one with `parnet quantize`")
+    checked = _checked(state, str(path))
+    with _somewhere():
+        model = QuantizedParNet(_fits(config, checked, str(path)))
+    wrong = [k for k, t in model.state_dict().items() if k in checked and checked[k].dtype != t.dtype]
+    if wrong:
+        raise CheckpointError(f"{path}: entry {wrong[0]!r} must not be {checked[wrong[0]].dtype}")
+    _load(model, checked, str(path))
+    return _describe(model, said, str(path))
+
+
+def load_network(
+    path: str | Path, ema: bool = False, activation: str | None = None, *, ignore_classes: bool = False
+) -> DeployedParNet | QuantizedParNet:
+    """A network for inference from any file: an int8 network as it is, others as `load_model`, whose errors it has."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or _metadata(path).get("parnet_form") != "int8":
+        return load_model(path, ema, activation, ignore_classes=ignore_classes)
+    network = load_quantized(path)
+    if ema:
+        raise CheckpointError(f"{path} holds an int8 ParNet, which has no EMA weights")
+    if activation not in (None, network.config.activation):
+        raise CheckpointError(
+            f"{path} was saved with activation {network.config.activation!r}, asked for {activation!r}"
+        )
+    return network
+
+
+def save(model: ParNet | DeployedParNet | QuantizedParNet, path: str | Path) -> None:
+    """Writes a model of any form as safetensors, with its configuration, preprocessing and class names. The file
     appears when it is complete, with the permissions of any new file. Wrappers (torch.compile, DataParallel,
     AveragedModel) are taken off.
 
@@ -133,12 +171,15 @@ def save(model: ParNet | DeployedParNet, path: str | Path) -> None:
         OSError: the file cannot be written.
         TypeError: for another module.
     """
-    while not isinstance(model, ParNet | DeployedParNet):
+    while not isinstance(model, ParNet | DeployedParNet | QuantizedParNet):
         inner = getattr(model, "_orig_mod", getattr(model, "module", None))
         if not isinstance(inner, torch.nn.Module):
-            raise TypeError(f"save: `model` must be a ParNet or DeployedParNet, got a {type(model).__name__}")
+            raise TypeError(
+                f"save: `model` must be a ParNet, DeployedParNet or QuantizedParNet, got a {type(model).__name__}"
+            )
         model = inner
-    form = "deployed" if isinstance(model, DeployedParNet) else "training"
+    forms = {ParNet: "training", DeployedParNet: "deployed", QuantizedParNet: "int8"}
+    form = next(name for kind, name in forms.items() if isinstance(model, kind))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses tensors that share memory
     metadata = {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config)), **model.description()}
@@ -269,7 +310,7 @@ def _somewhere() -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _load(model: ParNet | DeployedParNet, state: dict[str, Tensor], name: str) -> None:
+def _load(model: ParNet | DeployedParNet | QuantizedParNet, state: dict[str, Tensor], name: str) -> None:
     own = model.state_dict()
     for key, value in own.items():
         if key.endswith("num_batches_tracked"):  # an EMA averages this counter too, and old files lack it

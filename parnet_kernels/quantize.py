@@ -274,3 +274,19 @@ def _round(
         "scale_out": torch.tensor(scale_out),
         "zero_out": torch.tensor(zero_out, dtype=torch.uint8),
     }
+
+
+@torch.no_grad()
+def layer_errors(network: Deployed, quantized: QuantizedParNet, images: Tensor) -> dict[str, float]:
+    """Of each int8 layer, by its name: the error of its output on `images` (as `quantize` takes them), which errors of
+    the layers before it are part of: ‖int8 − float‖ / ‖float‖.
+    """
+    made = {"image": images}
+    for layer in layers(network.config):
+        if layer.kind != "pointwise":
+            inputs = [made[name] for name in layer.inputs]
+            made[layer.name] = network.layers[module_name(layer.name)](*inputs)
+    found = {}
+    for name, value in quantized.maps(images).items():
+        found[name] = float((value - made[name]).norm() / made[name].norm().clamp_min(1e-30))
+    return found

@@ -117,6 +117,11 @@ class QuantizedParNet(Described, nn.Module):
         """Why int8 is not faster than float32 on this processor, or None."""
         return int8.why_not()
 
+    @staticmethod
+    def why_layer_by_layer(x: Tensor | None = None) -> str | None:
+        """The reason why a call is not one call of the native kernels, but of the layers' definitions; or None."""
+        return _native.cpu_error
+
     def prepare(self, kernels: str | None = None) -> QuantizedParNet:
         """Packs the weights now, not at the first call, for `kernels` (None: the best of this processor, see
         `cpu.int8.supported`); returns itself. Changes of weights that autograd's version counter tells are seen.
@@ -167,12 +172,24 @@ class QuantizedParNet(Described, nn.Module):
         y = self._emulate(self.first(x))
         return self.forward_head(y if self.pointwise is None else self.pointwise(y))
 
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """The values of each int8 layer's output, by the layers' names, from their definitions."""
+        self._check(x)
+        return {
+            layer.name: y if m.last else m.get_buffer("scale_out") * (y.float() - m.get_buffer("zero_out"))
+            for (layer, m), y in zip(self._quantized(), self._defined(self.first(x)), strict=True)
+        }
+
     def _emulate(self, y: Tensor) -> Tensor:
+        return self._defined(y)[-1]
+
+    def _defined(self, y: Tensor) -> list[Tensor]:
+        """The int8 layers' outputs: bytes, of the last one floats."""
         graph = self._quantized()
         made = {"first": to_bytes(y, *self._entry(graph[0][1]))}
         for layer, m in graph:
             made[layer.name] = m(*(made[name] for name in layer.inputs))
-        return made[graph[-1][0].name]
+        return [made[layer.name] for layer, _ in graph]
 
     @staticmethod
     def _entry(m: QuantizedLayer) -> tuple[float, int]:

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from parnet_kernels.app.images import fitted, normalised, open_image, pixels_of, upright
-from parnet_kernels.checkpoint import load_model
+from parnet_kernels.checkpoint import load_network
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
 from parnet_kernels.preprocessing import Described, Preprocessing
+from parnet_kernels.quantized import QuantizedParNet
 
 
 class Guess(NamedTuple):
@@ -32,7 +33,7 @@ class Classifier:
     one channel or four, the last ignored) as NumPy arrays or CPU tensors, Pillow's images, paths, and lists of these.
 
     Args:
-        network: a file (see `load_model`), a ParNet or a DeployedParNet.
+        network: a file (see `load_network`), a ParNet, a DeployedParNet or a QuantizedParNet.
         preprocessing: instead of that of the network. A network without any is taken to be as
             `Preprocessing.assumed` says, with a warning.
         class_names: instead of those of the network; without any, numbers are the labels.
@@ -41,13 +42,13 @@ class Classifier:
     It may be called from several threads. Frames are read where they are: one pass resizes them, one writes the input.
 
     Raises:
-        FileNotFoundError, CheckpointError: as `load_model`.
+        FileNotFoundError, CheckpointError: as `load_network`.
         TypeError, ValueError: for another argument; also a network without 1 or 3 channels.
     """
 
     def __init__(
         self,
-        network: str | Path | ParNet | DeployedParNet,
+        network: str | Path | ParNet | DeployedParNet | QuantizedParNet,
         *,
         preprocessing: Preprocessing | None = None,
         class_names: Sequence[str] | None = None,
@@ -56,10 +57,10 @@ class Classifier:
         if frame_color not in ("rgb", "bgr"):
             raise ValueError(f"Classifier: `frame_color` must be 'rgb' or 'bgr', got {frame_color!r}")
         if isinstance(network, str | Path):
-            network = load_model(network)
+            network = load_network(network)
         elif isinstance(network, ParNet):
             network = network.deploy()
-        if not isinstance(network, DeployedParNet):
+        if not isinstance(network, DeployedParNet | QuantizedParNet):
             raise TypeError(f"Classifier: `network` must be a path or a network, got a {type(network).__name__}")
         said = Described()  # what is asked for here is checked as a network checks it, and the network left as it is
         said.config = network.config
@@ -72,7 +73,7 @@ class Classifier:
             said.preprocessing = Preprocessing.assumed(network.config.in_chans)
             text = f"Classifier: the network does not say its preprocessing; assumed: {said.preprocessing}"
             warnings.warn(text, stacklevel=2)
-        self.network = network.prepare()
+        self.network: DeployedParNet | QuantizedParNet = network.prepare()
         self.preprocessing = said.preprocessing
         self.class_names = said.class_names or tuple(map(str, range(network.num_classes)))
         self._frame_color = frame_color

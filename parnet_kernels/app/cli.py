@@ -1,4 +1,4 @@
-"""The `parnet` command: info, demo, predict, latency, convert, export, bench."""
+"""The `parnet` command: info, demo, predict, latency, quantize, convert, export, bench."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from parnet_kernels.app.options import (
     use_threads,
 )
 from parnet_kernels.app.predict import predict
+from parnet_kernels.app.quantize import quantize
 from parnet_kernels.call import OPERATORS
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
 from parnet_kernels.deployed import DeployedParNet
@@ -185,6 +186,7 @@ def convert(
 
 app.command()(predict)
 app.command()(export)
+app.command()(quantize)
 app.command()(latency)
 
 

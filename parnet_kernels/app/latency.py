@@ -26,7 +26,7 @@ from parnet_kernels.app.options import (
     preprocessing_of,
     use_threads,
 )
-from parnet_kernels.checkpoint import load_model
+from parnet_kernels.checkpoint import load_network
 
 WARMUP, LEAST, MOST = 3, 20, 100_000  # calls
 BINS, BAR = 16, 40  # rows of the histogram, characters of its longest bar
@@ -49,7 +49,7 @@ def latency(
     if match is None:
         raise typer.BadParameter(f"--frame must be width x height such as 640x480, got {frame!r}")
     use_threads(threads)
-    network = load_model(checkpoint, ema, activation, ignore_classes=ignore_classes)
+    network = load_network(checkpoint, ema, activation, ignore_classes=ignore_classes)
     network.preprocessing, told = preprocessing_of(network, checkpoint, size=size)
     typer.echo(f"parnet: {told}", err=True)
     classifier = Classifier(network)

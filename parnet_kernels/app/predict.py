@@ -39,8 +39,9 @@ from parnet_kernels.app.options import (
 )
 from parnet_kernels.app.results import RESUMABLE, Format, Result
 from parnet_kernels.app.sources import Share, pictures, without
-from parnet_kernels.checkpoint import CheckpointError, load_model
+from parnet_kernels.checkpoint import CheckpointError, load_network
 from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.quantized import QuantizedParNet
 
 FEW = 64  # pictures that are decoded faster than workers start
 
@@ -94,7 +95,7 @@ def predict(
     out = out and share.file(out)
 
     use_threads(threads)
-    network = load_model(checkpoint, ema, activation and activation.value, ignore_classes=ignore_classes)
+    network = load_network(checkpoint, ema, activation and activation.value, ignore_classes=ignore_classes)
     if not network.num_classes:
         raise CheckpointError(f"{checkpoint} has no classifier")
     asked = {"size": size, "crop": crop, "interpolation": interpolation, "mean": mean, "std": std, "color": color}
@@ -134,7 +135,7 @@ def cores() -> int:
 
 
 def classified(
-    network: DeployedParNet, paths: list[str], top: int, batch: int, workers: int
+    network: DeployedParNet | QuantizedParNet, paths: list[str], top: int, batch: int, workers: int
 ) -> Iterator[tuple[list[Result], list[str]]]:
     """(results, errors) of each batch, in the order of `paths`. One bad picture costs that picture.
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from parnet_kernels.app.console import print_table
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.preprocessing import Preprocessing
+from parnet_kernels.quantized import QuantizedParNet
 
 
 class Format(StrEnum):
@@ -151,7 +152,7 @@ def writer(form: Format, path: Path | None, goes_on: bool = False) -> Writer | T
     return Json(stream) if form is Format.json else JsonLines(stream)
 
 
-def settings(network: DeployedParNet, preprocessing: Preprocessing, top: int) -> dict[str, Any]:
+def settings(network: DeployedParNet | QuantizedParNet, preprocessing: Preprocessing, top: int) -> dict[str, Any]:
     """What results depend on besides the pictures."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in network.state_dict().items():
