@@ -150,7 +150,7 @@ def load_network(
 ) -> DeployedParNet | QuantizedParNet:
     """A network for inference from any file: an int8 network as it is, others as `load_model`, whose errors it has."""
     path = Path(path)
-    if path.suffix != ".safetensors" or _metadata(path).get("parnet_form") != "int8":
+    if path.suffix != ".safetensors" or read_metadata(path).get("parnet_form") != "int8":
         return load_model(path, ema, activation, ignore_classes=ignore_classes)
     network = load_quantized(path)
     if ema:
