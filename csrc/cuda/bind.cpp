@@ -79,17 +79,10 @@ std::vector<int64_t> policy(int64_t architecture) {
   return values;
 }
 
-// Sizes of the structs that parnet_kernels/cuda/program.py mirrors, and the kernels' names.
-std::vector<int64_t> layout() {
-  return {sizeof(cuda::LayerCall), sizeof(cuda::LevelCall), sizeof(cuda::StemCall), sizeof(cuda::EnterCall),
-          sizeof(cuda::ClassifierCall)};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) {
   m.impl("_cuda_play", TORCH_BOX(&play));
   m.impl("_cuda_info", TORCH_BOX(&info));
   m.impl("_cuda_policy", TORCH_BOX(&policy));
-  m.impl("_cuda_layout", TORCH_BOX(&layout));
 }

@@ -35,14 +35,14 @@ struct GateVector<__nv_bfloat16> : GateVector16<__nv_bfloat16> {};
 constexpr int kPassChunks = 4;
 constexpr int kSumsAtOnce = 16;  // a warp has so many on their way, whose latencies would add up otherwise
 
-// The chunk whose sums a lane adds, counted from the pass's first; with 32-bit channels half the lanes have
-// none.
+// The chunk whose sums a lane adds, counted from the first of the pass. With 32-bit channels half of the
+// lanes have none.
 template <class T>
 __device__ __forceinline__ int chunk_of_lane() {
   return lane_id() * 4 / (kChunkBytes / static_cast<int>(sizeof(T)));
 }
 
-// `entry`: of the chunk table, that of the lane's chunk in the first pass. `sums`: scratch, [warp][four
+// `entry`: the chunk table's entry for the lane's chunk in the first pass. `sums`: scratch, [warp][four
 // channels].
 template <class T>
 __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int group, int group_tile,
@@ -69,7 +69,7 @@ __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int g
                  : make_uint4(0, 0, 0, 0);
     const int of_chunk = chunk + chunk_of_lane<T>(), next = of_chunk + kPassChunks;
     const bool adds = chunk_of_lane<T>() < kPassChunks && of_chunk < last_chunk;
-    const Input& in = p.in[entry >> kSourceShift];
+    const Input& in = p.inputs[entry >> kSourceShift];
     const float* s = in.sums + static_cast<int64_t>(image) * in.sum_tiles * in.pitch +
                      (entry & ((1 << kSourceShift) - 1)) + lane * 4 % kChunkChannels;
     if (next < last_chunk) entry = __ldg(table + next);
@@ -85,7 +85,8 @@ __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int g
       for (int k = 0; k < kSumsAtOnce; k++) add(sum, v[k]);
     }
     if (chunk != first_chunk) __syncthreads();  // the sums of the last pass have been read
-    // Of two quads that one lane needs, the first ones of all lanes come first: reads without bank conflicts.
+    // A lane that reads two quads finds the first ones of all lanes before the second ones: no bank
+    // conflicts.
     sums[warp][kQuads == 2 ? ((lane & 1) << 4) + (lane >> 1) : lane] = sum;
     __syncthreads();
     float4 total[kQuads];

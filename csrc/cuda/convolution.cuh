@@ -17,7 +17,8 @@ struct Tile : TileBase<M, kShape> {
   using typename Base::T;
   static constexpr int kFragments = kTile.rows / 16;
   static constexpr int kWeightBias = 1024;
-  static constexpr int kKept = 2;  // of a warp's 4 column fragments, after the exchange between K groups
+  static constexpr int kKept =
+      2;  // column fragments that a warp keeps of its 4 in the exchange between K groups
 
   const int column_half = warp & 1, k_group = warp >> 1;
   float acc[kFragments][4][4];
@@ -47,16 +48,17 @@ struct Tile : TileBase<M, kShape> {
     finish(sums, skip);
   }
 
-  // `from` and `to` are the lane's first 16 bytes. A warp copies 3 KB in a row: the offsets of all its copies
-  // fit into the instruction.
+  // Copies the weights of one pipeline stage; `from` and `to`: the lane's first 16 bytes. A warp copies 3 KB
+  // in a row: the offsets of all its copies fit into the instruction.
   template <int... kRound>
   static __device__ __forceinline__ void copy_weights(uint32_t to, const char* from,
                                                       std::integer_sequence<int, kRound...>) {
     (copy_async<kRound * 512, kRound * 512 - kWeightBias>(to, from), ...);
   }
 
-  // Where the weights of kernel row `row` lie, of those a chunk uses: with three stages always in the same.
-  // Rows 3 and 4 are the next chunk's. `flip`: kWeightBytes in every second chunk.
+  // The offset of the pipeline stage with the weights of kernel row `row` of a chunk; rows 3 and 4 are the
+  // first two of the next chunk. With three stages a kernel row always has the same one; with two they take
+  // turns, and `flip` is kWeightBytes in every second chunk, else 0.
   static __device__ __forceinline__ uint32_t stage_offset(int row, uint32_t flip) {
     if constexpr (kStages == 3) return row % 3 * kWeightBytes;
     return row % 2 ? kWeightBytes - flip : flip;
@@ -68,7 +70,7 @@ struct Tile : TileBase<M, kShape> {
     const int lane = lane_id();
     const int part = (lane >> 4) * 2 + (lane & 1), first_slot = warp * 8 + (lane & 6) + ((lane >> 3) & 1);
     const int halo_bytes = p.slots * kPixelBytes;
-    const int pixel_parts = p.in[0].pitch / Base::kLaneChannels;
+    const int pixel_parts = p.inputs[0].pitch / Base::kLaneChannels;
     int pixel[kSlotRounds];
     this->find_pixels(pixel, first_slot, part, halo_bytes);
 
@@ -87,7 +89,7 @@ struct Tile : TileBase<M, kShape> {
     int halo_flip = halo_bytes, entry = __ldg(next_entry);
     const int gate_entry = this->gate_entry(next_entry);
     auto load_halo = [&] {
-      const uint64_t x = reinterpret_cast<uint64_t>(p.in[entry >> kSourceShift].x) + image_part +
+      const uint64_t x = reinterpret_cast<uint64_t>(p.inputs[entry >> kSourceShift].x) + image_part +
                          static_cast<uint32_t>((entry & ((1 << kSourceShift) - 1)) * sizeof(T));
       this->copy_pixels(halo_to, x, pixel, std::make_integer_sequence<int, kSlotRounds>());
       halo_to += halo_flip;
@@ -124,7 +126,9 @@ struct Tile : TileBase<M, kShape> {
     uint32_t b_address = weights + column_half * 32 * 64 + M::weight_offset(k_group);
     pin(b_address);
     const int row_bytes = p.slot_pitch * kPixelBytes;
-    // Of the three taps in a packed row: with stride 2 these are columns 0, 2 (the next even one) and 1.
+    // Bytes from a slot to the one that each tap of a packed kernel row reads. With stride 2 the taps are
+    // packed in the order 0, 2, 1: tap 2 reads the next even column, and the odd columns lie behind all even
+    // ones.
     constexpr int kShift[3] = {0, kPixelBytes, (kStride == 2 ? kTile.max_slots : 2) * kPixelBytes};
     int chunk_step = halo_bytes - 2 * row_bytes;  // from the last row of a buffer to the first of the other
     uint32_t flip = 0;
@@ -163,8 +167,8 @@ struct Tile : TileBase<M, kShape> {
     }
   }
 
-  // Each K group gives away the sums of two of the four column fragments and adds what it gets to the other
-  // two.
+  // Adds the sums of the two K groups: each gives away those of two of the four column fragments, and adds
+  // what it gets to the other two.
   __device__ __forceinline__ void exchange(float4 (&sums)[kFragments][kKept]) {
     float4* area = reinterpret_cast<float4*>(dynamic_shared);
     const int lane = lane_id();
@@ -189,7 +193,7 @@ struct Tile : TileBase<M, kShape> {
       for (int j = 0; j < kKept; j++) add(sums[i][j], area[place_of(k_group, i, j)]);
   }
 
-  // Of the lane's row `half` in fragment i.
+  // The result's pixel for the lane's first (half = 0) or second row in fragment i, or -1.
   __device__ __forceinline__ int pixel_of(int i, int half) const {
     return this->pixel_of_row(i * 16 + half * 8 + (lane_id() >> 2));
   }
@@ -200,7 +204,7 @@ struct Tile : TileBase<M, kShape> {
 
   __device__ __forceinline__ void load_skip(Four<T> (&skip)[kFragments][2]) const {
     const int first = place.column_tile * kColumns + kept_column();
-    const T* x = static_cast<const T*>(p.in[0].x) + this->image_pixels() * p.in[0].pitch + first;
+    const T* x = static_cast<const T*>(p.inputs[0].x) + this->image_pixels() * p.inputs[0].pitch + first;
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
 #pragma unroll
@@ -208,7 +212,7 @@ struct Tile : TileBase<M, kShape> {
         const int pixel = pixel_of(i, half);
         if (pixel >= 0 && first < p.out.width)
           skip[i][half] =
-              __ldcg(reinterpret_cast<const Four<T>*>(x + static_cast<int64_t>(pixel) * p.in[0].pitch));
+              __ldcg(reinterpret_cast<const Four<T>*>(x + static_cast<int64_t>(pixel) * p.inputs[0].pitch));
       }
   }
 
@@ -233,7 +237,7 @@ struct Tile : TileBase<M, kShape> {
   }
 };
 
-// The layer of a block, which becomes the layer's own.
+// The layer that a block works for. `block` becomes the block's number within the layer.
 __device__ __forceinline__ const LayerCall& layer_of(const LevelCall& call, int& block) {
   int layer = 0;
   while (layer + 1 < call.layers && block >= call.layer[layer + 1].first_block) layer++;
@@ -244,10 +248,10 @@ __device__ __forceinline__ const LayerCall& layer_of(const LevelCall& call, int&
 template <class M>
 __device__ __forceinline__ void run_tile(const LayerCall& p, Scratch& scratch, int block) {
   if constexpr (!M::kExact) {  // the exact kernel multiplies on 64-row tiles only: 112 rows spill
-    if (p.tile == 0) return Tile<M, 0>(p, scratch, block).run();
+    if (p.tile == kLargeTile) return Tile<M, kLargeTile>(p, scratch, block).run();
   }
-  if (p.tile == 1) return Tile<M, 1>(p, scratch, block).run();
-  Tile<M, 2>(p, scratch, block).run();
+  if (p.tile == kSmallTile) return Tile<M, kSmallTile>(p, scratch, block).run();
+  Tile<M, kStridedTile>(p, scratch, block).run();
 }
 
 template <class M>

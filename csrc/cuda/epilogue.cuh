@@ -6,8 +6,9 @@
 
 namespace parnet::cuda {
 
-// Of the vectors of a tile's columns, in shared memory, the first become the terms of
-// conv_scale * sum + skip_scale * x + offset, which goes into the activation; the last stay.
+// Indices of what the epilogue reads for each column, out of shared memory. First the vectors (kVectors in
+// layer.h) lie there; then set_column replaces the first ones by the terms of conv_scale * sum + skip_scale *
+// x + offset, the activation's argument. Output scale and shift stay.
 enum ColumnTerm { kOffset, kConvScale, kSkipScale, kOutScale = 4, kOutShift };
 using Columns = float[kVectors][kColumns];
 
@@ -15,7 +16,7 @@ __device__ __forceinline__ const float* column_vectors(const Output& out, int gr
   return out.vectors + static_cast<int64_t>(group_tile) * (kVectors * kColumns);
 }
 
-// One column's terms from its vectors, in their place, and its gate's logit (without bias).
+// Replaces one column's vectors by its terms. `logit`: the gate's, without bias.
 template <class M>
 __device__ __forceinline__ void set_column(Columns& terms, int flags, int column, float logit) {
   const float bias = terms[0][column], gate = sigmoid<M>(logit + terms[1][column]);
@@ -30,7 +31,7 @@ __device__ __forceinline__ void set_column(Columns& terms, int flags, int column
   }
 }
 
-// The first `count` of four values, `step` apart. Rare, so not copied into every place that stores.
+// Stores the first `count` of four values, `step` apart. Rare, so not inlined into every place that stores.
 template <class T>
 __device__ __noinline__ void scatter4(T* to, float4 v, int step, int count) {
   const float value[4] = {v.x, v.y, v.z, v.w};
@@ -39,7 +40,7 @@ __device__ __noinline__ void scatter4(T* to, float4 v, int step, int count) {
     if (e < count) to[e * step] = from_float<T>(value[e]);
 }
 
-// Four adjacent columns of one lane.
+// The epilogue of one lane, for four adjacent columns of several pixels.
 template <class M>
 struct LaneEpilogue {
   using T = typename M::T;
@@ -62,13 +63,13 @@ struct LaneEpilogue {
     out_shift = load4(terms[kOutShift] + column);
   }
 
-  // Both forms and a selection: a branch here would be copied into every row that a lane stores.
+  // Computes both functions and selects one: a branch here would be copied into every row that a lane stores.
   __device__ __forceinline__ float activate(float v) const {
     const float smooth = silu<M>(v), rectified = v < 0.0f ? 0.0f : v;  // keeps NaN
     return out.flags & kReLU ? rectified : smooth;
   }
 
-  // `four`: the input pixel's channels `first` to `first + 3`, if there is a skip.
+  // Stores one pixel. `four`: the input pixel's channels `first` to `first + 3`, if there is a skip.
   __device__ __forceinline__ void store(float4 v, int64_t pixel, bool skip, const Four<T>& four) {
     v.x = fmaf(v.x, conv_scale.x, offset.x), v.y = fmaf(v.y, conv_scale.y, offset.y);
     v.z = fmaf(v.z, conv_scale.z, offset.z), v.w = fmaf(v.w, conv_scale.w, offset.w);
@@ -92,7 +93,7 @@ struct LaneEpilogue {
     sum.x += rounded<T>(v.x), sum.y += rounded<T>(v.y), sum.z += rounded<T>(v.z), sum.w += rounded<T>(v.w);
   }
 
-  // Over the lanes that hold the same columns (lane % 4), in a fixed tree.
+  // Adds the sums of the lanes that hold the same columns (lane % 4), in a fixed tree.
   __device__ __forceinline__ void add_lanes() {
 #pragma unroll
     for (int lanes = 4; lanes < 32; lanes *= 2) {

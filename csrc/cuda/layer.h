@@ -37,7 +37,7 @@ struct Input {
 };
 
 struct LayerCall {
-  Input in[2];
+  Input inputs[2];
   Output out;
   // [group][column tile][chunk][9 taps][64 columns][64 bytes], swizzled; with stride 2 the taps of a kernel
   // row in the order 0, 2, 1
@@ -84,7 +84,7 @@ struct StemCall {
 // A user's map to NHWC with padded channels, with sums of tiles of kEnterPixels pixels.
 constexpr int kEnterPixels = 64;
 struct EnterCall {
-  Strided in;
+  Strided input;
   void* out;    // [N][h][w][pitch], or null: sums only
   float* sums;  // [N][tiles][pitch]
   int32_t pitch, tiles;

@@ -10,7 +10,7 @@ namespace parnet::cuda {
 
 constexpr int kEnterChannels = 32;
 
-// One tile of pixels of one image. Reads along whichever of channels and pixels lies adjacent.
+// Converts one tile of pixels of one image. Reads along whichever of channels and pixels lies adjacent.
 template <class T>
 __device__ __forceinline__ void run_enter(const EnterCall& p) {
   constexpr int kPitch =
@@ -19,18 +19,18 @@ __device__ __forceinline__ void run_enter(const EnterCall& p) {
   __shared__ float partial[kThreads / 32][kEnterChannels];
   allow_dependents();
   wait_for_producers();
-  const int n = blockIdx.x / p.tiles, tile = blockIdx.x % p.tiles, area = p.in.h * p.in.w;
+  const int n = blockIdx.x / p.tiles, tile = blockIdx.x % p.tiles, area = p.input.h * p.input.w;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const bool along_channels = p.in.stride[1] == 1;
-  const T* image = static_cast<const T*>(p.in.data) + n * p.in.stride[0];
+  const bool along_channels = p.input.stride[1] == 1;
+  const T* image = static_cast<const T*>(p.input.data) + n * p.input.stride[0];
   for (int base = 0; base < p.pitch; base += kEnterChannels) {
     for (int i = threadIdx.x; i < kEnterPixels * kEnterChannels; i += kThreads) {
       const int c = along_channels ? i % kEnterChannels : i / kEnterPixels;
       const int local = along_channels ? i / kEnterChannels : i % kEnterPixels;
-      const int pixel = tile * kEnterPixels + local, h = pixel / p.in.w, w = pixel - h * p.in.w;
+      const int pixel = tile * kEnterPixels + local, h = pixel / p.input.w, w = pixel - h * p.input.w;
       T v = from_float<T>(0.0f);
-      if (pixel < area && base + c < p.in.c)
-        v = image[(base + c) * p.in.stride[1] + h * p.in.stride[2] + w * p.in.stride[3]];
+      if (pixel < area && base + c < p.input.c)
+        v = image[(base + c) * p.input.stride[1] + h * p.input.stride[2] + w * p.input.stride[3]];
       if constexpr (sizeof(T) == 4) {
         if (p.round) v = round_to_tf32(v);
       }
@@ -65,7 +65,7 @@ __device__ __forceinline__ float mean_of(const ClassifierCall& p, int n, int c) 
 
 constexpr int kStepsAtOnce = 4;  // whose loads are on their way together
 
-// A warp an output; 16 bytes of weights a lane at a time where rows are aligned so.
+// Each warp computes one output. A lane reads 16 bytes of weights at a time where rows are aligned so.
 template <class T>
 __device__ __forceinline__ void run_classifier(const ClassifierCall& p) {
   constexpr int kVector = 16 / sizeof(T);

@@ -56,7 +56,8 @@ __device__ __forceinline__ float rounded(float v) {
   return to_float(from_float<T>(v));
 }
 
-// Lane l addresses row l%16, bytes 16(l/16) of the step; of weights, see below.
+// Tensor cores. Lane l addresses row l % 16 and bytes 16 (l / 16) of a step of A; for weights see
+// weight_offset.
 struct TensorCore {
   static constexpr int kRowAddresses = 1;
   static constexpr bool kExact = false;
@@ -65,7 +66,8 @@ struct TensorCore {
   using B = uint32_t[4];
   static __device__ __forceinline__ int row(int) { return lane_id() & 15; }
   static __device__ __forceinline__ int row_byte() { return (lane_id() >> 4) * 16; }
-  // Offset of the lane's 16 bytes in the first pair of a weight tile, in the step `step` (0 or 1) of a chunk.
+  // Offset of the lane's 16 bytes in the first pair of fragments of a chunk's weights, for the step `step` (0
+  // or 1).
   static __device__ __forceinline__ int weight_offset(int step) {
     const int lane = lane_id(), column = ((lane >> 4) << 3) + (lane & 7), part = ((lane >> 3) & 1) + step * 2;
     return column * 64 + ((part ^ ((column >> 1) & 3)) << 4);

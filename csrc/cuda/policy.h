@@ -48,7 +48,8 @@ struct TileShape {
   bool warpgroup;  // multiplied by wgmma: architecture 90 and 16-bit types only
 };
 
-// Index = `LayerCall::tile`.
+// Indices of kTiles, and `LayerCall::tile`.
+enum TileIndex : int32_t { kLargeTile, kSmallTile, kStridedTile, kWarpgroupTile, kStridedWarpgroupTile };
 constexpr TileShape kTiles[] = {
     {112, 256, 1, false},  // 8x14 or 7x16 pixels
     {64, 160, 1, false},   // small maps
@@ -57,6 +58,7 @@ constexpr TileShape kTiles[] = {
     {128, 296, 2, true},   // 8x16 pixels, whose halo is 4.4 times the tile: just two blocks on an H100
 };
 constexpr int kTileShapes = sizeof(kTiles) / sizeof(kTiles[0]);
+static_assert(kTileShapes == kStridedWarpgroupTile + 1);
 
 // Three stages where a multiprocessor has 164 KB of shared memory or more, two where it has 100 KB (86, 87,
 // 89, 12x).

@@ -10,14 +10,15 @@
 
 namespace parnet::cuda {
 
-// kRows: from a warp's fragment of rows to its next.
+// kRows: rows from one of a warp's fragments to the next.
 template <int kFragments, int kKept, int kRows = 16>
 struct Splits {
   using Sums = float4[kFragments][kKept];
   static constexpr int kThreadVectors = kFragments * kKept, kFragmentVectors = kKept * kThreads;
 
   const LayerCall& p;
-  const int tile, split, splits, first_row;  // of the tile's rows, if not all are here
+  const int tile, split, splits;
+  const int first_row;  // the first of the tile's rows that this block has
 
   __device__ __forceinline__ float4* partial(int of) const {
     return reinterpret_cast<float4*>(p.partial) +
@@ -26,7 +27,8 @@ struct Splits {
   __device__ __forceinline__ float* partial_logit(int of) const {
     return p.partial_logits + (static_cast<int64_t>(tile) * splits + of) * kColumns + threadIdx.x;
   }
-  // Whether the lane's rows in fragment i are of the tile: 7x14 pixels leave most of the last one empty.
+  // Whether the lane's rows in fragment i belong to the tile: 7x14 pixels leave most of the last fragment
+  // empty.
   __device__ __forceinline__ bool used(int i) const { return used(i, first_row); }
   __device__ __forceinline__ bool used(int i, int from_row) const {
     const int first = from_row + (kRows == 16 ? 0 : threadIdx.x / 32 * 16);
@@ -77,7 +79,7 @@ struct Splits {
     logit = total;
   }
 
-  // A thread reads only what it has copied. Whole splits, as many at a time as there is room for.
+  // Adds whole splits, as many at a time as there is room for. A thread reads only what it has copied.
   __device__ __forceinline__ void add_splits(Sums& sums, float4* area, int bytes) const {
     const int others = splits - 1, room = max(1, bytes / (kThreadVectors * kThreads * 16));
     Sums own;
@@ -106,8 +108,8 @@ struct Splits {
     if (split == others) add_all_own();
   }
 
-  // One fragment after the other, since there are no registers for all sums twice: kSplitRing fragments of
-  // some split are on their way.
+  // Adds one fragment of all splits after the other, since there are no registers for all sums twice.
+  // kSplitRing fragments are on their way.
   __device__ __forceinline__ void add_fragments(Sums& sums, float4* area) const {
     const int others = splits - 1;
     int next = 0, next_other = 0, to = 0, from = 0;

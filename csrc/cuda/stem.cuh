@@ -29,7 +29,7 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// All blocks of the grid, which are resident together. Leaves both counters zero.
+// A barrier of all blocks of the grid, which are resident together. Leaves both counters zero.
 struct GridBarrier {
   uint32_t* counters;
   __device__ __forceinline__ void arrive() const {
@@ -64,7 +64,7 @@ struct Stem {
     return static_cast<const T*>(p.image.data) + n * s[0] + c * s[1] + h * s[2] + w * s[3];
   }
 
-  // This block's share of the pixels of every image.
+  // Adds up this block's share of the pixels of every image.
   __device__ void add_image() const {
     const int64_t area = static_cast<int64_t>(p.image.h) * p.image.w;
     const int first = area * blockIdx.x / gridDim.x, last = area * (blockIdx.x + 1) / gridDim.x;

@@ -20,8 +20,9 @@ struct Scratch {
     Columns vectors;     // and then the columns'
   };
   float logits[kColumns];
-  int finishes;  // whether this block is the one of its tile's splits that goes on
-  // Barriers of the stages: those that bulk copies fill, and whether the other block of a pair has used its.
+  int finishes;  // whether this block, of its tile's splits, is the one that finishes the tile
+  // Barriers of the pipeline stages: `filled` completes when bulk copies have filled the stage, `used` when
+  // the other block of a pair has used its own.
   uint64_t filled[kStages], used[kStages];
 };
 static_assert(sizeof(Scratch) <= kStaticSharedBytes);
@@ -29,7 +30,7 @@ static_assert(sizeof(Scratch) <= kStaticSharedBytes);
 // Aligned as swizzled weights need it.
 extern __shared__ __align__(512) unsigned char dynamic_shared[];
 
-// Where a block works.
+// What a block works on.
 struct Place {
   int rank;  // in its pair
   int split, tile, column_tile, group, group_tile, image, image_tile, first_chunk, last_chunk, row, col;
@@ -88,8 +89,8 @@ struct TileBase {
   __device__ __forceinline__ int row_of(int m) const { return quotient(m, p.tile_cols); }
   __device__ __forceinline__ int chunks() const { return place.last_chunk - place.first_chunk; }
 
-  // Into L2 before the producer is waited for, by one block of those that share them: weights past what the
-  // first stages load, and gate weights.
+  // Fetches weights into L2 while the producers of the inputs still run: those that the first pipeline stages
+  // do not load, and the gate's. One block does it for all that share them.
   __device__ __forceinline__ void prefetch_weights() const {
 #if __CUDA_ARCH__ >= 900
     if (place.image_tile == 0 && place.image == 0) {
@@ -110,11 +111,11 @@ struct TileBase {
            (static_cast<int64_t>(place.group_tile) * p.chunks + place.first_chunk) * (3 * kWeightBytes);
   }
 
-  // For each of the lane's slots, 32 apart: the pixel in the image, in units of 16 bytes, or -1. Zeros those
-  // outside the image, once: no copy writes there. `part`: the lane's 16 bytes of every slot.
+  // Finds the pixel of the image for each of the lane's slots, 32 apart: in units of 16 bytes, or -1. Zeros
+  // the slots outside the image, once: no copy writes there. `part`: the lane's 16 bytes of every slot.
   __device__ __forceinline__ void find_pixels(int (&pixel)[kSlotRounds], int first_slot, int part,
                                               int halo_bytes) const {
-    const int pixel_parts = p.in[0].pitch / kLaneChannels;  // the same for both inputs
+    const int pixel_parts = p.inputs[0].pitch / kLaneChannels;  // the same for both inputs
 #pragma unroll
     for (int j = 0; j < kSlotRounds; j++) {
       const int slot = first_slot + 32 * j;
@@ -134,7 +135,7 @@ struct TileBase {
     }
   }
 
-  // `x` is the lane's part of the chunk in the image's first pixel.
+  // Copies the lane's part of its slots. `x`: its part of the chunk in the image's first pixel.
   template <int... kRound>
   static __device__ __forceinline__ void copy_pixels(uint32_t to, uint64_t x, const int (&pixel)[kSlotRounds],
                                                      std::integer_sequence<int, kRound...>) {
@@ -147,7 +148,8 @@ struct TileBase {
                                                                      : 0;
   }
 
-  // The gate's logits, whether this block will finish its tile, and the columns' vectors on their way.
+  // Computes the gate's logits, finds out whether this block will finish its tile, and sends for the columns'
+  // vectors.
   __device__ __forceinline__ void gate(int entry) {
     const int pair = p.pairing == kSplits, parts = p.splits >> pair;
     unsigned began = 0;  // of the tile's splits, before this one
@@ -163,7 +165,7 @@ struct TileBase {
                  column_vectors(p.out, place.group_tile) + 4 * threadIdx.x);
   }
 
-  // Of row m of the tile: the pixel of the result's image, or -1.
+  // The pixel of the result's image that row m of the tile computes, or -1 if none.
   __device__ __forceinline__ int pixel_of_row(int m) const {
     const int r = row_of(m), oh = place.row + r, ow = place.col + m - r * p.tile_cols;
     return r < p.tile_rows && oh < p.out.out_h && ow < p.out.out_w ? oh * p.out.out_w + ow : -1;

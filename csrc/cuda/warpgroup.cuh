@@ -45,8 +45,8 @@ struct WarpgroupTile : TileBase<M, kShape> {
     return reinterpret_cast<float4*>(dynamic_shared);
   }
 
-  // The blocks of a pair add their sums: each keeps half of the rows, and leaves the others where the other
-  // block reads them.
+  // Adds the sums of the two blocks of a pair: each keeps half of the rows, and leaves the others where the
+  // other block reads them.
   __device__ __forceinline__ void exchange(float4 (&half)[kHalf][8], float& logit,
                                            const Splits<kHalf, 8, 64>& mine) {
     float4* area = exchange_area() + threadIdx.x;
@@ -71,7 +71,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
     arrive_cluster();
   }
 
-  // kPair: from half of the sums.
+  // All that follows the products. kPair: this block has half of the tile's rows (kSplits).
   template <int kPair, int kKept>
   __device__ __forceinline__ void complete(float4 (&kept)[kKept][8], float logit,
                                            const Splits<kKept, 8, 64>& splits) {
@@ -129,13 +129,14 @@ struct WarpgroupTile : TileBase<M, kShape> {
     };
     const int32_t* next_entry = p.chunk_table + place.group * p.chunks + place.first_chunk;
     const uint64_t image_part =
-        (static_cast<uint64_t>(place.image) * p.h * p.w * (p.in[0].pitch / Base::kLaneChannels) + part) * 16;
+        (static_cast<uint64_t>(place.image) * p.h * p.w * (p.inputs[0].pitch / Base::kLaneChannels) + part) *
+        16;
     // The 16-byte parts of slot s lie at part ^ (s / 2 % 4). A lane's slots are 32 apart: all alike.
     uint32_t halo_to = halo + first_slot * kPixelBytes + (part ^ (first_slot >> 1 & 3)) * 16;
     int halo_flip = halo_bytes, entry = __ldg(next_entry);
     const int gate_entry = this->gate_entry(next_entry);
     auto load_halo = [&] {
-      const uint64_t x = reinterpret_cast<uint64_t>(p.in[entry >> kSourceShift].x) + image_part +
+      const uint64_t x = reinterpret_cast<uint64_t>(p.inputs[entry >> kSourceShift].x) + image_part +
                          static_cast<uint32_t>((entry & ((1 << kSourceShift) - 1)) * sizeof(T));
       this->copy_pixels(halo_to, x, pixel, std::make_integer_sequence<int, kSlotRounds>());
       halo_to += halo_flip;
@@ -163,7 +164,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
     }
     const uint64_t described = describe_weights(weights);
     const int row_bytes = p.slot_pitch * kPixelBytes;
-    // Of the three taps in a packed row: with stride 2 these are columns 0, 2 (the next even one) and 1.
+    // Bytes from a slot to the one that each tap of a packed kernel row reads: see `Tile`.
     constexpr int kShift[3] = {0, kPixelBytes, (kStride == 2 ? kTile.max_slots : 2) * kPixelBytes};
     int from = 0;  // bytes from the first halo's first row
     int chunk_step = halo_bytes - 2 * row_bytes;
@@ -199,7 +200,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
               arrive_partner(in_partner(used + 8 * free, place.rank));
             if (kh == 0 && left > 1) load_halo();
           }
-          // The other block has had two steps' time to be there too.
+          // Seldom waits: the other block has had two steps' time to arrive.
           if (step == kLoadStep && threadIdx.x == 0 && loads) {
             if (place.shares_weights) wait_partner(used + 8 * free, parity);
             load_weights(free);
@@ -212,7 +213,8 @@ struct WarpgroupTile : TileBase<M, kShape> {
     }
   }
 
-  // Of the lane's row `half` in the fragment that begins at `row`.
+  // The result's pixel for the lane's first (half = 0) or second row in the fragment that begins at `row`, or
+  // -1.
   __device__ __forceinline__ int pixel_of(int row, int half) const {
     return this->pixel_of_row(row + warp * 16 + half * 8 + (lane_id() >> 2));
   }
@@ -222,7 +224,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
   template <int kKept>
   __device__ __forceinline__ void load_skip(Four<T> (&skip)[kKept][2][4], int first_row) const {
     const int column = place.column_tile * kColumns;
-    const T* x = static_cast<const T*>(p.in[0].x) + this->image_pixels() * p.in[0].pitch + column;
+    const T* x = static_cast<const T*>(p.inputs[0].x) + this->image_pixels() * p.inputs[0].pitch + column;
 #pragma unroll
     for (int i = 0; i < kKept; i++)
 #pragma unroll
@@ -232,7 +234,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
         for (int j = 0; j < 4; j++)
           if (pixel >= 0 && column + column_of(j) < p.out.width)
             skip[i][half][j] = __ldcg(reinterpret_cast<const Four<T>*>(
-                x + static_cast<int64_t>(pixel) * p.in[0].pitch + column_of(j)));
+                x + static_cast<int64_t>(pixel) * p.inputs[0].pitch + column_of(j)));
       }
   }
 
@@ -277,8 +279,9 @@ __device__ __forceinline__ void run_warpgroup_level(const LevelCall& call) {
   int block = blockIdx.x;
   const LayerCall& p = layer_of(call, block);
   if (block >= p.blocks) return;  // the next layer's pairs begin at an even block
-  if (p.tile == 3) return WarpgroupTile<M, 3>(p, scratch, block).run();
-  if (p.tile == 4) return WarpgroupTile<M, 4>(p, scratch, block).run();
+  if (p.tile == kWarpgroupTile) return WarpgroupTile<M, kWarpgroupTile>(p, scratch, block).run();
+  if (p.tile == kStridedWarpgroupTile)
+    return WarpgroupTile<M, kStridedWarpgroupTile>(p, scratch, block).run();
   run_tile<M>(p, scratch, block);
 }
 

@@ -2,8 +2,8 @@
 
 A program is a sequence of records (csrc/cuda/program.h): kernel, grid, arguments, and which of the arguments' pointers
 are byte offsets into which buffer. Playing one allocates nothing and decides nothing; the same bytes run on a GPU, in
-the PTX simulator and through the host code alone. The structures mirror csrc/cuda/layer.h; `_cuda_layout` guards their
-sizes.
+the PTX simulator and through the host code alone. The structures mirror csrc/cuda/layer.h
+and csrc/cuda/program.h: tests/cuda/test_host.py compares names, sizes and offsets.
 """
 
 from __future__ import annotations
@@ -29,6 +29,17 @@ _MATHS = ("f16", "bf16", "tf32", "f32")
 
 class Kind(IntEnum):
     LEVEL, STEM, ENTER, CLASSIFIER, HOPPER = range(5)
+
+
+class Record(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((n, c_int32) for n in ("kernel", "grid", "shared", "flags")),
+        *((n, c_int32) for n in ("argument_bytes", "relocations", "label_bytes", "record_bytes")),
+    ]
+
+
+class Relocation(ctypes.Structure):
+    _fields_: ClassVar = [("at", c_int32), ("buffer", c_int32), ("offset", c_int64)]
 
 
 class Output(ctypes.Structure):
@@ -91,7 +102,7 @@ class ClassifierCall(ctypes.Structure):
     ]
 
 
-STRUCTURES = (LayerCall, LevelCall, StemCall, EnterCall, ClassifierCall)  # in the order of `_cuda_layout`
+STRUCTURES = (Record, Relocation, Output, Input, LayerCall, LevelCall, Strided, StemCall, EnterCall, ClassifierCall)
 
 
 def play(buffers: list[Tensor], program: Tensor) -> None:
@@ -173,11 +184,11 @@ class Program:
         text = label.encode()
         body = arguments + bytes(-len(arguments) % 8)
         for at, value in pointers:
-            body += struct.pack("<iiq", at, (value >> _BUFFER_SHIFT) - 1, value & ((1 << _BUFFER_SHIFT) - 1))
+            body += bytes(Relocation(at, (value >> _BUFFER_SHIFT) - 1, value & ((1 << _BUFFER_SHIFT) - 1)))
         body += text + bytes(-len(text) % 8)
         kernel = int(kind) * len(_MATHS) + _MATHS.index(self.math)
-        head = (kernel, grid, shared, flags, len(arguments), len(pointers), len(text), 32 + len(body))
-        self._records.append(struct.pack("<8i", *head) + body)
+        sizes = len(arguments), len(pointers), len(text), ctypes.sizeof(Record) + len(body)
+        self._records.append(bytes(Record(kernel, grid, shared, flags, *sizes)) + body)
         self.labels.append(label)
 
     def tensor(self) -> Tensor:

@@ -2,6 +2,7 @@
 // torch.
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/program.h"
+#include "layout.h"
 
 namespace {
 using Report = int (*)(int kernel, unsigned grid, unsigned shared, int flags, const void* arguments,
@@ -17,6 +18,11 @@ extern "C" const char* parnet_play(const uint8_t* program, int64_t size, const p
     return failed ? "too many resources" : nullptr;
   });
   return error.c_str();
+}
+
+extern "C" const char* parnet_layout() {
+  static const std::string lines = parnet::cuda::layout();
+  return lines.c_str();
 }
 
 extern "C" const char* parnet_kernel_name(int kernel) { return parnet::cuda::kKernelNames[kernel]; }

@@ -57,7 +57,8 @@ def host() -> Any:
         source = Path(__file__).with_name("host_player.cpp")
         subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", source, "-o", library], check=True)
         loaded = ctypes.CDLL(str(library))
-    loaded.parnet_play.restype = loaded.parnet_kernel_name.restype = ctypes.c_char_p
+    for function in (loaded.parnet_play, loaded.parnet_kernel_name, loaded.parnet_layout):
+        function.restype = ctypes.c_char_p
     loaded.parnet_play.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, _Report]
     return loaded
 

@@ -5,11 +5,28 @@ import re
 
 import pytest
 import torch
-from player import decode
+from player import decode, host
 
 from parnet_kernels import _native
 from parnet_kernels.cuda import backend as cuda
-from parnet_kernels.cuda.program import STRUCTURES, ClassifierCall, EnterCall, Kind, Program, address, strided
+from parnet_kernels.cuda.plan import Pairing
+from parnet_kernels.cuda.program import (
+    COOPERATIVE,
+    DEPENDENT,
+    MAX_LAYERS,
+    PAIRS,
+    RELU,
+    ROUND,
+    SKIP,
+    STRUCTURES,
+    VECTOR_STORE,
+    ClassifierCall,
+    EnterCall,
+    Kind,
+    Program,
+    address,
+    strided,
+)
 
 needs_library = pytest.mark.skipif(bool(_native.cuda_error), reason=f"no CUDA library: {_native.cuda_error}")
 
@@ -21,9 +38,18 @@ def classifier(buffer=3, offset=64):
     return program
 
 
-@needs_library
-def test_structures_are_those_of_the_library():
-    assert [ctypes.sizeof(s) for s in STRUCTURES] == list(torch.ops.parnet._cuda_layout())
+def test_mirrors_have_the_names_sizes_and_offsets_of_the_structs():
+    """And the constants their values: "name value", line by line, as the headers of csrc/cuda have them."""
+    expected: dict[str, int] = {}
+    for structure in STRUCTURES:
+        expected[structure.__name__] = ctypes.sizeof(structure)
+        for name, *_ in structure._fields_:
+            expected[f"{structure.__name__}.{name}"] = getattr(structure, name).offset
+    expected |= {"kMaxLayers": MAX_LAYERS, "kDependent": DEPENDENT, "kCooperative": COOPERATIVE, "kPairs": PAIRS}
+    expected |= {"kSkip": SKIP, "kReLU": RELU, "kVectorStore": VECTOR_STORE, "kRound": ROUND}
+    expected |= {"kAlone": Pairing.ALONE, "kPixels": Pairing.PIXELS, "kSplits": Pairing.SPLITS}
+    lines = host().parnet_layout().decode().splitlines()
+    assert {name: int(value) for name, value in (line.split() for line in lines)} == expected
 
 
 def test_addresses_are_put_in():
