@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from parnet_kernels import _native, parnet_cifar
 from parnet_kernels import quantize as calibration
 from parnet_kernels.app.cli import app
+from parnet_kernels.app.demo import load_digits, train
 from parnet_kernels.checkpoint import CheckpointError, load_deployed, load_model, load_network, load_quantized, save
 from parnet_kernels.config import ParNetConfig
 from parnet_kernels.cpu import int8
@@ -321,3 +323,15 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(app, ["quantize", arguments[2], arguments[1], arguments[0]])
     assert "int8 form" in str(done.exception)
+
+
+@pytest.mark.slow
+def test_trained_network_keeps_its_accuracy() -> None:
+    """Handwritten digits: int8 costs at most half a point."""
+    pytest.importorskip("sklearn")
+    data = load_digits()
+    network = train(data, Console(quiet=True), epochs=4).deploy()
+    quantized = network.quantize(data.train_x[:256])
+    accuracies = [float((n(data.test_x).argmax(1) == data.test_y).double().mean()) for n in (network, quantized)]
+    assert accuracies[0] > 0.9
+    assert accuracies[1] >= accuracies[0] - 0.005
