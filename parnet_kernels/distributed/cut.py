@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 from parnet_kernels.config import Layer, ParNetConfig, layers
@@ -18,6 +19,17 @@ class Cut(NamedTuple):
     fusion: list[Layer]  # from `ends` to the last map
     sources: list[str]
     ends: list[str]  # a stream without blocks ends where it begins
+
+    def trunk_between(self, first: int, last: int) -> list[Layer]:
+        """Steps [first, last] of the trunk."""
+        return [*chain.from_iterable(self.trunk[first : last + 1])]
+
+    def streams_of(self, own: Iterable[int]) -> list[Layer]:
+        return [*chain.from_iterable(self.streams[s] for s in own)]
+
+    def every(self) -> list[Layer]:
+        last = len(self.streams) - 1
+        return [*self.trunk_between(0, last), *self.streams_of(range(last + 1)), *self.fusion]
 
 
 def cut(config: ParNetConfig) -> Cut:

@@ -1,0 +1,148 @@
+"""Runs pieces of a deployed network on one device: by the native kernels where they can take them, else each layer as
+one operator. Either way the pieces together give the bits of the whole network on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parnet_kernels.checks import is_channels_last
+from parnet_kernels.config import Layer
+from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.cpu.parts import CpuParts, Summed
+from parnet_kernels.deployed import DeployedParNet, _fused, _slot
+from parnet_kernels.distributed.cut import Size
+from parnet_kernels.unchanged import HOOKS
+from parnet_kernels.whole import WholeNetwork, classify
+
+
+class Packet(NamedTuple):
+    """A map as it is sent: `flat` holds the map and its channel sums one behind the other."""
+
+    flat: Tensor
+    map: Tensor  # [N, C, H, W], a view
+    sums: Tensor  # [N, C], a view; empty where layers run one by one
+
+
+class Wire(NamedTuple):
+    """How maps are sent. In float32 with their sums by the native CPU kernels, which keep them so also for 16-bit
+    images; else in the images' dtype and layout.
+    """
+
+    native: bool
+    dtype: torch.dtype  # of the images
+    channels_last: bool
+    device: torch.device
+
+    def packet(self, size: Size) -> Packet:
+        """Uninitialised."""
+        n, c, h, w = size
+        count, sums = prod(size), n * c if self.native else 0
+        dtype = torch.float32 if self.native else self.dtype
+        flat = torch.empty(count + sums, dtype=dtype, device=self.device)
+        if self.native or self.channels_last:
+            shaped = flat[:count].view(n, h, w, c).permute(0, 3, 1, 2)
+        else:
+            shaped = flat[:count].view(n, c, h, w)
+        return Packet(flat, shaped, flat[count:].view(n, c) if self.native else flat[count:])
+
+
+class Pieces:
+    """The pieces of one network that this process runs; packed weights are made for those only."""
+
+    def __init__(self, network: DeployedParNet) -> None:
+        self.network = network
+        self._of: WholeNetwork | None = None
+        self._finite = False
+        self._packed: dict[tuple[str, ...], CpuParts] = {}
+
+    def why_not(self) -> str | None:
+        """Why the network cannot be cut into pieces as it is now, or None."""
+        found = self.network.whole()
+        if isinstance(found, WholeNetwork):
+            return None
+        if all(_fused(self.network.config).values()):
+            return found
+        # A stream without blocks keeps the network from being one call; what else is wrong is not looked at there.
+        for name, module in self.network.named_modules():
+            if any(module.__dict__[hooks] for hooks in HOOKS):
+                return f"{name or 'the network'} has hooks"
+        tensors = (*self.network.buffers(), *self.network.parameters())
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "weights need gradients"
+        return None
+
+    def wire(self, x: Tensor) -> Wire:
+        """How maps are sent for images like x, which says also what runs the layers."""
+        found, native = self.network.whole(), False
+        if isinstance(found, WholeNetwork) and x.is_cpu and self.network._native.why_not(found, x) is None:
+            if self._of is not found:
+                every = [*found.head, *(t for arguments in found.arguments for t in arguments.values())]
+                self._finite, self._of = cpu.are_finite(every), found
+                self._packed.clear()
+            native = self._finite
+        return Wire(native, x.dtype, is_channels_last(x), x.device)
+
+    def _parts(self, names: tuple[str, ...]) -> CpuParts:
+        parts = self._packed.get(names)
+        if parts is None:
+            assert self._of is not None
+            self._packed[names] = parts = CpuParts(self._of, names, self.network._native.storage)
+        return parts
+
+    def run(
+        self,
+        wire: Wire,
+        given: Mapping[str, Tensor | Packet],
+        layers: Sequence[Layer],
+        wanted: Mapping[str, Size],
+    ) -> dict[str, Packet]:
+        """The maps `wanted`, by name with their sizes, from the image (a tensor) or maps `given`."""
+        made: dict[str, Packet] = {name: given[name] for name in wanted if name in given}  # type: ignore[misc]
+        results = {name: wire.packet(size) for name, size in wanted.items() if name not in given}
+        if results and wire.native:
+            inputs, names = self._inputs(given, layers), tuple(layer.name for layer in layers)
+            summed = {name: Summed(packet.map, packet.sums) for name, packet in results.items()}
+            self._parts(names).run(inputs, names, summed)
+        elif results:
+            maps = self._layer_by_layer(given, layers)
+            for name, packet in results.items():
+                packet.map.copy_(maps[name])
+        return made | results
+
+    def finish(self, wire: Wire, ends: Mapping[str, Packet], layers: Sequence[Layer], x: Tensor, result: str) -> Tensor:
+        """The network's result from the maps where its streams end: see `CpuParts.finish`."""
+        if wire.native:
+            names = tuple(layer.name for layer in layers if layer.kind != "pointwise")
+            return self._parts(names).finish(self._inputs(ends, layers), names, x, result)
+        features = self._layer_by_layer(ends, layers)[layers[-1].name]
+        if result == "features":
+            return features
+        head = self.network.head_weight, self.network.head_bias
+        return classify(features, head if result == "logits" else None)
+
+    @staticmethod
+    def _inputs(given: Mapping[str, Tensor | Packet], layers: Sequence[Layer]) -> dict[str, Summed]:
+        read = {name for layer in layers for name in layer.inputs}
+        return {
+            name: Summed(m.map, m.sums) if isinstance(m, Packet) else Summed(m, torch.empty(0, device="cpu"))
+            for name, m in given.items()
+            if name in read
+        }
+
+    def _layer_by_layer(self, given: Mapping[str, Tensor | Packet], layers: Sequence[Layer]) -> dict[str, Tensor]:
+        network = self.network
+        made = {name: m.map if isinstance(m, Packet) else m for name, m in given.items()}
+        for layer in layers:
+            inputs = [made[name] for name in layer.inputs]
+            if layer.kind == "fusion_se":
+                slots = map(_slot, layer.inputs)
+                affines = network.affines
+                inputs = [affines[s](t) if s in affines else t for s, t in zip(slots, inputs, strict=True)]
+            made[layer.name] = network.layers[_slot(layer.name)](*inputs)
+        return made

@@ -1,0 +1,131 @@
+"""StreamParallel on two and three gloo ranks: bits, errors, ranks that die."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from ranks import Ranks
+
+pytestmark = pytest.mark.timeout(180)
+WORLDS = [pytest.param(2, marks=pytest.mark.slow), 3]
+
+
+@pytest.mark.parametrize("scenario", ["equal_bits", "other_ways"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_bits_are_those_of_one_process(scenario: str, world: int, tmp_path: Path) -> None:
+    with Ranks(scenario, world, tmp_path) as ranks:
+        assert ranks.results() == {rank: [] for rank in range(world)}
+
+
+BAD = {
+    "none": "{last} has no images",
+    "none on rank 0": "0 has no images",
+    "another size": "{last} has another shape of the images than rank 0: [1, 3, 48, 32], not [1, 3, 32, 32]",
+    "another batch on rank 0": "1 has another shape of the images than rank 0: [1, 3, 32, 32], not [2, 3, 32, 32]",
+    "other pixels": "{last} has another content of the images (CRC-32)",
+    "another layout": "{last} has another layout of the images",
+    "another dtype": "{last} has wrong images: `x` is torch.float64",
+    "not an image": "{last} has wrong images: `x` must be a dense tensor [N, 3, H, W], got [3, 32, 32]",
+    "not a tensor": "{last} has wrong images: `x` must be a tensor [N, 3, H, W], got a builtins.list",
+    "needs a gradient": "{last} has images that need a gradient",
+    "autocast": "{last} has autocast on",
+    "another result": "{last} has another kind of result",
+    "hooks": "{last} has a network that cannot be cut into streams: layers.streams_0_0: has hooks",
+    "gradients": "{last} has a network that cannot be cut into streams: weights need gradients",
+    "other weights": "{last} has another weights (SHA-256) than rank 0",
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bad_input_is_an_error_on_every_rank(world: int, tmp_path: Path) -> None:
+    with Ranks("bad_input", world, tmp_path) as ranks:
+        for found in ranks.results().values():
+            for trunk in ("recompute", "send"):
+                assert found.pop(f"right, {trunk}")[0] == "no error"
+                for name, text in BAD.items():
+                    error, seconds = found.pop(f"{name}, {trunk}")
+                    expected = f"DistributedError: parnet_kernels: rank {text.format(last=world - 1)}"
+                    assert error.startswith(expected), name
+                    assert seconds < 20
+            assert not found
+
+
+NOT_MADE = {
+    "a stream twice": "ValueError: parnet_kernels: `streams` must give each of {world} ranks at least one",
+    "a rank without streams": "ValueError: parnet_kernels: `streams` must give each of {world} ranks at least one",
+    "trunk": "ValueError: parnet_kernels: `trunk` must be one of",
+    "result": "ValueError: parnet_kernels: `result` must be one of",
+    "source": "ValueError: parnet_kernels: `source` must be None or 0, got 1",
+    "timeout": "ValueError: parnet_kernels: `timeout` must be > 0 seconds, got 0",
+    "not a network": "ValueError: parnet_kernels: `network` must be a DeployedParNet, got Linear",
+    "other weights": "DistributedError: parnet_kernels: rank {last} has another weights (SHA-256) than rank 0: ",
+    "another configuration": "DistributedError: parnet_kernels: rank {last} has another configuration than rank 0: ",
+    "another dtype": "DistributedError: parnet_kernels: rank {last} has another dtype than rank 0: torch.bfloat16",
+    "other options": "DistributedError: parnet_kernels: rank {last} has another trunk than rank 0: send, not auto",
+    "another backend": "DistributedError: parnet_kernels: rank {last} has another backend than rank 0: reference",
+    "hooks": "DistributedError: parnet_kernels: rank {last} has another network than rank 0: cannot be cut",
+    "another version": "DistributedError: parnet_kernels: rank {last} has another version of parnet_kernels",
+    "late": "DistributedError: parnet_kernels: rank {last} did not make its StreamParallel within 2 s",
+    "too many ranks": "ValueError: parnet_kernels: `group` must have at most 2 ranks, one a stream, got 3 ranks",
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_cannot_be_made_is_an_error_on_every_rank(world: int, tmp_path: Path) -> None:
+    with Ranks("not_made", world, tmp_path) as ranks:
+        for rank, found in ranks.results().items():
+            for name, (error, _) in found.items():
+                if name == "late" and rank == world - 1:
+                    continue  # it came, and found that the others had been there
+                assert error.startswith(NOT_MADE[name].format(world=world, last=world - 1)), name
+            assert len(found) == len(NOT_MADE) - (world == 2)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_error_while_computing_is_told_to_all(world: int, tmp_path: Path) -> None:
+    with Ranks("failing", world, tmp_path) as ranks:
+        for found in ranks.results().values():
+            for trunk in ("recompute", "send"):
+                for who in range(world):
+                    error, _ = found[f"rank {who}, {trunk}"]
+                    assert error == f"DistributedError: parnet_kernels: rank {who} failed: MemoryError: no memory left"
+                    assert found[f"right after {who}, {trunk}"]
+
+
+QUICK = ("killed-3-2-recompute", "stopped-3-0-send", "late-3-1-send")
+LOST = [
+    pytest.param(how, world, victim, trunk, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for how in ("killed", "stopped", "late")
+    for world, victim in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2))
+    for trunk in ("recompute", "send")
+    for name in [f"{how}-{world}-{victim}-{trunk}"]
+]
+
+
+@pytest.mark.parametrize(("how", "world", "victim", "trunk"), LOST)
+def test_a_lost_rank_is_an_error_in_time_on_all_others(
+    how: str, world: int, victim: int, trunk: str, tmp_path: Path
+) -> None:
+    with Ranks("lost", world, tmp_path, f"{victim} {how} {trunk}") as ranks:
+        ranks.reached(victim, "ready")
+        if how != "late":
+            ranks.processes[victim].send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        results = ranks.results(missing=() if how == "late" else (victim,))
+    for rank, found in results.items():
+        assert found["first"]
+        assert found["after"]
+        if rank == victim:
+            continue
+        error, seconds = found["lost"]
+        reason = {
+            "killed": "broke off (process",
+            "stopped": "did not answer within 3 s",
+            "late": "did not answer within 3 s",
+        }
+        assert error.startswith(f"Broken: parnet_kernels: rank {victim} {reason[how]}")
+        assert {"killed": "has ended", "stopped": "is stopped", "late": "is running"}[how] in error
+        assert seconds < 4
+        assert found["again"][0].startswith("RuntimeError: parnet_kernels: StreamParallel needs `reconnect()`: rank")
+        assert found["again"][1] < 0.5
