@@ -1,4 +1,4 @@
-"""The `parnet` command: info, demo, predict, latency, quantize, convert, export, bench."""
+"""The `parnet` command: info, demo, predict, latency, plan, quantize, convert, export, bench."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from parnet_kernels.app.options import (
     preprocessing_of,
     use_threads,
 )
+from parnet_kernels.app.plan import plan
 from parnet_kernels.app.predict import predict
 from parnet_kernels.app.quantize import quantize
 from parnet_kernels.call import OPERATORS
@@ -188,6 +189,7 @@ app.command()(predict)
 app.command()(export)
 app.command()(quantize)
 app.command()(latency)
+app.command()(plan)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

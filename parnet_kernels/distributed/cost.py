@@ -3,7 +3,8 @@
 The model, all in seconds: a level of layers (one launch, or one pass of the CPU's schedule) takes
 launch + max(FLOPs / (flops · fill), bytes / bandwidth), where fill ≤ 1 is the share of the device's units that its
 tiles of 64 × 64 outputs occupy, each split in up to `SPLITS` along its sum; a message takes latency + bytes /
-bandwidth, and one after another leaves a device. It knows no caches and no contention.
+bandwidth, and one after another leaves a device. It knows no caches and no contention. An eager device
+takes, layer by layer, the longer of its launches and of that maximum: launches run ahead of the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from math import prod
 from parnet_kernels.config import Layer, ParNetConfig
 from parnet_kernels.distributed.cut import Cut, cut, sizes
 
+#: Of the authors' fused blocks, by reading: convolution and bias, BatchNorms, pooling, gate, products, sum, φ, shuffle.
+EAGER_LAUNCHES = {"repvgg_sse": 9, "downsample_se": 8, "fusion_se": 13, "pointwise": 3}
 SPLITS = 4
 TILE = 64
 MAX_PLACEMENTS = 20_000  # that are compared; beyond, those with neighbouring streams together
@@ -29,6 +32,7 @@ class Device:
     bandwidth: float  # bytes a second of memory
     launch: float  # of a level
     units: int = 1  # that share a level's tiles: multiprocessors; 1: a CPU's threads, which share anything
+    eager: bool = False  # layers one after another, each of several launches (`EAGER_LAUNCHES`), as frameworks do
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,17 @@ class Model:
 
     def layers_time(self, layers: Iterable[Layer], device: Device) -> float:
         """Of layers on one device, level by level."""
+        if device.eager:
+            return sum(
+                max(EAGER_LAUNCHES[layer.kind] * device.launch, self._busy_time([layer], device)) for layer in layers
+            )
         levels: dict[int, list[Layer]] = {}
         for layer in layers:
             levels.setdefault(self._depth[layer.name], []).append(layer)
-        return sum(self._level_time(level, device) for level in levels.values())
+        return sum(device.launch + self._busy_time(level, device) for level in levels.values())
 
-    def _level_time(self, level: Sequence[Layer], device: Device) -> float:
+    def _busy_time(self, level: Sequence[Layer], device: Device) -> float:
+        """Of layers that run together, without the launch."""
         flops = values = tiles = 0
         for layer in level:
             n, k, h, w = self.size[layer.name]
@@ -88,7 +97,7 @@ class Model:
             values += weights + prod(self.size[layer.name]) + sum(prod(self.size[name]) for name in layer.inputs)
             tiles += -(-n * h * w // TILE) * -(-k // TILE)
         fill = min(1.0, max(tiles, 1) * SPLITS / device.units)
-        return device.launch + max(flops / (device.flops * fill), values * self.itemsize / device.bandwidth)
+        return max(flops / (device.flops * fill), values * self.itemsize / device.bandwidth)
 
     def single_time(self, device: Device) -> float:
         """Of the whole network on one device."""
@@ -121,7 +130,7 @@ class Model:
             arrivals.append(done + link.latency + ends / link.bandwidth)
         rest = [*self.cut.trunk_between(begun + 1, max(first)), *self.cut.streams_of(first)]
         ready = clock + self.layers_time(rest, device)
-        return max(ready, *arrivals) + self.layers_time(self.cut.fusion, device) + device.launch
+        return max([ready, *arrivals]) + self.layers_time(self.cut.fusion, device) + device.launch
 
     def best(
         self,

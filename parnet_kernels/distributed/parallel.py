@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NoReturn
 
 import torch
@@ -290,7 +291,7 @@ class StreamParallel:
         values = flat(y, last)
         small = y.is_cpu and values.numel() * values.element_size() <= BESIDE_BYTES
         beside = values.view(torch.uint8) if small else None
-        verdict = {"shape": [*y.shape], "last": last, "beside": beside is not None}
+        verdict = {"shape": [*y.shape], "stride": y.stride(), "beside": beside is not None}
         for other in others:
             self._post(peers.tell(other, verdict, "the verdict", _beside(beside)))
             if self._result == "every" and beside is None:
@@ -407,15 +408,13 @@ class StreamParallel:
             each.wait(self._deadline())
         if self._result == "first":
             return None
-        shape = verdict["shape"]
-        size = (*shape, 1, 1) if len(shape) == 2 else tuple(shape)
-        y = Wire(False, self.network.head_weight.dtype, verdict["last"], self._device).packet(size)
+        y = torch.empty(prod(verdict["shape"]), dtype=self.network.head_weight.dtype, device=self._device)
         if verdict["beside"]:
             beside = hearing.wait(self._deadline())[MESSAGE_BYTES:]
-            y.flat.view(torch.uint8).copy_(beside[: y.flat.numel() * y.flat.element_size()])
+            y.view(torch.uint8).copy_(beside[: y.numel() * y.element_size()])
         else:
-            peers.receive(0, y.flat, "the result").wait(self._deadline())
-        return y.flat.view(shape) if len(shape) == 2 else y.map
+            peers.receive(0, y, "the result").wait(self._deadline())
+        return y.as_strided(verdict["shape"], verdict["stride"])
 
     def _try_streams(
         self, x: Tensor, wire: Wire, own: Sequence[int], start: int | None, packet: Packet | None = None

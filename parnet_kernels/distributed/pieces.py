@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import Layer
-from parnet_kernels.cpu import backend as cpu
+from parnet_kernels.cpu.pack import are_finite
 from parnet_kernels.cpu.parts import CpuParts, Summed
 from parnet_kernels.deployed import DeployedParNet, _fused, _slot
 from parnet_kernels.distributed.cut import Size
@@ -83,7 +83,7 @@ class Pieces:
         if isinstance(found, WholeNetwork) and x.is_cpu and self.network._native.why_not(found, x) is None:
             if self._of is not found:
                 every = [*found.head, *(t for arguments in found.arguments for t in arguments.values())]
-                self._finite, self._of = cpu.are_finite(every), found
+                self._finite, self._of = are_finite(every), found
                 self._packed.clear()
             native = self._finite
         return Wire(native, x.dtype, is_channels_last(x), x.device)
