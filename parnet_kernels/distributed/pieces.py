@@ -15,9 +15,9 @@ from parnet_kernels.checks import is_channels_last
 from parnet_kernels.config import Layer
 from parnet_kernels.cpu.pack import are_finite
 from parnet_kernels.cpu.parts import CpuParts, Summed
-from parnet_kernels.deployed import DeployedParNet, _fused, _slot
+from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.deployed_layer import module_name
 from parnet_kernels.distributed.cut import Size
-from parnet_kernels.unchanged import HOOKS
 from parnet_kernels.whole import WholeNetwork, classify
 
 
@@ -66,12 +66,11 @@ class Pieces:
         found = self.network.whole()
         if isinstance(found, WholeNetwork):
             return None
-        if all(_fused(self.network.config).values()):
+        # A stream without blocks keeps the network from being one call, not from being cut.
+        if found != "a stream without blocks feeds a fusion":
             return found
-        # A stream without blocks keeps the network from being one call; what else is wrong is not looked at there.
-        for name, module in self.network.named_modules():
-            if any(module.__dict__[hooks] for hooks in HOOKS):
-                return f"{name or 'the network'} has hooks"
+        if reason := self.network.why_not_as_configured():
+            return reason
         tensors = (*self.network.buffers(), *self.network.parameters())
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return "weights need gradients"
@@ -141,8 +140,8 @@ class Pieces:
         for layer in layers:
             inputs = [made[name] for name in layer.inputs]
             if layer.kind == "fusion_se":
-                slots = map(_slot, layer.inputs)
+                slots = map(module_name, layer.inputs)
                 affines = network.affines
                 inputs = [affines[s](t) if s in affines else t for s, t in zip(slots, inputs, strict=True)]
-            made[layer.name] = network.layers[_slot(layer.name)](*inputs)
+            made[layer.name] = network.layers[module_name(layer.name)](*inputs)
         return made
