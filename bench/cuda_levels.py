@@ -124,14 +124,14 @@ def launches(weights: Weights, low: Lowered) -> list[Any]:
     return decode(low.program, [(1 << 40, 1 << 40)] * (3 + len(weights.tensors)))
 
 
-def count(weights: Weights, low: Lowered, architecture: int) -> list[int]:
+def count(weights: Weights, low: Lowered, gpu: Gpu) -> list[int]:
     """Bytes that each launch loads and stores, in the simulator."""
     from tests.cuda.player import play
     from tests.ptxsim.device import Simulator
 
     memory = torch.zeros(low.workspace_bytes, dtype=torch.uint8)
     buffers = [memory, torch.zeros(low.shape).half(), torch.zeros(1, 3, 224, 224).half(), *weights.tensors]
-    results = play(Simulator(), low.program, buffers, architecture, races=False)
+    results = play(Simulator(), low.program, buffers, gpu, races=False)
     # Waiting in the stem's grid barrier takes as many loads as it takes time, which the simulator does not know.
     waits = [sum(line["bytes"] for line in r.lines if "ld.acquire" in line["text"]) for r in results]
     return [r.global_load["bytes"] + r.global_store["bytes"] - w for r, w in zip(results, waits, strict=True)]
@@ -144,7 +144,7 @@ def share(c: Any, m: Model) -> float:
     clock (32 banks of 4, CUDA programming guide), hands out the 4 KB that these multiply in as many, and what copies
     write into it, weights and halo, comes on top.
     """
-    shape = policy(m.gpu.architecture).shapes[c.tile]
+    shape = policy(m.gpu.image).shapes[c.tile]
     if not shape.warpgroup:
         return m.mma
     read = 9 * 2 * (shape.rows // 64) * 4096  # of a chunk: taps, halves, products
@@ -209,10 +209,10 @@ def round_trips(c: Any, m: Model) -> tuple[int, int]:
     the gate. After: the skip; or of a split layer the flag, then the others' partial sums, as many as fit into shared
     memory at a time, in a warpgroup tile by 64 rows.
     """
-    p = policy(m.gpu.architecture)
+    p = policy(m.gpu.image)
     batches = -(-c.inputs[0].sum_tiles // (p.threads // 32 * SUMS_AT_ONCE))
     passes = -(-c.chunks // c.splits // PASS_CHUNKS)
-    before = batches * passes + (m.gpu.architecture < 90)
+    before = batches * passes + (m.gpu.image < 90)
     shape = p.shapes[c.tile]
     pipeline = p.stages * p.weight_stage_bytes + 2 * c.slots * shape.slot_bytes
     fragments = shape.rows // 64 if shape.warpgroup else 1
@@ -233,13 +233,13 @@ def pair_trips(c: Any) -> int:
 
 def classifier_trips(c: Any, m: Model) -> int:
     """The same of the classifier: the bias, unless it is read early, and the sums' tiles."""
-    return -(-c.features // (32 * 8 * STEPS_AT_ONCE)) * c.sum_tiles + (m.gpu.architecture < 90)
+    return -(-c.features // (32 * 8 * STEPS_AT_ONCE)) * c.sum_tiles + (m.gpu.image < 90)
 
 
 def analyse(launch: Any, m: Model, counted: int | None) -> Level:
     """A level launch by the model above."""
     call = LevelCall.from_buffer_copy(launch.arguments)
-    shapes = policy(m.gpu.architecture).shapes
+    shapes = policy(m.gpu.image).shapes
     layers = [call.layer[i] for i in range(call.layers)]
     terms = [layer_terms(c, shapes[c.tile].rows) for c in layers]
     clocks = 0
@@ -286,7 +286,7 @@ def small(launch: Any, m: Model, needed: int, counted: int | None, flops: float,
 def levels(name: str, m: Model, counting: bool) -> list[Level]:
     weights, low = lowered(name, m.gpu)
     found = launches(weights, low)
-    counted: list[int] | list[None] = count(weights, low, m.gpu.architecture) if counting else [None] * len(found)
+    counted: list[int] | list[None] = count(weights, low, m.gpu) if counting else [None] * len(found)
     config = VARIANTS[name]
     rows = []
     for launch, asked in zip(found, counted, strict=True):

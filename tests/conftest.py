@@ -1,10 +1,30 @@
 """Fixtures and options that all tests share."""
 
+import importlib.util
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from ptxsim.device import add_option as pytest_addoption  # noqa: F401
-from ptxsim.device import device  # noqa: F401
-from ptxsim.device import mark_items as pytest_collection_modifyitems  # noqa: F401
+from ptxsim.device import (
+    device,  # noqa: F401
+    mark_items,
+)
+
+ROOT = Path(__file__).parents[1]
+found = importlib.util.find_spec("parnet_kernels")
+if found is None or Path(str(found.origin)).is_relative_to(ROOT / "parnet_kernels"):
+    # Built in place, not installed: the processes that tests start must find it too.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_items(config, items)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,13 @@ def test_no_import_circle() -> None:
     list(graphlib.TopologicalSorter(found).static_order())  # raises CycleError, which names the circle
 
 
+def test_names_of_test_files_differ() -> None:
+    """Two of one name in folders that are no packages abort the collection where both are collected."""
+    folders = {path.parent for path in Path(__file__).parent.rglob("test_*.py")}
+    names = [p.name for f in folders if not (f / "__init__.py").exists() for p in f.glob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_files_are_short() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert not {name: length for name, length in lengths.items() if length > 450}

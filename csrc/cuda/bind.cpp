@@ -58,6 +58,14 @@ void play(const std::vector<Tensor>& buffers, const Tensor& program) {
   STD_TORCH_CHECK(error.empty(), "parnet_kernels: ", error);
 }
 
+int64_t image(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  int architecture = 0;
+  const char* error = cuda::image(&architecture);
+  STD_TORCH_CHECK(!error, "the CUDA library's kernels do not load on cuda:", device, ": ", error);
+  return architecture;
+}
+
 std::string info() { return PARNET_CUDA_ARCHS; }
 
 // The order of parnet_kernels.cuda.plan.Policy.
@@ -84,5 +92,6 @@ std::vector<int64_t> policy(int64_t architecture) {
 STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) {
   m.impl("_cuda_play", TORCH_BOX(&play));
   m.impl("_cuda_info", TORCH_BOX(&info));
+  m.impl("_cuda_image", TORCH_BOX(&image));
   m.impl("_cuda_policy", TORCH_BOX(&policy));
 }

@@ -31,6 +31,14 @@ struct GateVector<__half> : GateVector16<__half> {};
 template <>
 struct GateVector<__nv_bfloat16> : GateVector16<__nv_bfloat16> {};
 
+// Of four channels, those whose bit is not set, so that zero weights meet no infinity of another group.
+__device__ __forceinline__ void clear_others(float4& v, uint32_t mask) {
+  if (!(mask & 1)) v.x = 0.0f;
+  if (!(mask & 2)) v.y = 0.0f;
+  if (!(mask & 4)) v.z = 0.0f;
+  if (!(mask & 8)) v.w = 0.0f;
+}
+
 // A pass is four chunks: 16 lanes a row of gate weights, 16 bytes each; two rows a warp at a time.
 constexpr int kPassChunks = 4;
 constexpr int kSumsAtOnce = 16;  // a warp has so many on their way, whose latencies would add up otherwise
@@ -84,6 +92,8 @@ __device__ __forceinline__ void gate_logits(const LayerCall& p, int image, int g
 #pragma unroll
       for (int k = 0; k < kSumsAtOnce; k++) add(sum, v[k]);
     }
+    if (p.chunk_masks && adds)
+      clear_others(sum, __ldg(p.chunk_masks + group * p.chunks + of_chunk) >> lane * 4 % kChunkChannels);
     if (chunk != first_chunk) __syncthreads();  // the sums of the last pass have been read
     // A lane that reads two quads finds the first ones of all lanes before the second ones: no bank
     // conflicts.

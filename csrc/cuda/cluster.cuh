@@ -34,20 +34,12 @@ __device__ __forceinline__ float load_partner_value(uint32_t there) {
   return v;
 }
 
-// At a barrier of the other block; a wait there sees what this thread has seen.
+// At a barrier of the other block, when products here have read what copies from there will overwrite. The
+// plain form, which releases nothing to other blocks: with .release.cluster, and .acquire.cluster in the
+// wait, this thread would wait for its own stores and the other block would drop its L1, and no data follow
+// these arrivals.
 __device__ __forceinline__ void arrive_partner(uint32_t there) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
-}
-__device__ __forceinline__ void wait_partner(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 
 // As copy_bulk, to the same place in both blocks; the barrier in each is told of its copy.

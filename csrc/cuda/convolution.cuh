@@ -137,6 +137,7 @@ struct Tile : TileBase<M, kShape> {
       for (int kh = 0; kh < 3; kh++) {
         wait_copies<kStages - 2>();
         __syncthreads();
+        if (kh == 0 && p.chunk_masks) this->clear_other_groups(next_entry, max(halo_flip, 0));
         if (kh + kStages - 1 < 3 || left > 1) {
           load_weights(stage_offset(kh + kStages - 1, flip));
           if ((kh + kStages - 1) % 3 == 0) load_halo();

@@ -31,35 +31,26 @@ struct Kernels {
   }
 };
 
-struct Device {
-  std::atomic<int> architecture{0};
-  std::atomic<int> shared[kKernels]{};  // dynamic shared memory that the kernel has been allowed
-};
+// What a kernel is on one device: the architecture that its image was compiled for, which may be older than
+// the device's; 0 until it has been made ready.
+using Device = std::atomic<int>[kKernels];
 
-cudaError_t prepare(Device& device, int index, const void* kernel, const Launch& l) {
-  if (device.architecture.load(std::memory_order_relaxed) == 0) {
-    int major = 0, minor = 0;
-    if (const auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
-    if (const auto e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
-    device.architecture.store(10 * major + minor, std::memory_order_relaxed);
-  }
-  // Only ever raised: two threads that race set one of two sufficient values, and the lower one is raised
-  // again.
-  auto& allowed = device.shared[l.kernel];
-  if (static_cast<int>(l.shared) > allowed.load(std::memory_order_relaxed)) {
-    int most = 0;
-    if (const auto e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index))
-      return e;
-    cudaFuncAttributes attributes;
-    if (const auto e = cudaFuncGetAttributes(&attributes, kernel)) return e;
-    const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
-    if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic))
-      return e;
-    if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                            cudaSharedmemCarveoutMaxShared))
-      return e;
-    allowed.store(dynamic, std::memory_order_relaxed);
-  }
+// Once for each kernel and device; two threads that race here do the same.
+cudaError_t prepare(std::atomic<int>& image, int index, const void* kernel) {
+  if (image.load(std::memory_order_relaxed) != 0) return cudaSuccess;
+  int most = 0;
+  if (const auto e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)) return e;
+  cudaFuncAttributes attributes;
+  if (const auto e = cudaFuncGetAttributes(&attributes, kernel)) return e;
+  const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
+  if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic))
+    return e;
+  // Those that need little shared memory too: a multiprocessor that has to divide its memory anew drains
+  // first.
+  if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared))
+    return e;
+  image.store(attributes.ptxVersion, std::memory_order_relaxed);
   return cudaSuccess;
 }
 
@@ -71,7 +62,8 @@ cudaError_t start(const Launch& l, cudaStream_t stream) {
   if (l.kernel < 0 || l.kernel >= kKernels || index >= kMaxDevices) return cudaErrorInvalidValue;
   const void* kernel = kernels.address[l.kernel];
   if (!kernel) return cudaErrorInvalidDeviceFunction;
-  if (const auto e = prepare(devices[index], index, kernel, l)) return e;
+  auto& image = devices[index][l.kernel];
+  if (const auto e = prepare(image, index, kernel)) return e;
   cudaLaunchAttribute attribute[3];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(l.grid);
@@ -83,7 +75,9 @@ cudaError_t start(const Launch& l, cudaStream_t stream) {
     attribute[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attribute[config.numAttrs++].val.cooperative = 1;
   }
-  if ((l.flags & kDependent) && devices[index].architecture.load(std::memory_order_relaxed) >= 90) {
+  // An older image does not wait for the kernel before it (`wait_for_producers`), whatever the device could
+  // do.
+  if ((l.flags & kDependent) && image.load(std::memory_order_relaxed) >= 90) {
     attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -95,13 +89,23 @@ cudaError_t start(const Launch& l, cudaStream_t stream) {
   return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
-}  // namespace
-
-const char* launch(const Launch& l, void* stream) {
-  const cudaError_t error = start(l, static_cast<cudaStream_t>(stream));
+const char* text_of(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // clears it; not after a success, where it would be the error of someone else's call
   return cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* launch(const Launch& l, void* stream) {
+  return text_of(start(l, static_cast<cudaStream_t>(stream)));
+}
+
+const char* image(int* architecture) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernels_f16().level);
+  *architecture = attributes.ptxVersion;
+  return text_of(error);
 }
 
 }  // namespace parnet::cuda

@@ -4,7 +4,11 @@
 
 namespace parnet::cuda {
 
-// Returns null, or the text of the CUDA error, which is not left behind in the runtime.
+// Each returns null, or the text of the CUDA error, which is not left behind in the runtime.
 const char* launch(const Launch& l, void* stream);
+
+// The architecture that the kernels which the current device runs were compiled for, 10 * major + minor.
+// Fails where they cannot run: no image fits, or the driver is too old.
+const char* image(int* architecture);
 
 }  // namespace parnet::cuda

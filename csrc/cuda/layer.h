@@ -44,6 +44,9 @@ struct LayerCall {
   const void* weight;
   const void* gate_weight;     // [group][column tile][64 columns][chunks * 64 bytes]
   const int32_t* chunk_table;  // [group][chunks], and one entry that is read but not used
+  // [group][chunks]: bit i: channel i of the chunk is the group's, or padding. Others have zero weights,
+  // which do not take an infinity's part away. Null if all are.
+  const uint32_t* chunk_masks;
   // Sums of a split layer; with kSplits, of half a tile each and of two splits:
   float* partial;         // [tile][split][rows * 64 / 512 float4 of each thread]
   float* partial_logits;  // [tile][split][64]

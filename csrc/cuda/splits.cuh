@@ -44,9 +44,8 @@ struct Splits {
         for (int j = 0; j < kKept; j++) __stcg(to + (i * kKept + j) * kThreads, sums[i][j]);
       }
     if (threadIdx.x < kColumns) __stcg(partial_logit(split), logit);
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) atomicAdd(p.arrivals + tile, kLeft);
+    if (threadIdx.x == 0) add_release(p.arrivals + tile, kLeft);
   }
 
   __device__ __forceinline__ void wait_for_others() const {

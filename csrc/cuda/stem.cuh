@@ -33,9 +33,8 @@ __device__ __forceinline__ float warp_sum(float v) {
 struct GridBarrier {
   uint32_t* counters;
   __device__ __forceinline__ void arrive() const {
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) atomicAdd(counters, 1u);
+    if (threadIdx.x == 0) add_release(counters, 1);
   }
   __device__ __forceinline__ void wait() const {
     if (threadIdx.x == 0)
@@ -43,9 +42,7 @@ struct GridBarrier {
       }
     __syncthreads();
     if (threadIdx.x != kThreads - 1) return;  // of a warp that has little to do next
-    __threadfence();
-    if (atomicAdd(counters + 1, 1u) + 1 != gridDim.x) return;
-    __threadfence();
+    if (add_acquire_release(counters + 1, 1) + 1 != gridDim.x) return;
     counters[0] = counters[1] = 0;
   }
 };

@@ -142,6 +142,29 @@ struct TileBase {
     (copy_async_unless_negative<kRound * 32 * kPixelBytes>(to, x, pixel[kRound]), ...);
   }
 
+  // Clears the channels of another group in a halo that all threads have loaded: of the chunk before
+  // `next_entry` of the chunk table, `base` bytes from the first halo. Rare (a fusion whose groups meet
+  // within a chunk), so not a part of the copies.
+  __device__ __forceinline__ void clear_other_groups(const int32_t* next_entry, int base) const {
+    constexpr uint32_t kAll = sizeof(T) == 4 ? 0xffffu : ~0u;
+    const uint32_t mask = __ldg(p.chunk_masks + (next_entry - p.chunk_table) - 1);
+    if (mask == kAll) return;
+    // A word a lane, of two slots whose words lie in different banks; a lane has the same channels of all its
+    // slots.
+    const int lane = lane_id(), half = lane >> 4;
+    const int first = kTile.warpgroup ? 2 * warp + half : warp + 4 * half;
+    const int part = (lane >> 2 & 3) ^ (kTile.warpgroup ? first >> 1 & 3 : 0);
+    const uint32_t bits = mask >> (part * kLaneChannels + (lane & 3) * 4 / sizeof(T));
+    uint32_t kept = bits & 1 ? ~0u : 0;
+    if constexpr (sizeof(T) == 2) kept = (bits & 1 ? 0xffffu : 0) | (bits & 2 ? 0xffff0000u : 0);
+    uint32_t* word =
+        reinterpret_cast<uint32_t*>(dynamic_shared + kStages * kWeightBytes + base + first * kPixelBytes) +
+        (lane & 15);
+#pragma unroll 1
+    for (int slot = first; slot < p.slots; slot += 8, word += 8 * kPixelBytes / 4) *word &= kept;
+    __syncthreads();
+  }
+
   // The lane's entry of the chunk table in the gate's first pass.
   __device__ __forceinline__ int gate_entry(const int32_t* first_entry) const {
     return place.first_chunk + chunk_of_lane<T>() < place.last_chunk ? __ldg(first_entry + chunk_of_lane<T>())

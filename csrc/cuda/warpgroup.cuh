@@ -172,6 +172,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
     wait_copies<1>();  // all but the vectors
     __syncthreads();
     for (int left = chunks; left > 0; left--) {
+      if (p.chunk_masks) this->clear_other_groups(next_entry, max(halo_flip, 0));
 #pragma unroll
       for (int kh = 0; kh < 3; kh++) {
         wait_barrier(filled + 8 * kh, parity);
@@ -202,7 +203,7 @@ struct WarpgroupTile : TileBase<M, kShape> {
           }
           // Seldom waits: the other block has had two steps' time to arrive.
           if (step == kLoadStep && threadIdx.x == 0 && loads) {
-            if (place.shares_weights) wait_partner(used + 8 * free, parity);
+            if (place.shares_weights) wait_barrier(used + 8 * free, parity);
             load_weights(free);
           }
         }

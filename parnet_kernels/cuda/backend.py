@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parnet_kernels import _native
+from parnet_kernels import _native, verdict
 from parnet_kernels.call import Call
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.cuda.pack import Layout, PackedLayer, chunk_channels, pack
 from parnet_kernels.cuda.plan import Gpu, policy
 from parnet_kernels.cuda.program import math_of, play
 from parnet_kernels.cuda.record import RESULT, WORKSPACE, Recorder, Step
-from parnet_kernels.cuda.workspace import capturing, finish, workspace
+from parnet_kernels.cuda.workspace import Packed, capturing, workspace
 from parnet_kernels.locks import Lock
 from parnet_kernels.precision import current_precision
 from parnet_kernels.unchanged import State, state_of
@@ -35,7 +35,7 @@ _disabled: str | None = None
 
 
 def disable(reason: str | None) -> None:
-    """Turns the backend off for this process (None: on again): what a failed self-test does."""
+    """Turns the backend off for this process (None: on again)."""
     global _disabled
     _disabled = reason
 
@@ -46,6 +46,10 @@ def device_missing(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST:
         return f"needs compute capability 8.0, cuda:{index} has {capability[0]}.{capability[1]}"
+    try:
+        torch.ops.parnet._cuda_image(index)
+    except RuntimeError as error:  # of this library's CUDA runtime: no image for the device, or the driver is too old
+        return str(error).splitlines()[0]
     return None
 
 
@@ -70,7 +74,8 @@ def tensor_missing(x: Tensor) -> str | None:
     pixels, pitch = x.shape[2] * x.shape[3], -(-x.shape[1] // size) * size
     if max(pixels * pitch, x.shape[0] * pixels) >= 2**31:
         return f"an image has {pixels} pixels of {pitch} channels, 2³¹ or more numbers"
-    return device_missing(x.device.index or 0)
+    index = x.device.index or 0
+    return device_missing(index) or verdict.failure("cuda", index)
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -95,7 +100,7 @@ def run(call: Call) -> Tensor:
     """One call of a public operator."""
     x = call.x
     precision = "tf32" if current_precision() == "tf32" else "ieee"
-    packed = _cached(call, precision)
+    packed, shared = _cached(call, precision)
     recorded = _record(
         call.op,
         tuple((tuple(m.shape), m.stride(), m.data_ptr() % 16 == 0) for m in call.maps),
@@ -107,6 +112,8 @@ def run(call: Call) -> Tensor:
     result = torch.empty(recorded.shape, dtype=x.dtype, device=x.device)
     with workspace(x.device, recorded.workspace_bytes) as memory:
         play([memory, result, *call.maps, *packed[:4]], recorded.program)
+    if shared is not None:
+        shared.read(x.device)
     y = result.permute(0, 3, 1, 2)
     return y if is_channels_last(x) else y.contiguous()
 
@@ -117,6 +124,7 @@ def run(call: Call) -> Tensor:
 class _Geometry(NamedTuple):
     """A PackedLayer without its tensors."""
 
+    masked: bool
     kind: str
     stride: int
     activation: str
@@ -171,6 +179,7 @@ class _Entry(NamedTuple):
     references: list[weakref.ref[Tensor]]
     state: State
     packed: PackedLayer
+    shared: Packed
 
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
@@ -183,24 +192,25 @@ def clear_cache() -> None:
         _entries.clear()
 
 
-def _cached(call: Call, precision: str) -> PackedLayer:
-    """The packed form of a layer, from the cache if it is still that of these parameters. What is packed while a graph
-    is captured is not kept: it holds nothing before the graph is replayed.
+def _cached(call: Call, precision: str) -> tuple[PackedLayer, Packed | None]:
+    """The packed form of a layer, from the cache if it is still that of these parameters, and who else reads it (None:
+    it is this call's own). What is packed while a graph is captured is not kept: it holds nothing before the graph is
+    replayed.
     """
     if not _cacheable(call):
-        return _pack(call, precision)
+        return _pack(call, precision), None
     weight, present = call["weight"], call.present
     key = (id(weight), call.op, call.stride, call.activation, precision)
     state = state_of(present)
     entry = _entries.get(key)
     if entry is not None and entry.state == state and all(map(operator.is_, (r() for r in entry.references), present)):
-        return entry.packed
+        return entry.packed, entry.shared
     packed = _pack(call, precision)
     if capturing(weight.device):
-        return packed
-    finish(weight.device)
+        return packed, None
+    shared = Packed(packed[:4], weight.device)
     forget = weakref.ref(weight, lambda _: _entries.pop(key, None))
     references = [forget if p is weight else weakref.ref(p) for p in present]
     with _lock:
-        _entries[key] = _Entry(references, state, packed)
-    return packed
+        _entries[key] = _Entry(references, state, packed, shared)
+    return packed, shared

@@ -16,7 +16,7 @@ from parnet_kernels.cuda.pack import Layout, PackedLayer, PackedStem, fits_stem,
 from parnet_kernels.cuda.plan import Gpu
 from parnet_kernels.cuda.program import math_of, play
 from parnet_kernels.cuda.record import RESULT, Map, Recorder, Step
-from parnet_kernels.cuda.workspace import allocate, capturing, finish, workspace
+from parnet_kernels.cuda.workspace import Packed, allocate, capturing, workspace
 from parnet_kernels.locks import Lock
 from parnet_kernels.precision import current_precision
 from parnet_kernels.whole import WholeNetwork
@@ -31,6 +31,7 @@ class Weights(NamedTuple):
     layers: list[PackedLayer | PackedStem]
     first_buffer: list[int]  # of each layer, counted from the first packed tensor
     tensors: list[Tensor]
+    shared: Packed | None = None  # None: packed for one call
 
 
 class Lowered(NamedTuple):
@@ -176,7 +177,7 @@ class CudaNetwork:
                     device = network.head[0].device
                     weights = pack_network(network, precision)
                     if not capturing(device):
-                        finish(device)
+                        weights = weights._replace(shared=Packed(weights.tensors, device))
                         self._weights[precision] = network, weights
         return weights
 
@@ -207,6 +208,8 @@ class CudaNetwork:
         y = torch.empty(lowered.shape, dtype=x.dtype, device=x.device)
         with workspace(x.device, lowered.workspace_bytes) as memory:
             play([memory, y, x, *weights.tensors], lowered.program)
+        if weights.shared is not None:
+            weights.shared.read(x.device)
         if result != "features":
             return y
         nchw = y.permute(0, 3, 1, 2)

@@ -55,7 +55,8 @@ class PackedLayer(NamedTuple):
     weight: Tensor
     gate_weight: Tensor
     vectors: Tensor
-    chunk_table: Tensor
+    chunk_table: Tensor  # int32: the table; if `masked`, then the masks
+    masked: bool  # whether a chunk holds channels of another group
     kind: str
     stride: int
     activation: str
@@ -181,21 +182,30 @@ def pack(
     convolution = round_to_tf32(weight) if dtype == torch.float32 and precision == "tf32" else weight
 
     tables: list[list[int]] = []
+    masks: list[list[int]] = []
     orders: list[list[int]] = []  # weight input channel of each chunk position; `channels` for none
     for group in range(groups):
         table: list[int] = []
+        mask: list[int] = []
         order: list[int] = []
         for source, (pairs, layout) in enumerate(zip(_group_inputs(kind, group, channels), inputs, strict=True)):
             left = {layout.positions[c]: t for c, t in pairs}
+            others = set(layout.positions) - set(left)
             for start in _cover(list(left), layout, dtype):
                 table.append(start | source << SOURCE_SHIFT)
                 order += [left.pop(position, channels) for position in range(start, start + size)]
+                mask.append(sum(1 << i for i in range(size) if start + i not in others))
         tables.append(table)
+        masks.append(mask)
         orders.append(order)
     chunks = max(map(len, tables))
-    for table, order in zip(tables, orders, strict=True):  # with an odd number of channels, groups differ by one
+    for table, mask, order in zip(tables, masks, orders, strict=True):  # with an odd number of channels, groups differ
         order += [channels] * (size * (chunks - len(table)))
+        mask += [0] * (chunks - len(table))
         table += [0] * (chunks - len(table))
+    every = [*itertools.chain(*masks)]
+    masked = any(m != (1 << size) - 1 for m in every)
+    words = [*itertools.chain(*tables), 0, *(every if masked else [])]
 
     packed_weight, packed_gate = [], []
     for group in range(groups):
@@ -214,7 +224,8 @@ def pack(
         torch.stack(packed_weight),
         torch.stack(packed_gate).contiguous(),
         _vectors(kind, p, groups, tiles),
-        torch.tensor([*itertools.chain(*tables), 0], dtype=torch.int32, device=device),
+        torch.tensor(words, dtype=torch.int64).to(torch.int32).to(device),  # wraps the 32nd bit of a mask
+        masked,
         kind,
         stride,
         activation,

@@ -9,32 +9,19 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from parnet_kernels import environment
+from parnet_kernels import environment, verdict
+from parnet_kernels.cuda.constants import Constants, constants
 from parnet_kernels.cuda.pack import CHUNK_BYTES
 
 MAX_SPLITS = 8  # that add their sums by way of global memory
-# Units: one output row of a tile in one stage, 6 clocks of an A100's tensor cores. Estimates: a stage's cost besides
-# its products (weights to shared memory, barrier), a block's start and end, 28 KB of partial sums stored or loaded, and
-# TRIP, a round trip to L2 that nothing hides. Alone on a multiprocessor a block takes ALONE times as long as beside a
-# second one that fills its pauses. L2_REACHED of L2's rate is what blocks get that all start together. Not measured: of
-# a few values those for which bench/cuda_levels.py models the least time.
-STAGE_COST, BLOCK_COST, SPLIT_COST, TRIP = 20, 100, 40, 50
-ALONE, L2_REACHED = 1.05, 0.625
-WGMMA_ROW = 0.85  # a row of a warpgroup tile; 0.63 / 0.82 by the rates, chosen like the others
 CANDIDATES = 48  # combinations whose schedule is simulated
-#: Bytes that L2 gives a multiprocessor while it does a unit, if all ask: their rates are in bench/cuda_levels.py. How
-#: many times that it takes if others do not ask: 64 bytes a clock.
-L2_BYTES = {80: 280, 86: 300, 89: 300, 90: 136, 100: 127, 120: 300}
-L2_SHARES = {80: 1.35, 86: 1.25, 89: 1.25, 90: 2.2, 100: 2.2, 120: 1.25}
-#: The same of what a multiprocessor reads from another one, and round trips that this takes after the products.
-PAIR_BYTES, PAIR_TRIPS = 67, 2
 SPLITS_AT_ONCE = 2  # that a tile of mma.sync adds; a warpgroup tile adds fragments as they come (splits.cuh)
 
 
@@ -86,7 +73,7 @@ _wgmma: Wgmma = "planned" if environment.WGMMA else "never"
 
 
 def use_wgmma(when: Wgmma) -> None:
-    """For the plans that this process makes from now on. A failed self-test says "never"."""
+    """For the plans that this process makes from now on."""
     global _wgmma
     _wgmma = when
 
@@ -102,29 +89,38 @@ def _built_for() -> list[str]:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What planning depends on."""
+    """What planning depends on. Rates are the device's; the depth of the pipeline, and with it shared memory, is that
+    of the image (PARNET_CUDA_ARCHS may not name the device).
+    """
 
     architecture: int
     multiprocessors: int
     shared_per_sm: int
     shared_per_block: int
     wgmma: Wgmma = "never"
+    image: int = 0  # the architecture that the kernels were compiled for, if not `architecture`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", self.image or self.architecture)
 
     @classmethod
     def of(cls, device: torch.device) -> Gpu:
-        return cls._of(device, wgmma())
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return cls._of(index, "never" if verdict.failure("wgmma", index) else wgmma())
 
     @classmethod
     @functools.cache
-    def _of(cls, device: torch.device, wgmma: Wgmma) -> Gpu:
-        p: Any = torch.cuda.get_device_properties(device)
+    def _of(cls, index: int, wgmma: Wgmma) -> Gpu:
+        p: Any = torch.cuda.get_device_properties(index)
         architecture = 10 * p.major + p.minor
+        image = torch.ops.parnet._cuda_image(index)
         return cls(
             architecture,
             p.multi_processor_count,
             p.shared_memory_per_multiprocessor,
             p.shared_memory_per_block_optin,
-            wgmma if architecture == 90 else "never",
+            wgmma if architecture == image == 90 else "never",
+            image,
         )
 
 
@@ -208,7 +204,7 @@ def _slot_pitch(cols: int, stride: int) -> tuple[int, bool]:
 @functools.cache
 def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
     """The best rows and cols for a tile shape: fewest tiles, then no conflicts, then the smallest halo."""
-    p = policy(gpu.architecture)
+    p = policy(gpu.image)
     shape = p.shapes[tile]
     if s.stride != shape.stride:
         return None
@@ -233,11 +229,11 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
     return None if best is None else best[1]
 
 
-def block_costs(s: Shape, t: Tiling, p: Policy) -> list[tuple[float, int]]:
+def block_costs(s: Shape, t: Tiling, p: Policy, c: Constants) -> list[tuple[float, int]]:
     """Modelled durations of a layer's blocks, longest first, and how many there are of each."""
     shape = p.shapes[t.tile]
-    extra = BLOCK_COST + SPLIT_COST * shape.rows / 112 * (t.parts - 1) / t.splits
-    row = shape.rows * (WGMMA_ROW if shape.warpgroup else 1) + STAGE_COST
+    extra = c.block_cost + c.split_cost * shape.rows / 112 * (t.parts - 1) / t.splits
+    row = shape.rows * (c.wgmma_row if shape.warpgroup else 1) + c.stage_cost
     most, longer = -(-s.chunks // t.splits), s.chunks % t.splits or t.splits  # blocks with the most chunks
     costs = [(3.0 * most * row + extra, longer * t.tiles(s))]
     if longer < t.splits:
@@ -245,7 +241,7 @@ def block_costs(s: Shape, t: Tiling, p: Policy) -> list[tuple[float, int]]:
     return costs
 
 
-def waits(t: Tiling, p: Policy) -> float:
+def waits(t: Tiling, p: Policy, c: Constants) -> float:
     """How long the last blocks wait for others after their products."""
     trips = 0.0
     if t.parts > 1:  # the others' stores, the flag, and their sums as many at a time as there is room for
@@ -253,7 +249,7 @@ def waits(t: Tiling, p: Policy) -> float:
         halves = 2 if t.pairing == Pairing.SPLITS else 1
         room = halves * shape.exchange_bytes / (4 * shape.rows * p.columns) if shape.warpgroup else SPLITS_AT_ONCE
         trips += 2 + (t.parts - 1) / room
-    return TRIP * (trips + (PAIR_TRIPS if t.pairing == Pairing.SPLITS else 0))
+    return c.trip * (trips + (c.pair_trips if t.pairing == Pairing.SPLITS else 0))
 
 
 def asked_bytes(s: Shape, t: Tiling, p: Policy) -> int:
@@ -278,16 +274,16 @@ def _partial_bytes(t: Tiling, p: Policy) -> int:
 
 def blocks_per_sm(gpu: Gpu, shared: int) -> int:
     """How many blocks run at once on a multiprocessor; registers allow two."""
-    return max(1, min(2, gpu.shared_per_sm // (shared + policy(gpu.architecture).static_shared + 1024)))
+    return max(1, min(2, gpu.shared_per_sm // (shared + policy(gpu.image).static_shared + 1024)))
 
 
-def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int) -> float:
+def makespan(costs: list[tuple[float, int]], gpu: Gpu, per_sm: int, alone: float) -> float:
     """Modelled time of a launch: blocks (cost, number) go, in order, to the multiprocessor with the least work."""
     work = [0.0] * gpu.multiprocessors
     for cost, blocks in costs:
         for _ in range(blocks):
             heapq.heapreplace(work, work[0] + cost)
-    return max(max(work) * (1.0 if per_sm == 2 else ALONE), ALONE * costs[0][0])
+    return max(max(work) * (1.0 if per_sm == 2 else alone), alone * costs[0][0])
 
 
 def _idle(blocks: int, gpu: Gpu) -> float:
@@ -298,7 +294,7 @@ def _idle(blocks: int, gpu: Gpu) -> float:
     return 1.0 if missing <= 1 or gpu.architecture >= 90 else 1.5 * missing
 
 
-class _Option(NamedTuple):
+class Option(NamedTuple):
     """One way to cut a layer, and what ranking needs of it."""
 
     tiling: Tiling
@@ -309,7 +305,7 @@ class _Option(NamedTuple):
     exchanged: int
     waits: float
 
-    def dominates(self, other: _Option) -> bool:
+    def dominates(self, other: Option) -> bool:
         """Whether it is at least as good in every respect."""
         ours, theirs = ((o.total, o.costs[0][0], o.asked, o.exchanged, o.waits, -o.blocks) for o in (self, other))
         return all(a <= b for a, b in zip(ours, theirs, strict=True))
@@ -329,10 +325,18 @@ def _pairings(s: Shape, t: Tiling, shape: TileShape, wgmma: Wgmma) -> Iterator[T
     yield from pairs
 
 
-def _options(s: Shape, gpu: Gpu, math: str) -> list[_Option]:
-    p = policy(gpu.architecture)
+def option(s: Shape, t: Tiling, gpu: Gpu) -> Option:
+    p, c = policy(gpu.image), constants(gpu.architecture)
+    costs = block_costs(s, t, p, c)
+    total, blocks = sum(cost * b for cost, b in costs), sum(b for _, b in costs)
+    return Option(t, costs, total, blocks, asked_bytes(s, t, p), exchanged_bytes(s, t, p), waits(t, p, c))
+
+
+def options(s: Shape, gpu: Gpu, math: str) -> list[Option]:
+    """The ways to cut a layer that may be the best beside others."""
+    p = policy(gpu.image)
     wgmma = gpu.wgmma if math in ("f16", "bf16") else "never"
-    found: list[_Option] = []
+    found: list[Option] = []
     for tile, shape in enumerate(p.shapes):
         if tile == 0 and math == "f32":
             continue  # the exact kernel has no 112-row tile
@@ -341,40 +345,44 @@ def _options(s: Shape, gpu: Gpu, math: str) -> list[_Option]:
         tiling = _spatial(s, tile, gpu)
         if tiling is None:
             continue
-        for t in _pairings(s, tiling, shape, wgmma):
-            costs = block_costs(s, t, p)
-            total, blocks = sum(c * b for c, b in costs), sum(b for _, b in costs)
-            found.append(_Option(t, costs, total, blocks, asked_bytes(s, t, p), exchanged_bytes(s, t, p), waits(t, p)))
-    best: list[_Option] = []
-    for option in found:
-        if not any(b.dominates(option) for b in best):
-            best = [b for b in best if not option.dominates(b)] + [option]
+        found += [option(s, t, gpu) for t in _pairings(s, tiling, shape, wgmma)]
+    best: list[Option] = []
+    for one in found:
+        if not any(b.dominates(one) for b in best):
+            best = [b for b in best if not one.dominates(b)] + [one]
     return best
+
+
+def traffic(choice: Sequence[Option], gpu: Gpu) -> float:
+    """How long L2, or the ports between multiprocessors, take for what the blocks ask for."""
+    c = constants(gpu.architecture)
+    # Multiprocessors without a block leave their share of L2's rate to others.
+    asking = min(gpu.multiprocessors, c.l2_shares * sum(o.blocks for o in choice))
+    found = sum(o.asked for o in choice) / (c.l2_reached * c.l2_bytes * asking)
+    return max(found, sum(o.exchanged for o in choice) / (c.pair_bytes * gpu.multiprocessors))
+
+
+def level_time(choice: Sequence[Option], gpu: Gpu) -> float:
+    """Modelled time of a launch, in the units of `constants.py`."""
+    c = constants(gpu.architecture)
+    per_sm, asked = blocks_per_sm(gpu, max(o.tiling.shared for o in choice)), traffic(choice, gpu)
+    layers = sorted((o.costs for o in choice), key=lambda costs: -costs[0][0])  # as they are launched
+    work = max(makespan(list(itertools.chain(*layers)), gpu, per_sm, c.alone), asked)
+    # Traffic breaks ties, and lengthens everything a little even where it does not bound.
+    work *= _idle(sum(o.blocks for o in choice), gpu)
+    return work + asked / 20 + max(o.waits for o in choice)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, math: str) -> tuple[Tiling, ...]:
     """A tiling for each layer of one launch. math: as in `program.math_of`."""
-    rate = L2_REACHED * L2_BYTES.get(gpu.architecture, L2_BYTES[90])
-    shares = L2_SHARES.get(gpu.architecture, L2_SHARES[90])
+    alone = constants(gpu.architecture).alone
     ranked = []
-    for choice in itertools.product(*(_options(s, gpu, math) for s in shapes)):
+    for choice in itertools.product(*(options(s, gpu, math) for s in shapes)):
         per_sm = blocks_per_sm(gpu, max(o.tiling.shared for o in choice))
         longest = max(o.costs[0][0] for o in choice)
-        # Multiprocessors without a block leave their share of L2's rate to others.
-        asking = min(gpu.multiprocessors, shares * sum(o.blocks for o in choice))
-        traffic = sum(o.asked for o in choice) / (rate * asking)
-        traffic = max(traffic, sum(o.exchanged for o in choice) / (PAIR_BYTES * gpu.multiprocessors))
-        busy = sum(o.total for o in choice) / gpu.multiprocessors * (1.0 if per_sm == 2 else ALONE)
-        bound = max(busy, longest * ALONE, traffic) + longest / 4 + max(o.waits for o in choice)
-        ranked.append((bound * _idle(sum(o.blocks for o in choice), gpu), traffic, per_sm, choice))
+        busy = sum(o.total for o in choice) / gpu.multiprocessors * (1.0 if per_sm == 2 else alone)
+        bound = max(busy, longest * alone, traffic(choice, gpu)) + longest / 4 + max(o.waits for o in choice)
+        ranked.append((bound * _idle(sum(o.blocks for o in choice), gpu), choice))
     candidates = heapq.nsmallest(CANDIDATES, ranked, key=lambda r: r[0])
-
-    def time(traffic: float, per_sm: int, choice: tuple[_Option, ...]) -> float:
-        layers = sorted((o.costs for o in choice), key=lambda costs: -costs[0][0])  # as they are launched
-        work = max(makespan(list(itertools.chain(*layers)), gpu, per_sm), traffic)
-        # Traffic breaks ties, and lengthens everything a little even where it does not bound.
-        work *= _idle(sum(o.blocks for o in choice), gpu)
-        return work + traffic / 20 + max(o.waits for o in choice)
-
-    return tuple(o.tiling for o in min(candidates, key=lambda r: time(*r[1:]))[3])
+    return tuple(o.tiling for o in min(candidates, key=lambda r: level_time(r[1], gpu))[1])

@@ -61,7 +61,8 @@ class LayerCall(ctypes.Structure):
     _fields_: ClassVar = [
         ("inputs", Input * 2),
         ("out", Output),
-        *((n, c_uint64) for n in ("weight", "gate_weight", "chunk_table", "partial", "partial_logits", "arrivals")),
+        *((n, c_uint64) for n in ("weight", "gate_weight", "chunk_table", "chunk_masks")),
+        *((n, c_uint64) for n in ("partial", "partial_logits", "arrivals")),
         *((n, c_int32) for n in ("first_block", "blocks", "tile", "pairing", "h", "w", "stride", "groups")),
         *((n, c_int32) for n in ("column_tiles", "chunks", "splits", "tile_rows", "tile_cols")),
         *((n, c_int32) for n in ("slots", "slot_pitch", "images")),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from parnet_kernels.cuda.pack import COLUMNS, Layout, PackedLayer, PackedStem
-from parnet_kernels.cuda.plan import Gpu, Pairing, Shape, Tiling, block_costs, blocks_per_sm, plan_level, policy
+from parnet_kernels.cuda.plan import Gpu, Pairing, Shape, Tiling, blocks_per_sm, option, plan_level, policy
 from parnet_kernels.cuda.program import (
     COOPERATIVE,
     DEPENDENT,
@@ -74,7 +74,7 @@ class Recorder:
 
     def __init__(self, math: str, dtype: torch.dtype, gpu: Gpu, inputs: int = 1) -> None:
         self.program, self.dtype, self.gpu = Program(math), dtype, gpu
-        self.policy = policy(gpu.architecture)
+        self.policy = policy(gpu.image)
         self.arena = Arena()
         self.first_packed = 2 + inputs
         self.step = 0
@@ -161,7 +161,7 @@ class Recorder:
         call = LevelCall(len(steps))
         results: dict[int, Map] = {}
         blocks = 0
-        cost = [-block_costs(s, t, self.policy)[0][0] for s, t in zip(shapes, tilings, strict=True)]
+        cost = [-option(s, t, self.gpu).costs[0][0] for s, t in zip(shapes, tilings, strict=True)]
         for position, i in enumerate(sorted(range(len(steps)), key=cost.__getitem__)):  # longest blocks first
             layer, results[i] = self._layer_call(steps[i], shapes[i], tilings[i])
             if tilings[i].pairing != Pairing.ALONE:
@@ -208,6 +208,8 @@ class Recorder:
         out.inverse_area = 1 / (s.h * s.w)
         call.out = out
         call.weight, call.gate_weight, call.chunk_table = (address(step.buffer + i) for i in (0, 1, 3))
+        if p.masked:
+            call.chunk_masks = address(step.buffer + 3, 4 * (p.groups * p.chunks + 1))
         if t.parts > 1:
             halves = 2 if t.pairing == Pairing.SPLITS else 1
             tiles, rows = t.tiles(s) * halves, self.policy.shapes[t.tile].rows // halves

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parnet_kernels import verdict
 from parnet_kernels.call import SIGNATURES, Call
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.precision import current_precision
@@ -57,7 +58,8 @@ def why_not(op: str, x: Tensor) -> str | None:
         return None if _interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1), x is on cpu"
     if not torch.cuda.is_available():
         return "no CUDA driver"
-    return _device_missing(x.device.index or 0)
+    index = x.device.index or 0
+    return _device_missing(index) or verdict.failure("triton", index)
 
 
 def _in_layout_of(x: Tensor | None, nhwc: Tensor) -> Tensor:

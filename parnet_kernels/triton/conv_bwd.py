@@ -18,17 +18,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parnet_kernels.triton.conv_fwd import Convolution, Epilogue, Tiling, split_and_finish
+from parnet_kernels.triton.conv_fwd import Convolution, Epilogue, Tiling, alignment, split_and_finish
 from parnet_kernels.triton.launch import launch
 from parnet_kernels.triton.pack import Sums
 from parnet_kernels.triton.policy import Plan
-from parnet_kernels.triton.tile import column_part, convolve, gate_tile, load_channel, store_sums, tile_rows, wide
+from parnet_kernels.triton.tile import (
+    OF_BATCH,
+    column_part,
+    convolve,
+    gate_tile,
+    load_channel,
+    store_sums,
+    tile_rows,
+    wide,
+)
 
 #: As in `conv_fwd`; this epilogue has twice the terms.
 EPILOGUE = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def conv_se_bwd_kernel(
     x_ptr,
     y_ptr,
@@ -87,10 +96,13 @@ def conv_se_bwd_kernel(
     PER_IMAGE: tl.constexpr,
     STAGE: tl.constexpr,
     PARTS: tl.constexpr,
+    ALIGN: tl.constexpr,  # as in `conv_fwd`
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
 ):
+    if ALIGN > 1:  # see `conv_fwd`
+        K = K // ALIGN * ALIGN
     tile = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
     image, i, j, inside = tile_rows(tile, GH, GW, images, tiles_per_image, BM, PER_IMAGE)
@@ -119,12 +131,16 @@ def conv_se_bwd_kernel(
             skip = None
             if skip_ptr is not None:
                 skips = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
+                if ALIGN > 1:
+                    skips = tl.multiple_of(skips, ALIGN)
                 skip = tl.load(skip_ptr + skips[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
             t = gate_tile(
                 conv, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, area, images, gate_pitch, K,
                 BM, PER_IMAGE,
             )  # fmt: skip
             at = wide(image, INT64) * stride_gn + wide(i, INT64) * stride_gh + wide(j, INT64) * stride_gw
+            if ALIGN > 1:
+                at = tl.multiple_of(at, ALIGN)
             g = tl.load(g_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)  # [BM, PART]
             if ACTIVATION == "silu":
                 sigmoid = tl.sigmoid(t)
@@ -218,6 +234,7 @@ def before_epilogue(c: Convolution, epilogue: Epilogue, plan: Plan, g: Tensor) -
         "stride_sn": skip.stride(0) if skip is not None else 0,
         "stride_sh": skip.stride(1) if skip is not None else 0,
         "stride_sw": skip.stride(2) if skip is not None else 0,
+        "ALIGN": alignment(c.k, g, skip),
         "ACTIVATION": epilogue.activation,
     }
     split_and_finish(conv_se_bwd_kernel, c, plan, columns, EPILOGUE, arguments, of_tiles)
@@ -225,7 +242,7 @@ def before_epilogue(c: Convolution, epilogue: Epilogue, plan: Plan, g: Tensor) -
     return Gradient(conv, cut.partial, cut)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def weight_se_bwd_kernel(
     d_ptr,  # [pixels, GROUPS · ROWS]
     x_ptr,
@@ -289,7 +306,7 @@ def weight_se_bwd_kernel(
     tl.store(part_ptr + at[:, None] * SPAN + c[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def weight_sum_bwd_kernel(
     part_ptr,
     out_ptr,  # [GROUPS·K, C, 3, 3]

@@ -11,6 +11,7 @@ mean's as skip_bias.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from parnet_kernels.triton.launch import launch
 from parnet_kernels.triton.pack import Map, Slices, Sums, padded
 from parnet_kernels.triton.policy import Plan
 from parnet_kernels.triton.tile import (
+    OF_BATCH,
     activation_of,
     column_part,
     convolve,
@@ -38,7 +40,7 @@ from parnet_kernels.triton.tile import (
 EPILOGUE = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def conv_se_fwd_kernel(
     x_ptr,
     y_ptr,
@@ -100,10 +102,14 @@ def conv_se_fwd_kernel(
     PER_IMAGE: tl.constexpr,
     STAGE: tl.constexpr,
     PARTS: tl.constexpr,
+    ALIGN: tl.constexpr,  # what divides channels and strides of the maps of the epilogue: so wide are its accesses
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
 ):
+    if ALIGN > 1:  # which the compiler learns from this
+        K = K // ALIGN * ALIGN
+        stored = stored // ALIGN * ALIGN
     tile = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n  # fastest: programs that run together read the same pixels
     parity = (tl.program_id(2) // 2, tl.program_id(2) % 2)
@@ -134,6 +140,8 @@ def conv_se_fwd_kernel(
             skip = None
             if skip_ptr is not None:
                 at = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
+                if ALIGN > 1:
+                    at = tl.multiple_of(at, ALIGN)
                 mask = inside[:, None] & (n < K)[None, :]
                 skip = tl.load(skip_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
             t = gate_tile(
@@ -145,6 +153,8 @@ def conv_se_fwd_kernel(
                 v = v * load_channel(out_scale_ptr, n, n < K) + load_channel(out_shift_ptr, n, n < K)
             v = v.to(out_ptr.dtype.element_ty)  # [BM, PART]
             at = wide(image, INT64) * stride_on + wide(i, INT64) * stride_oh + wide(j, INT64) * stride_ow
+            if ALIGN > 1:
+                at = tl.multiple_of(at, ALIGN)
             tl.store(out_ptr + at[:, None] + n[None, :], v, mask=inside[:, None] & (n < stored)[None, :])
             if sums_ptr is not None:
                 kept = tl.where(inside[:, None] & (n < K)[None, :], v.to(tl.float32), 0.0)
@@ -253,6 +263,17 @@ def geometry(c: Convolution, plan: Plan) -> dict[str, Any]:
     }
 
 
+def alignment(channels: int, *maps: Tensor | None) -> int:
+    """The largest power of two up to 16 that divides the channels and the strides of maps [N, H, W, C]. Triton knows of
+    16 by itself, and would make single accesses of everything else.
+    """
+    found = [channels, 16]
+    for t in maps:
+        if t is not None:
+            found += [t.shape[3], *t.stride()[:3]]
+    return math.gcd(*found)
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How the result is cut: the kernels' arguments about tiles, and the grid."""
@@ -359,5 +380,6 @@ def convolution(c: Convolution, epilogue: Epilogue, plan: Plan, out: Tensor, *, 
         "stride_sw": skip.stride(2) if skip is not None else 0,
         "ACTIVATION": epilogue.activation,
     }
+    arguments["ALIGN"] = alignment(c.k, out, skip)
     split_and_finish(conv_se_fwd_kernel, c, plan, pitch, EPILOGUE, arguments, of_tiles)
     return sums

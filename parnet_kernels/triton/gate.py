@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parnet_kernels.triton.launch import launch
 from parnet_kernels.triton.pack import Map, padded
+from parnet_kernels.triton.tile import OF_BATCH
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def sum_slots(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def gate_se_fwd_kernel(
     sums_x_ptr,
     sums_y_ptr,

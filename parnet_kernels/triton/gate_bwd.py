@@ -20,9 +20,10 @@ from torch import Tensor
 from parnet_kernels.triton.conv_bwd import Gradient
 from parnet_kernels.triton.gate import Gate, images_a_program, sum_slots
 from parnet_kernels.triton.launch import launch
+from parnet_kernels.triton.tile import OF_BATCH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def gate_se_bwd_kernel(
     sums_ptr,
     gate_ptr,
@@ -74,7 +75,7 @@ def gate_se_bwd_kernel(
         tl.store(affine_ptr + images * K + at, v, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def mean_se_bwd_kernel(
     d_logit_ptr,
     weight_ptr,  # [K, C]
@@ -128,7 +129,7 @@ def mean_se_bwd_kernel(
     tl.store(skip_bias_ptr + source + at, d_mean / area, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def gate_weight_se_bwd_kernel(
     d_logit_ptr,
     means_ptr,
@@ -166,7 +167,7 @@ def gate_weight_se_bwd_kernel(
     tl.store(out_ptr + k[:, None] * stride_k + t[None, :] * stride_c, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def channel_se_bwd_kernel(rows_ptr, out_ptr, images, K, BI: tl.constexpr, BK: tl.constexpr, INT64: tl.constexpr):
     """out [rows, K] = Σ_n of rows [rows, N, K], in a fixed order."""
     k = tl.program_id(1) * BK + tl.arange(0, BK)

@@ -1,10 +1,14 @@
-"""The one place that launches kernels; it sets the device and the width of offsets. Tests replace `run`."""
+"""The one place that launches kernels; it sets the device and the width of offsets."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,12 +39,77 @@ def needs_int64(tensors: Iterable[Tensor | None]) -> bool:
     return any(span >= 2**31 - 2**20 for span in spans)
 
 
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+_record: ContextVar[list[Launch] | None] = ContextVar("parnet_triton_record", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within the block launches are put on the list, and nothing runs."""
+    launches: list[Launch] = []
+    token = _record.set(launches)
+    try:
+        yield launches
+    finally:
+        _record.reset(token)
+
+
 def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
-    """Launches on the current stream of the tensors' device, compiled with Triton's `options`."""
+    """Launches on the current stream of the tensors' device, compiled with Triton's `options`.
+
+    Raises:
+        RuntimeError: if it would have to be compiled while the stream is captured into a CUDA graph, which cannot load
+            it.
+    """
+    launches = _record.get()
+    if launches is not None:
+        launches.append(Launch(kernel, grid, arguments, options))
+        return
     tensor = next(v for v in arguments.values() if isinstance(v, Tensor))
-    guard = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-    with guard:
-        kernel[grid](**arguments, **options)
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        with _without_compiling() if capturing else nullcontext():
+            kernel[grid](**arguments, **options)
+
+
+@contextmanager
+def _without_compiling() -> Iterator[None]:
+    """Within the block this thread's launches raise where they would compile."""
+    thread, before = threading.get_ident(), triton.knobs.runtime.jit_cache_hook
+
+    def hook(**told: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise RuntimeError(
+                f"parnet_kernels: {told['fn'].name} is not compiled for these arguments, and a CUDA graph is being "
+                "captured: call parnet_kernels.triton.tuning.warmup, or the operator itself, on such arguments before"
+            )
+        return before(**told) if before else None
+
+    triton.knobs.runtime.jit_cache_hook = hook
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+
+
+def compile_together(launches: Iterable[Launch]) -> None:
+    """Compiles what has not been compiled for these arguments, side by side: Triton's passes and assemblers run
+    without Python's lock.
+    """
+    if INTERPRETED:
+        return
+    threads = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
+        for kernel, grid, arguments, options in launches:
+            tensor = next(v for v in arguments.values() if isinstance(v, Tensor))
+            with torch.cuda.device(tensor.device):
+                kernel.warmup(grid=grid, **arguments, **options)
 
 
 def launch(

@@ -69,14 +69,15 @@ class Layer:
         )
 
 
-def dot_precision(dtype: torch.dtype, precision: str) -> str:
-    """What tl.dot is given. 16-bit operands have one precision; AMD has no three-product tf32, so it computes exactly.
+def dot_precision(device: torch.device, dtype: torch.dtype, precision: str) -> str:
+    """What tl.dot is given: for 16-bit operands, which have one precision, what every compiler takes; for float32 what
+    was asked for, or exact products where the compiler has no others.
 
     "widen" is for the interpreter, whose matmul reads bfloat16 as integers: the kernel converts to float32 first.
     """
     if dtype != torch.float32:
-        return "widen" if INTERPRETED else "tf32"
-    return "ieee" if precision == "tf32x3" and torch.version.hip else precision
+        return "widen" if INTERPRETED else "ieee"
+    return precision if precision in policy.precisions(device) else "ieee"
 
 
 def plan_of(c: conv_fwd.Convolution, precision: str) -> policy.Plan:
@@ -86,7 +87,7 @@ def plan_of(c: conv_fwd.Convolution, precision: str) -> policy.Plan:
     return policy.plan(
         data.device,
         data.dtype,
-        dot_precision(data.dtype, precision),
+        dot_precision(data.device, data.dtype, precision),
         c.images * gh * gw,
         c.k,
         c.reduction,
@@ -120,7 +121,13 @@ def _weight_plan(c: conv_fwd.Convolution, dtype: torch.dtype, precision: str) ->
     groups, rows, taps, inputs, span = c.weight.shape
     pixels = c.images * c.size[0] * c.size[1]
     return policy.weight_plan(
-        c.weight.device, dtype, dot_precision(dtype, precision), rows, span, groups * taps * inputs, pixels
+        c.weight.device,
+        dtype,
+        dot_precision(c.weight.device, dtype, precision),
+        rows,
+        span,
+        groups * taps * inputs,
+        pixels,
     )
 
 

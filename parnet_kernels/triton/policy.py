@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,6 +173,14 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """Of float32 products, those that the compiler has for the device. Of AMD's, gfx942 alone multiplies in tf32."""
+    if device.type != "cuda" or not torch.version.hip:
+        return ("ieee", "tf32", "tf32x3")
+    name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return ("ieee", "tf32") if name == "gfx942" else ("ieee",)
+
+
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units), which the split of the reduction tries to fill."""
     if device.type == "cuda":
@@ -189,14 +198,14 @@ def _first_fit(rules: tuple[Rule, ...], rows: int, columns: int) -> Tile:
     return next(r.tile for r in rules if rows >= r.rows and columns >= r.columns)
 
 
-def tile_for(arch: str, kind: str, mode: str, rows: int, columns: int) -> Tile:
+def tile_for(device: torch.device, kind: str, mode: str, rows: int, columns: int) -> Tile:
     """The tile for a product of rows × columns: the user's table if it has the shape, else the first rule that fits."""
     key = shape_key(kind, mode, rows, columns)
     if _trial is not None:
         _trial.asked[key] = (kind, mode)
         if key in _trial.tiles:
             return _trial.tiles[key]
-    return user_table(arch).get(key) or _first_fit(TABLES[arch][kind, mode], rows, columns)
+    return user_table(model(device)).get(key) or _first_fit(TABLES[architecture(device)][kind, mode], rows, columns)
 
 
 def split(tiles: int, steps: int, sms: int) -> int:
@@ -219,7 +228,7 @@ def plan(
     classes: int,
 ) -> Plan:
     """For a convolution of `rows` pixels (of one class) × `columns` channels, reduced over taps × channels."""
-    tile = tile_for(architecture(device), "conv", mode_of(dtype, precision), rows, columns)
+    tile = tile_for(device, "conv", mode_of(dtype, precision), rows, columns)
     tiles = -(-rows // tile.bm) * -(-columns // tile.bn) * classes
     return Plan(tile, split(tiles, taps * channels // tile.bk, processors(device)), precision)
 
@@ -231,7 +240,7 @@ def weight_plan(
 
     Pixels are split until every processor has two programs; each part keeps at least 8 steps.
     """
-    tile = tile_for(architecture(device), "weight", mode_of(dtype, precision), rows, columns)
+    tile = tile_for(device, "weight", mode_of(dtype, precision), rows, columns)
     tiles = -(-rows // tile.bm) * -(-columns // tile.bn) * products
     parts = min(2 * processors(device) // tiles, pixels // (8 * tile.bk), 64)
     return Plan(tile, max(1, parts), precision)
@@ -267,15 +276,22 @@ def shape_key(kind: str, mode: str, rows: int, columns: int) -> str:
     return f"{kind}/{mode}/{rows.bit_length()}/{columns}"
 
 
-def table_path(arch: str) -> Path:
+@functools.cache
+def model(device: torch.device) -> str:
+    """What measured tiles are good for: an A100's are not an RTX 4090's, though one table of the above serves both."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def table_path(model: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "parnet_kernels" / f"triton-{arch}.json"
+    return Path(base) / "parnet_kernels" / f"triton-{model}.json"
 
 
 @functools.cache
-def user_table(arch: str) -> dict[str, Tile]:
+def user_table(model: str) -> dict[str, Tile]:
     """What `autotune` wrote, or nothing. A file that cannot be read is reported once and ignored."""
-    path = table_path(arch)
+    path = table_path(model)
     try:
         return {key: Tile(**tile) for key, tile in json.loads(path.read_text()).items()}
     except FileNotFoundError:
@@ -285,11 +301,11 @@ def user_table(arch: str) -> dict[str, Tile]:
         return {}
 
 
-def write_user_table(arch: str, entries: dict[str, Tile]) -> Path:
+def write_user_table(model: str, entries: dict[str, Tile]) -> Path:
     """Adds entries to the user's table; the file is replaced as a whole, so that a reader never sees half of it."""
-    path = table_path(arch)
+    path = table_path(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**user_table(arch), **entries}
+    merged = {**user_table(model), **entries}
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps({key: asdict(tile) for key, tile in sorted(merged.items())}, indent=1) + "\n")
     temporary.replace(path)

@@ -9,6 +9,10 @@ map, one tap and BK channels at a time, B [BK, BN] from the packed weights (`pac
 import triton
 import triton.language as tl
 
+#: Arguments that follow from the number of images. Kernels are not compiled anew for those that are 1 or a multiple of
+#: 16: no access gets wider by it.
+OF_BATCH = ("images", "rows", "pixels", "splits")
+
 
 @triton.jit
 def tile_rows(tile, GH, GW, images, tiles_per_image, BM: tl.constexpr, PER_IMAGE: tl.constexpr):

@@ -9,7 +9,7 @@
 namespace {
 
 struct Runtime {
-  int device = 0, architecture = 80;
+  int device = 0, image = 80;  // the kernels', which is what a device chose
   cudaError_t fail_with = cudaSuccess, pending = cudaSuccess;
   std::string log;
 } runtime;
@@ -46,15 +46,15 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute == cudaDevAttrComputeCapabilityMajor) *value = runtime.architecture / 10;
-  if (attribute == cudaDevAttrComputeCapabilityMinor) *value = runtime.architecture % 10;
   if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = 100000;
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   *attributes = {};
+  if (runtime.image == 0) return runtime.pending = cudaErrorNoKernelImageForDevice;
   attributes->sharedSizeBytes = 2000;
+  attributes->ptxVersion = runtime.image;
   return cudaSuccess;
 }
 
@@ -92,12 +92,15 @@ cudaError_t cudaGetLastError() {
 
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "stub error"; }
 
-void stub_set(int device, int architecture, int fail_with, int pending) {
+// image 0: none fits the device.
+void stub_set(int device, int image, int fail_with, int pending) {
   runtime.device = device;
-  runtime.architecture = architecture;
+  runtime.image = image;
   runtime.fail_with = static_cast<cudaError_t>(fail_with);
   runtime.pending = static_cast<cudaError_t>(pending);
 }
+
+const char* stub_image(int* architecture) { return parnet::cuda::image(architecture); }
 
 int stub_pending() { return runtime.pending; }
 

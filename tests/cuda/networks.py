@@ -44,7 +44,7 @@ def run(
     lowered = cuda_network.lower(network.config, weights, tuple(x.shape), x.stride(), dtype, precision, gpu, result)
     memory, y = workspace(device, lowered.workspace_bytes), device.empty(*lowered.shape, dtype=dtype)
     buffers = [memory, y, device.tensor(x), *(device.tensor(t) for t in weights.tensors)]
-    results = play(device, lowered.program, buffers, gpu.architecture, **simulator)
+    results = play(device, lowered.program, buffers, gpu, **simulator)
     assert not memory[:COUNTER_BYTES].any(), "counters are not zero after the network"
     return (y.permute(0, 3, 1, 2) if result == "features" else y).cpu(), results, lowered
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parnet_kernels.cuda.plan import A100, Gpu
+from parnet_kernels.cuda.program import COOPERATIVE, DEPENDENT, PAIRS
 from parnet_kernels.cuda.record import COUNTER_BYTES
 from tests.ptxsim.device import Device
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 THREADS = 128
-COOPERATIVE, PAIRS = 2, 4
 
 
 class Buffer(ctypes.Structure):
@@ -103,21 +104,25 @@ def play(
     device: Device,
     program: Tensor,
     buffers: Sequence[Tensor],
-    architecture: int = 80,
+    gpu: Gpu = A100,
     only: int | None = None,
     **options: Any,
 ) -> list[Any]:
     """Plays `program` (or its launch `only`); buffers change in place. Returns counters, or None on a GPU.
 
-    Options are the simulator's. Its sanitiser raises on any report.
+    On `gpu` with kernels compiled for `gpu.image`. Options are the simulator's. Its sanitiser raises on any report.
     """
     addresses = [(device.pointer(b) if b.numel() else 0, b.numel() * b.element_size()) for b in buffers]
     results = []
     for i, launch in enumerate(decode(program, addresses)):
         if only not in (None, i):
             continue
-        compiled = module(device, launch.kernel, architecture)
-        extra: dict[str, Any] = {"resident": launch.grid} if launch.flags & COOPERATIVE else {}
+        compiled = module(device, launch.kernel, gpu.image)
+        # As the launcher decides (csrc/cuda/launch.cu).
+        extra: dict[str, Any] = {"dependent": bool(launch.flags & DEPENDENT) and gpu.image >= 90 and only is None}
+        extra["architecture"] = gpu.architecture
+        if launch.flags & COOPERATIVE:
+            extra["resident"] = launch.grid
         if launch.flags & PAIRS:
             extra["cluster"] = 2
         extra = {**options, **extra}

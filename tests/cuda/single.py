@@ -53,9 +53,11 @@ def run(
     """
     dtype, precision, _ = MATHS[math]
     args, options = to(dtype, *arguments(op, dtype=torch.float64, **case))
-    expected = getattr(reference, op)(*to(torch.float64, args, options)[0], **to(torch.float64, args, options)[1])
     maps, packed = pack(op, args, options, precision)
-    maps = [device.tensor(layout(m)) for m in maps]
+    maps = [layout(m) for m in maps]
+    exact, exact_options = to(torch.float64, [*maps, *args[len(maps) :]], options)
+    expected = getattr(reference, op)(*exact, **exact_options)
+    maps = [device.tensor(m) for m in maps]
 
     def plan(shapes: Any, gpu: Gpu, math: str) -> Any:
         tilings = plan_level(shapes, gpu, math)
@@ -74,6 +76,6 @@ def run(
     memory = workspace(device, recorded.workspace_bytes)
     result = device.empty(*recorded.shape, dtype=dtype)
     buffers = [memory, result, *maps, *(device.tensor(t) for t in packed[:4])]
-    results = play(device, recorded.program, buffers, gpu.architecture, **(simulator or {}))
+    results = play(device, recorded.program, buffers, gpu, **(simulator or {}))
     assert not memory[:COUNTER_BYTES].any(), "counters are not zero after the launch"
     return result.permute(0, 3, 1, 2).cpu(), expected, results

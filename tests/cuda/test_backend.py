@@ -17,11 +17,8 @@ from parnet_kernels.call import Call
 from parnet_kernels.config import ParNetConfig
 from parnet_kernels.cuda import backend as cuda
 from parnet_kernels.cuda import network as cuda_network
-from parnet_kernels.cuda import plan as cuda_plan
 from parnet_kernels.cuda.plan import A100
 from parnet_kernels.cuda.program import EnterCall
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class Played(list):
@@ -221,58 +218,17 @@ def test_backward_without_triton(played, monkeypatch, op):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_selftest_measures_errors():
-    call, exact = selftest._layer("fusion_se", 2, torch.float32, torch.device("cpu"))
-    assert selftest._row("cpu", "fusion", call, exact, 1e-5).passed
-    assert not selftest._row("cpu", "fusion", lambda: call() * 1.01, exact, 1e-5).passed
-    assert not selftest._row("cpu", "fusion", lambda: call() * float("nan"), exact, 1e-5).passed
-
-    def fails():
-        raise RuntimeError("launch failed\ndetails")
-
-    row = selftest._row("cpu", "fusion", fails, exact, 1e-5)
-    assert not row.passed
-    assert row.message == "launch failed"
-    call, exact = selftest._network(1, torch.float32, torch.device("cpu"))
-    assert selftest._row("cpu", "network", call, exact, 1e-4).passed
-
-
-@pytest.mark.parametrize(
-    ("failing", "wgmma", "off"),
-    [
-        ("wgmma fusion_se", "never", None),
-        ("wgmma in pairs fusion_se", "never", None),
-        ("fusion_se", "planned", "the self-test failed: fusion_se"),
-        ("", "planned", None),
-    ],
-    ids=["wgmma", "pairs", "others", "none"],
-)
-def test_what_a_failed_selftest_turns_off(monkeypatch, failing, wgmma, off):
-    turned = {"wgmma": "planned", "cuda": None}
-    monkeypatch.setattr(cuda_plan, "use_wgmma", lambda when: turned.update(wgmma=when))
-    monkeypatch.setattr(cuda, "disable", lambda reason: turned.update(cuda=reason))
-    names = ("fusion_se", "wgmma fusion_se", "wgmma in pairs fusion_se")
-    rows = [selftest.Row("cuda", what, float(what == failing), 0.5, "") for what in names]
-    selftest._disable_failed([*rows, selftest.Row("triton", "fusion_se", 1.0, 0.5, "")])
-    assert turned == {"wgmma": wgmma, "cuda": off}
-
-
-def test_selftest_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert selftest.selftest() == []
-
-
 # ------------------------------------------------------------------ on a GPU
 
 
-@gpu
+@pytest.mark.gpu
 def test_selftest_passes():
     rows = selftest.selftest()
     assert any(row.backend == "cuda" for row in rows)
     assert [row for row in rows if not row.passed] == []
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("math", MATHS)
 def test_operators(math):
     dtype, _, allowed = MATHS[math]
@@ -284,7 +240,7 @@ def test_operators(math):
         assert error(ops.repvgg_sse(*args, **options).cpu(), expected) <= max(allowed, 1e-3)
 
 
-@gpu
+@pytest.mark.gpu
 def test_streams_and_capture():
     network = networks.tiny().half().cuda()
     x = torch.randn(1, 3, 64, 64, device="cuda", dtype=torch.half)

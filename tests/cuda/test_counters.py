@@ -85,7 +85,7 @@ def test_share_of_matrix_instructions(architecture, tmp_path):
         assert matrix / every >= 0.45
 
 
-def count(device, lowered, tensors, index, architecture):
+def count(device, lowered, tensors, index, gpu=A100):
     """Counters of one launch of a program, on arbitrary contents."""
     if not device.simulated:
         pytest.skip("only the simulator counts")
@@ -95,7 +95,7 @@ def count(device, lowered, tensors, index, architecture):
         torch.zeros(1, 3, 224, 224, dtype=torch.half),
         *tensors,
     ]
-    (result,) = play(device, lowered.program, buffers, architecture, only=index, races=False)
+    (result,) = play(device, lowered.program, buffers, gpu, only=index, races=False)
     return result
 
 
@@ -108,7 +108,7 @@ def level_calls(lowered, tensors):
 def test_three_streams_of_parnet_m(device, gpu):
     """The launch that counts most: three RepVGG-SSE layers, 56², 28² and 14²."""
     lowered, tensors = networks.variant("m", gpu)
-    run = count(device, lowered, tensors, 5, gpu.architecture)
+    run = count(device, lowered, tensors, 5, gpu)
     requested = run.global_load["bytes"] + run.global_store["bytes"]
     assert run.mma_flops >= 2 * 3 * 462e6 * 0.99  # every product, on tensor cores
     assert run.ldmatrix["bank_conflict"] <= 1.10
@@ -158,7 +158,7 @@ def test_round_trips_in_a_row(device, name, gpu):
         torch.zeros(1, 3, 224, 224, dtype=torch.half),
         *tensors,
     ]
-    runs = play(device, lowered.program, buffers, model.gpu.architecture, races=False, round_trips=True)
+    runs = play(device, lowered.program, buffers, model.gpu, races=False, round_trips=True)
     launches = decode(lowered.program, [(1 << 40, 1 << 40)] * (3 + len(tensors)))
     assert runs[0].round_trips == (cuda_levels.STEM_TRIPS, 0)
     classifier = ClassifierCall.from_buffer_copy(launches[-1].arguments)
@@ -184,7 +184,7 @@ def test_modelled_time(name):
 def test_other_levels_of_parnet_m(device, index):
     """Stride 2, a fusion, and the widest layer on the smallest map."""
     lowered, tensors = networks.variant("m")
-    run = count(device, lowered, tensors, index, 80)
+    run = count(device, lowered, tensors, index)
     requested = run.global_load["bytes"] + run.global_store["bytes"]
     sectors = run.global_load["sectors"] + run.global_store["sectors"]
     assert run.ldmatrix["bank_conflict"] <= 1.10
@@ -195,7 +195,7 @@ def test_other_levels_of_parnet_m(device, index):
 def test_gate_is_a_tenth_of_the_bytes(device):
     """Gate weights and channel sums, of all that a three-stream level of ParNet-M asks for."""
     lowered, tensors = networks.variant("m")
-    run = count(device, lowered, tensors, 5, 80)
+    run = count(device, lowered, tensors, 5)
     call = level_calls(lowered, tensors)[5]
     gate = 0
     for c in call.layer[: call.layers]:

@@ -1,9 +1,17 @@
 """Every kernel on single layers, against float64: on a GPU, or in the simulator with no report of its sanitiser."""
 
+import re
+from dataclasses import replace
+from unittest import mock
+
+import player
 import pytest
+import single
 import torch
+from cases import arguments, to
 from oracle import error
-from single import MATHS, run
+from ptxsim import PtxFault, PtxModule, PtxSanitizerError
+from single import MATHS, pack, run
 
 from parnet_kernels.cuda.plan import A100, H100, L4
 
@@ -117,6 +125,76 @@ def test_not_a_number_stays_visible(device):
 
     result, _, _ = run(device, "downsample_se", "f16", n=1, c=16, k=8, size=(6, 6), activation="relu", layout=spoiled)
     assert result.isnan().all()  # through the gate, every pixel
+
+
+def spoil(channel, value):
+    """Of one map of a fusion: the other one stays as it is."""
+    maps = []
+
+    def layout(x):
+        if not maps:
+            x[:, channel, 1, 2] = value
+        maps.append(x)
+        return x
+
+    return layout
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("math", "c", "gpu", "tile"),
+    [("f16", 40, A100, 2), ("f16", 41, A100, 1), ("tf32", 24, A100, 2), ("f32", 12, L4, 2), ("bf16", 92, H100, 4)],
+)
+def test_a_group_of_a_fusion_does_not_see_the_other(device, value, math, c, gpu, tile):
+    """Where the groups meet within a chunk of channels, zero weights do not keep infinities out: 0 · ∞ is NaN."""
+    case = {"n": 2, "c": c, "k": 12, "size": (9, 11), "stride": 1 if tile == 1 else 2, "splits": 1 + (c > 64)}
+    for channel in (0, c - 1):  # of the first map: channels 0 and 2c - 2 of the interleaved ones
+        result, expected, _ = run(device, "fusion_se", math, gpu=gpu, tile=tile, layout=spoil(channel, value), **case)
+        assert not expected[:, channel > 0 :: 2].isfinite().all()
+        clean, exact = result[:, channel == 0 :: 2], expected[:, channel == 0 :: 2]
+        assert exact.isfinite().all()
+        assert error(clean, exact) <= MATHS[math][2]
+
+
+def test_channels_without_neighbours_have_no_masks():
+    for c, masked in ((64, False), (128, False), (40, True), (96, True), (41, True), (2, True)):
+        args, options = arguments("fusion_se", c=c, k=8)
+        packed = pack("fusion_se", *to(torch.float16, args, options), "ieee")[1]
+        assert packed.masked == masked
+        assert packed.chunk_table.numel() == packed.groups * packed.chunks * (2 if masked else 1) + 1
+
+
+@pytest.mark.parametrize(("math", "image"), [("f16", 80), ("f16", 89), ("f32", 80)])
+def test_images_older_than_the_gpu(device, math, image):
+    """PARNET_CUDA_ARCHS need not name the GPU: the plan is for the pipeline of the image, not for the GPU's."""
+    for gpu in (L4, H100):
+        gpu = replace(gpu, image=image, wgmma="never")
+        check(device, "downsample_se", math, gpu=gpu, n=1, c=64, k=64, size=(18, 20), stride=2, splits=2)
+
+
+def test_a_plan_for_another_image_overruns(device):
+    """What the test above would find: three stages in shared memory for two."""
+    if not device.simulated:
+        pytest.skip("an overrun is not to be tried on a GPU")
+    plan = single.plan_level
+    try:
+        single.plan_level = lambda shapes, gpu, math: plan(shapes, replace(gpu, image=89), math)
+        with pytest.raises(PtxFault, match="out-of-bounds shared"):
+            check(device, "repvgg_sse", "f16", gpu=replace(L4, image=80), n=1, c=64, size=(14, 14))
+    finally:
+        single.plan_level = plan
+
+
+def test_programs_are_dependent(device):
+    """The layer's launch waits for the one that lays out the maps; where it did not, the simulator would tell."""
+    if not device.simulated:
+        pytest.skip("found by the simulator")
+    text = player.module(device, "parnet_level_f16", 90).text
+    hasty = PtxModule(re.sub(r"griddepcontrol\.wait;", "", text))
+    case = {"gpu": replace(H100, wgmma="never"), "n": 1, "c": 32, "size": (6, 5)}
+    check(device, "repvgg_sse", "f16", **case)
+    with mock.patch.object(player, "module", return_value=hasty), pytest.raises(PtxSanitizerError, match="before-wait"):
+        check(device, "repvgg_sse", "f16", **case)
 
 
 @pytest.mark.slow

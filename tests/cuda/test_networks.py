@@ -9,7 +9,8 @@ from single import MATHS
 
 from parnet_kernels.config import VARIANTS, ParNetConfig
 from parnet_kernels.cuda import network as cuda_network
-from parnet_kernels.cuda.plan import A100, H100, L2_SHARES, L4, RTX4090, policy
+from parnet_kernels.cuda.constants import constants
+from parnet_kernels.cuda.plan import A100, H100, L4, RTX4090, policy
 from parnet_kernels.cuda.program import Arena, LevelCall
 
 TOLERANCE = {"f16": 5e-3, "bf16": 4e-2, "tf32": 5e-3, "f32": 5e-6}  # a dozen layers, random weights
@@ -81,7 +82,7 @@ def test_published_networks(name, gpu):
     assert "hopper" not in kinds or gpu is H100
     assert [launch.flags & ~PAIRS for launch in launches] == [2, *[1] * 11]  # cooperative; then dependent
     assert all(launch.kernel == "parnet_hopper_f16" for launch in launches if launch.flags & PAIRS)
-    p = policy(gpu.architecture)
+    p = policy(gpu.image)
     for launch in launches[1:11]:
         call = LevelCall.from_buffer_copy(launch.arguments)
         layers = call.layer[: call.layers]
@@ -96,7 +97,7 @@ def test_published_networks(name, gpu):
         if gpu is A100 and name in "sml":
             assert launch.grid >= gpu.multiprocessors
         # So many that they can use all of L2's rate.
-        assert gpu not in (A100, H100) or launch.grid * L2_SHARES[gpu.architecture] >= gpu.multiprocessors
+        assert gpu not in (A100, H100) or launch.grid * constants(gpu.architecture).l2_shares >= gpu.multiprocessors
 
 
 @pytest.mark.parametrize("channels", [3, 7])
@@ -109,7 +110,7 @@ def test_the_blocks_of_a_stem_fit_on_the_gpu_together(gpu, channels):
     lowered = cuda_network.lower(network.config, weights, shape, stride, torch.float32, "ieee", gpu, "logits")
     stem = decode(lowered.program, [(1 << 40, 1 << 40)] * (3 + len(weights.tensors)))[0]
     assert stem.kernel == "parnet_stem_f32"
-    taken = stem.shared + policy(gpu.architecture).static_shared + 1024
+    taken = stem.shared + policy(gpu.image).static_shared + 1024
     assert stem.grid <= gpu.multiprocessors * (gpu.shared_per_sm // taken)
 
 

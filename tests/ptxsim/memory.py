@@ -13,7 +13,7 @@ from .native import core
 PARAM_BASE, SYMBOL_BASE, BUFFER_BASE = 0x7E0000000000, 0x7D0000000000, 0x7F0000000000
 GUARD = 1 << 20  # bytes between buffers, so that what runs past one does not hit the next
 ALIGNMENT = 512
-UNINITIALISED, READ, WRITTEN = 1, 2, 4  # shadow bits, as in machine.hpp
+UNINITIALISED, READ, WRITTEN, PENDING = 1, 2, 4, 8  # shadow bits, as in machine.hpp
 SYMBOL_ID, PARAM_ID, REGISTERED_ID = -1, -3, -10  # AllocationDesc::id; registered buffer k has REGISTERED_ID - k
 READ_WRITE, CONSTANT, PARAMETER = range(3)
 LINE = 128
@@ -133,6 +133,13 @@ class DeviceMemory:
             self.registered.append((span, plain))
         return address
 
+    def begin_launch(self, dependent: bool) -> None:
+        """Forgets what the last launch touched; what it, and the launches that it depended on, wrote is pending for a
+        dependent one.
+        """
+        for storage in self.storages:
+            renew(storage.shadow, dependent)
+
     def mark_uninitialised(self, array: Any) -> None:
         span = span_of(array)
         storage = self.place(array, span)
@@ -158,6 +165,12 @@ class DeviceMemory:
         return merged
 
 
+def renew(shadow: np.ndarray, dependent: bool) -> None:
+    if dependent:
+        np.bitwise_or(shadow, PENDING, out=shadow, where=(shadow & WRITTEN) != 0)
+    shadow &= UNINITIALISED | (PENDING if dependent else 0)
+
+
 @dataclass
 class AllocationTable:
     """The rows that the native core gets, and the arrays behind them."""
@@ -174,7 +187,6 @@ class AllocationTable:
         return arrays[0].ctypes.data, arrays[1].ctypes.data
 
     def _add(self, device: int, size: int, host: int, shadow: np.ndarray, kind: int, id: int) -> None:
-        shadow &= UNINITIALISED
         self.keep.append(shadow)
         writes, readers = self._race_arrays(size) if self.races and kind == READ_WRITE else (0, 0)
         self.rows.append((device, size, host, shadow.ctypes.data, writes, readers, kind, id))

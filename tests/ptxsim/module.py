@@ -26,6 +26,7 @@ from .memory import (
     AllocationTable,
     DeviceMemory,
     Uninit,
+    renew,
 )
 from .native import core
 from .parser import Variable, parse_module
@@ -118,6 +119,8 @@ class PtxModule:
         l2_bytes: int | None = None,
         round_trips: bool = False,
         ptxas: str | None = None,
+        dependent: bool = False,
+        architecture: int | None = None,
         memory: DeviceMemory | None = None,
         l2: Any = None,
     ) -> Result:
@@ -140,6 +143,10 @@ class PtxModule:
         l2_bytes: models an L2 cache of this size (`Result.l2`).
         round_trips: counts accesses of global memory that wait for each other (`Result.round_trips`).
         ptxas: output of `ptxas -v`, to be quoted in the result.
+        dependent: a programmatic dependent launch: what earlier launches of the session wrote is pending until
+            griddepcontrol.wait, before which nothing may be written either.
+        architecture: of the GPU, 10 * major + minor; default: the image's. It limits shared memory; what the kernel
+            was compiled for stays the image's.
         memory, l2: those of a Session.
         """
         program = self.program(kernel)
@@ -154,16 +161,18 @@ class PtxModule:
         for i, array in buffers.items():
             if isinstance(args[i], Uninit):
                 memory.mark_uninitialised(array)
+        memory.begin_launch(dependent)
         params = pack(program, args, buffers, memory)
         table = AllocationTable(bool(races))
         for r in ranges:
             table.add_range(r)
         for name, (variable, data, shadow) in self._variables.items():
+            renew(shadow, dependent)
             kind = CONSTANT if variable.space == "const" else READ_WRITE
             table.add_array(self.symbols[name], data, shadow, kind, SYMBOL_ID)
         if program.param_bytes:
             table.add_array(PARAM_BASE, params, np.zeros(params.size, np.uint8), PARAMETER, PARAM_ID)
-        shared = self._check_shared(program, shared_bytes)
+        shared = self._check_shared(program, shared_bytes, architecture)
         l2 = l2 or (core().L2Model(l2_bytes) if l2_bytes else None)
         if l2 is not None:
             l2.reset_counters()
@@ -187,6 +196,7 @@ class PtxModule:
                 approx_error,
                 l2,
                 round_trips,
+                dependent,
             )
             counters, output = machine.counters, machine.output
             totals = (machine.blocks_done, machine.barriers, machine.instructions)
@@ -259,12 +269,16 @@ class PtxModule:
             raise PtxError(f"{kernel}: grid {grid} is not a multiple of the cluster {cluster}")
         return cluster
 
-    def _check_shared(self, program: Program, dynamic: int) -> int:
+    def _check_shared(self, program: Program, dynamic: int, architecture: int | None) -> int:
+        sm = architecture or self.sm
+        exact = self.module.target.split(",")[0].rstrip().endswith("a")
+        if sm < self.sm or (exact and sm != self.sm):
+            raise PtxError(f"{program.entry.name}: an image for {self.module.target} does not run on sm_{sm}")
         if dynamic < 0:
             raise PtxError(f"{program.entry.name}: shared_bytes is {dynamic}")
-        total, limit = program.shared_bytes(dynamic), isa.SHARED_LIMIT.get(self.sm, 227) * 1024
+        total, limit = program.shared_bytes(dynamic), isa.SHARED_LIMIT.get(sm, 227) * 1024
         if total > limit:
-            raise PtxError(f"{program.entry.name}: {total} bytes of shared memory, sm_{self.sm} allows {limit} a block")
+            raise PtxError(f"{program.entry.name}: {total} bytes of shared memory, sm_{sm} allows {limit} a block")
         return total
 
     def _reports(self, machine: Any) -> list[Report]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -66,35 +67,36 @@ def _check_cpu() -> None:
         raise Unavailable(f"the PTX simulator's native core needs a CPU with {', '.join(missing)}")
 
 
-def _compiler() -> list[str]:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise Unavailable(f"no C++ compiler ({compiler}) to build the PTX simulator's native core")
+def _compiler() -> tuple[list[str], list[str]]:
+    """The compiler's command, and where its headers are."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[-1]) is None:
+        raise Unavailable(f"no C++ compiler ({' '.join(compiler)}) to build the PTX simulator's native core")
     try:
         import pybind11
     except ImportError:
         raise Unavailable("pybind11 is not installed; the PTX simulator's native core needs it") from None
-    return [compiler, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    return compiler, [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
 
-def _key(command: list[str]) -> str:
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
+def _key(compiler: list[str], includes: list[str]) -> str:
+    version = subprocess.run([compiler[-1], "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256()
-    parts = [*FLAGS, *command, version, sysconfig.get_config_var("SOABI") or "", sys.version]
+    parts = [*FLAGS, compiler[-1], *includes, version, sysconfig.get_config_var("SOABI") or "", sys.version]
     digest.update("\0".join(parts).encode())
     for path in sorted(SOURCES.glob("*.[ch]pp")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _build(command: list[str], name: str, target: Path) -> None:
+def _build(compiler: list[str], includes: list[str], name: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
 
         def compile_one(source: Path) -> str:
             out = f"{directory}/{source.stem}.o"
-            more = [f"-DPTXSIM_MODULE={name}", *(["-O1"] if source.stem == "bindings" else [])]
+            more = [f"-DPTXSIM_MODULE={name}", "-O1"] if source.stem == "bindings" else []
             run = subprocess.run(
-                [*command, *FLAGS, *more, "-c", str(source), "-o", out], capture_output=True, text=True
+                [*compiler, *includes, *FLAGS, *more, "-c", str(source), "-o", out], capture_output=True, text=True
             )
             if run.returncode:
                 raise RuntimeError(f"building the PTX simulator failed:\n{run.stderr[-4000:]}")
@@ -105,7 +107,7 @@ def _build(command: list[str], name: str, target: Path) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         linked = f"{directory}/{name}.so"
-        subprocess.run([command[0], "-shared", *objects, "-o", linked], check=True)
+        subprocess.run([*compiler, "-shared", *objects, "-o", linked], check=True)
         os.replace(linked, target)
 
 
@@ -113,8 +115,8 @@ def _build(command: list[str], name: str, target: Path) -> None:
 def core() -> ModuleType:
     """The native module. Raises Unavailable if it cannot be built here."""
     _check_cpu()
-    command = _compiler()
-    key = _key(command)
+    compiler, includes = _compiler()
+    key = _key(compiler, includes)
     name = f"ptxsim_core_{key}"
     cache = cache_directory()
     target = cache / f"{name}.so"
@@ -122,7 +124,7 @@ def core() -> ModuleType:
         with open(cache / "build.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():  # another process may have built it meanwhile
-                _build(command, name, target)
+                _build(compiler, includes, name, target)
     spec = importlib.util.spec_from_file_location(name, target)
     assert spec is not None
     assert spec.loader is not None

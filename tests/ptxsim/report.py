@@ -19,6 +19,8 @@ REPORT_KINDS = (
     "missing-proxy-fence",
     "barrier",
     "warp-sync",
+    "before-wait",
+    "stale-l1",
 )
 
 

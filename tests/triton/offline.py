@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -28,46 +27,39 @@ SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 
 TARGETS = tuple(SHARED_LIMIT)
 
 
-@dataclass(frozen=True)
-class Launch:
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-    def source(self) -> tuple[ASTSource, list[str]]:
+class Launch(launch.Launch):
+    def source(self, target: str = "sm_80") -> tuple[ASTSource, list[str]]:
         """The source as the JIT would specialise it, and the names of the arguments the compiled kernel takes."""
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for position, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            fixed = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (fixed and type(value) is int and value == 1):
                 signature[name], constants[name] = "constexpr", value
                 continue
             if isinstance(value, Tensor):
                 signature[name], aligned = "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
             else:
-                signature[name], aligned = "i32" if value < 2**31 else "i64", value % 16 == 0
+                signature[name], aligned = "i32" if value < 2**31 else "i64", fixed and value % 16 == 0
             if aligned:
                 attributes[(position,)] = [["tt.divisibility", 16]]
+            if isinstance(value, Tensor) and target.startswith("gfx") and value.untyped_storage().nbytes() < 2**31:
+                attributes.setdefault((position,), []).append(["tt.pointer_range", 32])  # buffer loads and stores
         return ASTSource(self.kernel, signature, constants, attributes), [n for n in signature if n not in constants]
 
     def compile(self, target: str) -> Any:
-        gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-        return triton.compile(self.source()[0], target=gpu, options=self.options)
+        wave = 32 if target.startswith("gfx1") else 64
+        gpu = GPUTarget("hip", target, wave) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+        return triton.compile(self.source(target)[0], target=gpu, options=self.options)
 
 
 def record(host: Callable[[], Any]) -> list[Launch]:
     """What `host` launches, in order; nothing runs."""
-    launches: list[Launch] = []
-
-    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
-        launches.append(Launch(kernel, grid, arguments, options))
-
-    with mock.patch.object(launch, "run", run):
+    with launch.recorded() as launches:
         host()
-    return launches
+    return [Launch(*one) for one in launches]
 
 
 @dataclass(frozen=True)

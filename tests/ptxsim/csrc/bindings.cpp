@@ -71,7 +71,7 @@ py::object run(Machine& m, std::array<u32, 3> grid, std::array<u32, 3> block,
                std::optional<std::array<u32, 3>> cluster, u32 shared_bytes,
                const py::array_t<Allocation, py::array::c_style>& allocations, bool races, bool strict,
                u64 max_instructions, u32 seed, int resident, const std::vector<u32>& order,
-               double approx_error, L2Model* l2, bool count_trips) {
+               double approx_error, L2Model* l2, bool count_trips, bool dependent) {
   std::copy_n(grid.begin(), 3, m.grid);
   std::copy_n(block.begin(), 3, m.block_dim);
   m.explicit_cluster = cluster.has_value();
@@ -90,6 +90,7 @@ py::object run(Machine& m, std::array<u32, 3> grid, std::array<u32, 3> block,
   m.approx_error = approx_error;
   m.l2 = l2;
   m.count_trips = count_trips;
+  m.dependent = dependent;
   m.poll_signals = [] {
     py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals()) throw py::error_already_set();

@@ -126,7 +126,7 @@ class GridRun {
     b->n_threads = int(threads);
     b->n_warps = int((threads + 31) / 32);
     b->warps.resize(size_t(b->n_warps));
-    for (u8** p : {&b->smem, &b->initialised, &b->in_flight}) *p = arena_.get(n);
+    for (u8** p : {&b->smem, &b->initialised, &b->in_flight, &b->plainly_read}) *p = arena_.get(n);
     b->writer = arena_.get<u16>(n);
     for (u32** p : {&b->write_stamp, &b->write_pc, &b->read_pc}) *p = arena_.get<u32>(n);
     for (u32** p : {&b->chunk_write, &b->chunk_read}) *p = arena_.get<u32>(n / 16 + 2);
@@ -142,7 +142,7 @@ class GridRun {
   void reset_shared(Block& b) {
     size_t n = m_.shared_bytes;
     std::memset(b.smem, 0xff, n);  // a NaN in every format
-    for (u8* p : {b.initialised, b.in_flight}) std::memset(p, 0, n);
+    for (u8* p : {b.initialised, b.in_flight, b.plainly_read}) std::memset(p, 0, n);
     std::memset(b.writer, 0, 2 * n);
     for (u32* p : {b.write_stamp, b.write_pc, b.read_pc}) std::memset(p, 0, 4 * n);
     for (u32* p : {b.chunk_write, b.chunk_read}) std::memset(p, 0, n / 4 + 8);

@@ -83,7 +83,8 @@ u64 touch_global(Context& c, const BulkCopy& copy, u64 address, u32 bytes) {
 // The side in shared memory of a copy: of a load in `target`, where its mbarrier must be, too
 void check_shared_side(Context& c, const BulkCopy& copy) {
   Block& b = *copy.target;
-  check_shared(c, b, copy.lane, copy.smem, copy.bytes, copy.load ? kWrite : kRead, c.block->bulk_agent());
+  check_shared(c, b, copy.lane, copy.smem, copy.bytes, (copy.load ? kWrite : kRead) | kAsyncProxy,
+               c.block->bulk_agent());
   if (!copy.load) return check_proxy(c, copy.lane, copy.smem, copy.bytes);
   use_mbarrier(c, b, copy.lane, copy.mbar);
   for (u32 i = 0; i < copy.bytes; i++) b.in_flight[copy.smem + i]++;
@@ -113,7 +114,7 @@ void issue(Context& c, BulkCopy copy, u32 targets) {
     count(c, copy, total, sectors, n_targets);
   } else if (copy.from_shared) {
     check_bounds(c, copy, copy.global);
-    check_shared(c, b, copy.lane, u32(copy.global), copy.bytes, kRead, b.bulk_agent());
+    check_shared(c, b, copy.lane, u32(copy.global), copy.bytes, kRead | kAsyncProxy, b.bulk_agent());
     check_proxy(c, copy.lane, u32(copy.global), copy.bytes);
     note_visit(c, b, b.bulk_agent());  // its end is only known where the copy goes
     count(c, copy, copy.bytes, 0, n_targets);

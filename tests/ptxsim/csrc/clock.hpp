@@ -64,6 +64,7 @@ struct SyncState {
   Knowledge acquired;      // other clusters' releases that were observed with acquire semantics
   Knowledge pending;       // ... observed by a relaxed access that no fence has followed yet
   Knowledge fenced_known;  // `acquired` at the time of the last fence
+  bool waited = false;     // griddepcontrol.wait: launches before this one have ended
   // With Machine::clustered only:
   VectorClock cluster_fenced;  // the part of `seen` that a fence has made visible to the cluster
   VectorClock reached;         // what was executed before now, be it ordered or not (relaxed arrivals)

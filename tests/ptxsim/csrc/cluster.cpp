@@ -108,6 +108,7 @@ void try_complete(Context& c) {
     for (Warp& w : b->warps)
       for (Group& g : w.groups)
         if (g.state == GroupState::AtBarrier && g.barrier == kClusterBarrier) {
+          empty_l1(*b);
           g.state = GroupState::Running;
           g.pc++;
           go_on(c, w, g.mask);
@@ -143,6 +144,7 @@ bool cluster_wait(Context& c, Group& group) {
     group.barrier = kClusterBarrier;
     return true;
   }
+  empty_l1(*c.block);
   go_on(c, w, group.mask);
   group.pc++;
   return false;

@@ -20,13 +20,13 @@ void add_in_flight(Block& b, u32 address, int size, s8 delta) {
 }
 
 // Copies of fewer bytes than the full size, the rest being zeros
-void copy_partial(Context& c, CpAsyncCopy& copy, int lane, u64 from, u32 bytes) {
+void copy_partial(Context& c, CpAsyncCopy& copy, int lane, u64 from, u32 bytes, int flags) {
   if (from & (copy.size - 1)) fault(c, lane, "misaligned cp.async source");
   for (u32 i = 0; i < bytes; i++) {
     u64 address[32];
     u8* pointer[32];
     address[lane] = from + i;
-    global_access(c, address, 1u << lane, 1, kRead | kUncounted, pointer);
+    global_access(c, address, 1u << lane, 1, flags | kUncounted, pointer);
     copy.data[lane][i] = *pointer[lane];
   }
 }
@@ -57,10 +57,11 @@ void cp_async(Context& c, const Instruction& in) {
     else if (bytes[l])
       partial |= 1u << l;
   }
-  if (whole) global_access(c, from, whole, in.aux, kRead, pointer);
+  const int flags = kRead | (in.has(mod::ThroughL1) ? kThroughL1 : 0);
+  if (whole) global_access(c, from, whole, in.aux, flags, pointer);
   if (whole != c.mask) std::memset(copy.data, 0, sizeof copy.data);
   for_lanes(whole, [&](int l) { std::memcpy(copy.data[l], pointer[l], in.aux); });
-  for_lanes(partial, [&](int l) { copy_partial(c, copy, l, from[l], bytes[l]); });
+  for_lanes(partial, [&](int l) { copy_partial(c, copy, l, from[l], bytes[l], flags); });
   if (partial && !whole) count_global_request(c, from, partial, in.aux);
   shared_access(c, copy.dst, c.mask, in.aux, kWrite | kAsync | kUncounted, nullptr);
   count_wavefronts(c, copy.dst, c.mask, in.aux);

@@ -61,7 +61,7 @@ int distinct_units(const u64* address, u32 mask, int size, int shift, F f) {
 }
 
 // Updates the shadow of one lane's bytes. Bit 0 of the result: an uninitialised byte was read; bit 1: a byte
-// had been written in this launch.
+// had been written in this launch; bit 2: a byte is pending.
 template <class W>
 inline int mark(u8* shadow, int size, int flags) {
   const W ones = W(0x0101010101010101ull);
@@ -76,7 +76,8 @@ inline int mark(u8* shadow, int size, int flags) {
     if (flags & kWrite) x = W((x | W(ones * kWasWritten)) & ~W(ones * kUninitialised));
     std::memcpy(shadow + i, &x, sizeof(W));
   }
-  return int(uninitialised && flags & kRead) | (before & W(ones * kWasWritten) ? 2 : 0);
+  return int(uninitialised && flags & kRead) | (before & W(ones * kWasWritten) ? 2 : 0) |
+         (before & W(ones * kPending) ? 4 : 0);
 }
 
 inline int mark_any(u8* shadow, int size, int flags) {
@@ -113,6 +114,17 @@ void report_uninitialised(Context& c, int lane, const Allocation& a, u64 address
                 (unsigned long long)(address - a.base)));
 }
 
+// Before griddepcontrol.wait a dependent launch may read only what no launch before it wrote, and write
+// nothing.
+void check_wait(Context& c, int lane, const Allocation& a, u64 address, int flags, bool pending) {
+  if (!c.machine->dependent || c.warp->sync.waited || a.kind != kReadWrite) return;
+  if (!(flags & kWrite) && !pending) return;
+  report(c, ReportKind::BeforeWait, lane, 0,
+         format("%s of %s + %llu%s before griddepcontrol.wait", flags & kWrite ? "write" : "read",
+                buffer_name(a).c_str(), (unsigned long long)(address - a.base),
+                flags & kWrite ? "" : ", which a launch before this one wrote,"));
+}
+
 }  // namespace
 
 void count_global_request(Context& c, const u64* address, u32 mask, int size) {
@@ -140,6 +152,8 @@ void global_access(Context& c, const u64* address, u32 mask, int size, int flags
     u64 offset = x - a->base;
     pointer[l] = reinterpret_cast<u8*>(a->host) + offset;
     int seen = mark_any(reinterpret_cast<u8*>(a->shadow) + offset, size, flags);
+    check_wait(c, l, *a, x, flags, seen & 4);
+    if (flags & (kThroughL1 | kNonCoherent)) check_l1(c, *a, x, size, l, flags);
     if (a->readers) check_global_order(c, *a, x, size, l, flags, c.warp->agent, seen & 2);
     if (seen & 1) report_uninitialised(c, l, *a, x);
   }
@@ -155,6 +169,7 @@ u8* global_range(Context& c, int lane, u64 address, u32 bytes, int flags, int ag
     int n = int(std::min<u64>(bytes - done, 16 - ((address + done) & 15)));
     int seen = 0;
     for (int i = 0; i < n; i++) seen |= mark<u8>(shadow + done + i, 1, flags);
+    check_wait(c, lane, a, address + done, flags, seen & 4);
     if (a.readers) check_global_order(c, a, address + done, n, lane, flags, agent, seen & 2);
     if (seen & 1 && !uninitialised) {
       report_uninitialised(c, lane, a, address + done);

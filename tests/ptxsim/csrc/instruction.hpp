@@ -12,7 +12,7 @@ namespace ptxsim {
   X(High, 30) X(CarryIn, 31) X(CarryOut, 32) X(Subtract, 33) X(Transposed, 34) X(HasSize, 35) \
   X(IgnoreSource, 36) X(WaitAll, 37) X(NoIncrement, 38) X(ExpectTx, 39) X(HasOperand, 40) X(Drop, 41) \
   X(Parity, 42) X(ReadOnly, 43) X(ArriveOnly, 44) X(HasCount, 45) X(Cluster, 46) \
-  X(ClusterScope, 47) X(Relaxed, 48) X(Multicast, 49) X(MbarrierInit, 50) X(Aligned, 51) X(FromShared, 52)
+  X(ClusterScope, 47) X(Relaxed, 48) X(Multicast, 49) X(MbarrierInit, 50) X(Aligned, 51) X(FromShared, 52) X(ThroughL1, 53) X(NonCoherent, 54)
 // clang-format on
 
 namespace mod {

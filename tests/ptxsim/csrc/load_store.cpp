@@ -59,7 +59,10 @@ void load_register(Context& c, s32 dst, u8* const* pointer, int offset, int size
   }
 }
 
-int access_flags(const Instruction& in) { return in.has(mod::Strong) ? kStrongAccess : 0; }
+int access_flags(const Instruction& in) {
+  if (in.has(mod::Strong)) return kStrongAccess;
+  return in.has(mod::NonCoherent) ? kNonCoherent : in.has(mod::ThroughL1) ? kThroughL1 : 0;
+}
 
 // vec elements; sources: the address
 void ld(Context& c, const Instruction& in) {

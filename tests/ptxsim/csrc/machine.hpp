@@ -24,6 +24,7 @@ struct WriteRecord {
   u32 cluster, stamp, pc;
   u16 agent;
   bool strong;
+  u64 time;  // Machine::instructions at its last store
 };
 
 // ---- warps and blocks
@@ -138,7 +139,8 @@ struct Block {
   u8* smem = nullptr;
   // Shadow of shared memory, one entry a byte
   u8 *initialised = nullptr, *in_flight = nullptr;
-  u16* writer = nullptr;  // agent, kStrongWriter if strong
+  u8* plainly_read = nullptr;  // by an instruction of the generic proxy, since it was written
+  u16* writer = nullptr;       // agent, kStrongWriter if strong
   u32 *write_stamp = nullptr, *write_pc = nullptr, *read_pc = nullptr;
   u32* read_stamp = nullptr;                          // [agent of this block][byte]
   u32 *chunk_write = nullptr, *chunk_read = nullptr;  // newest stamp of each 16 bytes
@@ -150,6 +152,9 @@ struct Block {
   bool bulk_used = false;
   u32 unreleased_pc = ~0u;  // last atomic on global memory that published nothing, for the text of reports
   u64 polls = 0;
+  // Lines of global memory that the block's loads have brought into L1: when (Machine::instructions), and
+  // whether before griddepcontrol.wait. Nothing is evicted; an acquire empties the first.
+  std::unordered_map<u64, std::pair<u64, bool>> l1, non_coherent;
 
   int bulk_agent() const { return first_agent + n_warps; }
   int bulk_global_agent() const { return first_agent + n_warps + 1; }
@@ -181,7 +186,7 @@ struct Cluster {
 #define PTXSIM_REPORT_KINDS(X) \
   X(UninitShared, "uninit-shared") X(UninitGlobal, "uninit-global") X(Race, "race") \
   X(GlobalRace, "global-race") X(AsyncHazard, "async-hazard") X(Proxy, "missing-proxy-fence") \
-  X(Barrier, "barrier") X(WarpSync, "warp-sync")
+  X(Barrier, "barrier") X(WarpSync, "warp-sync") X(BeforeWait, "before-wait") X(StaleL1, "stale-l1")
 // clang-format on
 
 enum class ReportKind : int {
@@ -213,7 +218,8 @@ struct Allocation {
   u64 readers;  // ReadRecord for each 16 bytes; 0: no race checks
   s32 kind, id;
 };
-enum : u8 { kUninitialised = 1, kWasRead = 2, kWasWritten = 4 };
+// kPending: written by launches that may go on until griddepcontrol.wait returns
+enum : u8 { kUninitialised = 1, kWasRead = 2, kWasWritten = 4, kPending = 8 };
 
 struct Reader {
   u32 cluster1, stamp, pc;  // cluster1: cluster number + 1; 0: nobody
@@ -251,6 +257,7 @@ struct Machine {
   size_t last_allocation = 0;
   bool races = true, strict = false;
   bool count_trips = false;
+  bool dependent = false;  // launched beside the end of the launches before it
   u32 seed = 0;
   double approx_error = 0;
   u64 max_instructions = 0;

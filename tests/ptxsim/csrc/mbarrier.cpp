@@ -131,6 +131,7 @@ void wait(Context& c, const Instruction& in) {
     c.machine->progress++;
     over |= 1u << l;
     absorb(c, b.completed);
+    if (in.has(mod::ClusterScope) && !in.has(mod::Relaxed)) empty_l1(*c.block);
     if (!b.completed_remote) return;
     if (in.has(mod::ClusterScope) && !in.has(mod::Relaxed))
       absorb(c, *b.completed_remote);

@@ -11,6 +11,9 @@ enum AccessFlags : int {
   kStrongAccess = 8,  // volatile, relaxed, acquire or release
   kAsync = 16,        // issues an asynchronous copy
   kUncounted = 32,
+  kThroughL1 = 64,     // a weak load that L1 may answer
+  kNonCoherent = 128,  // ... even after an acquire (ld.global.nc)
+  kAsyncProxy = 256,   // by an asynchronous product or copy
 };
 
 // ---- global memory (global_memory.cpp)
@@ -34,6 +37,9 @@ void fence_gpu(Context& c);
 inline void advance_clock(Block& b) { b.cluster->clock++; }
 // Effects of a strong access to global memory on ordering. An atomic both reads and writes.
 void synchronise(Context& c, const Instruction& in, u64 address, bool reads, bool writes);
+// Loads through L1 and acquires, which empty it (l1.cpp).
+void check_l1(Context& c, Allocation& a, u64 address, int size, int lane, int flags);
+inline void empty_l1(Block& b) { b.l1.clear(); }
 void check_global_order(Context& c, Allocation& a, u64 address, int size, int lane, int flags, int agent,
                         bool written_before);
 

@@ -79,7 +79,7 @@ u32 record_write(Context& c, int agent, bool strong) {
   Machine& m = *c.machine;
   const Cluster& cluster = *c.block->cluster;
   auto append = [&] {
-    m.write_records.push_back({cluster.number, cluster.clock, c.pc, u16(agent), strong});
+    m.write_records.push_back({cluster.number, cluster.clock, c.pc, u16(agent), strong, m.instructions});
     return u32(m.write_records.size() - 1);
   };
   Warp& w = *c.warp;
@@ -92,6 +92,7 @@ u32 record_write(Context& c, int agent, bool strong) {
   }
   u32& number = w.records[w.recent_record].second;
   if (m.write_records[number].stamp != cluster.clock) number = append();
+  m.write_records[number].time = m.instructions;
   return number;
 }
 
@@ -155,6 +156,7 @@ static void join(Machine& m, SyncState& into, const SyncState& from) {
   into.seen.join(from.seen);
   into.fenced.join(from.fenced);
   into.proxied.join(from.proxied);
+  into.waited |= from.waited;
   into.acquired = merge(m, into.acquired, from.acquired);
   into.pending = merge(m, into.pending, from.pending);
   into.fenced_known = merge(m, into.fenced_known, from.fenced_known);
@@ -179,6 +181,7 @@ void absorb(Context& c, const SyncState& from) { join(*c.machine, c.warp->sync, 
 
 void fence_gpu(Context& c) {
   SyncState& sync = c.warp->sync;
+  empty_l1(*c.block);
   sync.acquired = merge(*c.machine, sync.acquired, sync.pending);
   sync.pending = nullptr;
   take_from_own_cluster(c);
@@ -195,6 +198,7 @@ void synchronise(Context& c, const Instruction& in, u64 address, bool reads, boo
   SyncState& sync = c.warp->sync;
   auto it = m.released.find(address >> 2);
   Knowledge found = it == m.released.end() ? nullptr : it->second;
+  if (reads && in.has(mod::Acquire)) empty_l1(*c.block);
   if (reads && found) {
     Knowledge& into = in.has(mod::Acquire) ? sync.acquired : sync.pending;
     into = merge(m, into, found);

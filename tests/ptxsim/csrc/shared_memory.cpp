@@ -64,19 +64,26 @@ bool race_with_writer(Context& c, const Block& b, int lane, u32 begin, u32 end, 
     if (!b.write_stamp[x] || writer == self || writer == c.warp->agent) continue;
     if (strong && b.writer[x] & kStrongWriter) continue;
     if (b.write_stamp[x] <= c.warp->sync.seen[writer]) continue;
+    if (flags & kAsyncProxy && b.is_engine(writer) && b.write_stamp[x] <= c.warp->sync.reached[writer])
+      continue;
     if (flags & kWrite && b.initialised[x] && stores_same_byte(c, lane, int(x - access), b.smem[x])) continue;
     return report_race(c, b, lane, x, flags, writer, b.write_pc[x], "written", "");
   }
   return false;
 }
 
+// A copy into bytes that only asynchronous products and copies have read since they were written need not
+// come after a release: they read nothing later than when they were waited for, and what was executed before
+// an arrival of any kind is over (CUTLASS's ClusterBarrier::arrive).
 bool race_with_reader(Context& c, const Block& b, int lane, u32 begin, u32 end, u32 access, int flags,
                       int self) {
   auto raced = [&](int r, const u32* stamps) {
     if (r == self || r == c.warp->agent) return false;
     u32 seen = c.warp->sync.seen[r];
+    u32 reached = flags & kAsyncProxy ? std::max(seen, c.warp->sync.reached[r]) : seen;
     for (u32 x = begin; x < end; x++)
-      if (stamps[x] > seen && !(b.initialised[x] && stores_same_byte(c, lane, int(x - access), b.smem[x])))
+      if (stamps[x] > (b.plainly_read[x] ? seen : reached) &&
+          !(b.initialised[x] && stores_same_byte(c, lane, int(x - access), b.smem[x])))
         return report_race(c, b, lane, x, flags, r, b.read_pc[x], "read", "about ");
     return false;
   };
@@ -111,6 +118,7 @@ inline bool quick_check(Block& b, u32 address, int size, int flags, u32 oldest, 
   if (flags & kWrite) {
     b.chunk_write[chunk] = now;
     std::memset(b.initialised + address, 1, size);
+    std::memset(b.plainly_read + address, 0, size);
     std::fill_n(b.writer + address, size, self);
     for (int i = 0; i < size; i++) {
       b.write_stamp[address + i] = now;
@@ -118,6 +126,7 @@ inline bool quick_check(Block& b, u32 address, int size, int flags, u32 oldest, 
     }
   } else {
     b.chunk_read[chunk] = now;
+    std::memset(b.plainly_read + address, 1, size);
     for (int i = 0; i < size; i++) {
       read_stamps[address + i] = now;
       b.read_pc[address + i] = pc;
@@ -155,6 +164,7 @@ bool stores_same_byte(const Context& c, int lane, int offset, u8 current) {
 void note_shared_write(Block& b, u32 address, int size, int agent, u32 pc) {
   u32 now = b.cluster->clock;
   std::fill_n(b.writer + address, size, u16(agent));
+  std::memset(b.plainly_read + address, 0, size);
   for (int i = 0; i < size; i++) {
     b.write_stamp[address + i] = now;
     b.write_pc[address + i] = pc;
@@ -191,6 +201,7 @@ void check_shared(Context& c, Block& b, int lane, u32 address, int size, int fla
       for (u32 x = begin; x < end; x++) {
         stamps[x] = now;
         b.read_pc[x] = c.pc;
+        if (!(flags & kAsyncProxy)) b.plainly_read[x] = 1;
       }
     }
   }

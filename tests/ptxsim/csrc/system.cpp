@@ -149,7 +149,10 @@ void device_printf(Context& c, const Instruction& in) {
   });
 }
 
-void nothing(Context&, const Instruction&) {}
+// aux: griddepcontrol.wait
+void nothing(Context& c, const Instruction& in) {
+  if (in.aux) c.warp->sync.waited = true;
+}
 
 }  // namespace
 

@@ -72,7 +72,7 @@ class WavefrontCounter {
 const u8* piece_pointer(Context& c, u32 address) {
   if (address + 16 > c.machine->shared_bytes)
     fault(c, 0, format("wgmma descriptor reaches shared byte %u, out of bounds", address));
-  check_shared(c, *c.block, 0, address, 16, kRead, c.warp->agent);
+  check_shared(c, *c.block, 0, address, 16, kRead | kAsyncProxy, c.warp->agent);
   check_proxy(c, 0, address, 16);
   return c.block->smem + address;
 }

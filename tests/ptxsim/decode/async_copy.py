@@ -44,10 +44,10 @@ def copy(program: Program, opcode: Opcode) -> None:
     size = parse_int(opcode.args[2])
     if size not in ((16,) if bypass_l1 else (4, 8, 16)):
         opcode.fail(f"cp.async of {size} bytes")
-    src, flags = [to, source], []
+    src, flags = [to, source], [] if bypass_l1 else ["ThroughL1"]
     if len(opcode.args) > 3:
         extra = program.operand(opcode.args[3])
-        flags = ["IgnoreSource" if extra >= 0 and extra & PREDICATE else "HasSize"]
+        flags += ["IgnoreSource" if extra >= 0 and extra & PREDICATE else "HasSize"]
         src.append(extra)
     program.emit("CpAsync", [], src, flags=flags, imm=to_offset, imm2=source_offset, aux=size)
 

@@ -46,6 +46,7 @@ def access_flags(opcode: Opcode, atomic: bool = False) -> list[str]:
 
 @handles("ld", "ldu")
 def ld(program: Program, opcode: Opcode) -> None:
+    cached = [] if opcode.has("cg", "cv") else ["NonCoherent"] if opcode.has("nc") else ["ThroughL1"]
     opcode.drop_cache_hints()
     base, offset, symbol_space = program.address(opcode.args[1])
     count, type = opcode.choose(VECTORS, 1), opcode.type
@@ -56,7 +57,7 @@ def ld(program: Program, opcode: Opcode) -> None:
         dst = [program.operand(opcode.args[0], type)]
     if len(dst) != count:
         opcode.fail("vector length mismatch")
-    flags, space = access_flags(opcode), access_space(opcode, symbol_space)
+    flags, space = [*access_flags(opcode), *cached], access_space(opcode, symbol_space)
     program.emit("Ld", dst, [base], type, flags=flags, space=space, imm=offset, vec=count)
 
 

@@ -25,17 +25,22 @@ def test_missing_compiler(monkeypatch):
         native._compiler()
 
 
+def test_compiler_behind_a_cache(monkeypatch):
+    monkeypatch.setenv("CXX", "env g++")
+    assert native._compiler()[0] == ["env", "g++"]
+
+
 def test_key_depends_on_sources_and_flags(monkeypatch, tmp_path):
     command = native._compiler()
-    key = native._key(command)
+    key = native._key(*command)
     monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-DX"])
-    assert native._key(command) != key
+    assert native._key(*command) != key
     monkeypatch.undo()
     (tmp_path / "one.cpp").write_text("int x;")
     monkeypatch.setattr(native, "SOURCES", tmp_path)
-    before = native._key(command)
+    before = native._key(*command)
     (tmp_path / "one.cpp").write_text("int y;")
-    assert len({before, native._key(command), key}) == 3
+    assert len({before, native._key(*command), key}) == 3
 
 
 @pytest.fixture
