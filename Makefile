@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp $(foreach d,csrc/*/ csrc/*/*/,$(addprefix $(d),*.cpp *.h *.cu *.cuh))) parnet_kernels/schemas.inc
 CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.h' 'tests/*.cu')
 
-.PHONY: help setup build demo test test-all test-oldest dist bench asan lint format docs clean
+.PHONY: help setup build demo test test-all test-oldest dist gpu-check bench asan lint format docs clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -64,6 +64,10 @@ test-oldest: setup ## the test suite beside torch 2.11 and Triton 3.6 (takes wha
 dist: setup ## the packages in dist, each tried in an environment of its own (15 minutes with nvcc; DIST_ARGS=--quick: 4)
 	$(BIN)/python -m pip install -qq --no-build-isolation --editable '.[dist]'
 	$(BIN)/python tests/packages.py $(DIST_ARGS)
+
+# With the running Python and its torch, not with .venv.
+gpu-check: ## on a machine with a GPU: build, test, time and profile there (9 minutes; GPU_CHECK_ARGS=--rehearse needs none)
+	$(PYTHON) -m bench.gpu_check $(GPU_CHECK_ARGS)
 
 bench: setup .venv/peers ## speed against other engines; writes out/bench (BENCH_ARGS=--quick: a minute)
 	$(BIN)/python -m bench cpu $(BENCH_ARGS)

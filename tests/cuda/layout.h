@@ -42,6 +42,7 @@ inline std::string layout() {
   PARNET_STRUCT(LayerCall);
   PARNET_FIELD(LayerCall, inputs), PARNET_FIELD(LayerCall, out);
   PARNET_FIELD(LayerCall, weight), PARNET_FIELD(LayerCall, gate_weight), PARNET_FIELD(LayerCall, chunk_table);
+  PARNET_FIELD(LayerCall, chunk_masks);
   PARNET_FIELD(LayerCall, partial), PARNET_FIELD(LayerCall, partial_logits),
       PARNET_FIELD(LayerCall, arrivals);
   PARNET_FIELD(LayerCall, first_block), PARNET_FIELD(LayerCall, blocks);
