@@ -5,6 +5,8 @@ Each error names the argument, what is required of it and what was got.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,8 @@ def _error(argument: str, requirement: str, got: object) -> ValueError:
 def _is_dense(name: str, t: Tensor | None) -> Tensor:
     if t is None:
         raise _error(name, "be a tensor", None)
-    if t.layout != torch.strided:
-        raise _error(name, "be a dense tensor", t.layout)
+    if t.layout != torch.strided or t.is_nested:
+        raise _error(name, "be a dense tensor", "a nested tensor" if t.is_nested else t.layout)
     return t
 
 
@@ -47,6 +49,33 @@ def _like(name: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...], meanin
         raise _error(name, f"be on the device of `x`, {x.device}", t.device)
 
 
+def _suits(x: Tensor, parameters: list[Tensor]) -> None:
+    """Raises if x is what differs from all parameters, which agree."""
+    dtypes, devices = {p.dtype for p in parameters}, {p.device for p in parameters}
+    if len(dtypes) == 1 and x.dtype not in dtypes:
+        raise _error("x", f"have the dtype of the parameters, {dtypes.pop()}", x.dtype)
+    if len(devices) == 1 and x.device not in devices:
+        raise _error("x", f"be on the device of the parameters, {devices.pop()}", x.device)
+
+
+def check_types(op: str, arguments: dict[str, Any]) -> None:
+    """Raises if an argument is of a type that the dispatcher does not take, in words about that argument.
+
+    Raises:
+        TypeError: naming the argument, what is required of it and what was got.
+    """
+    signature = SIGNATURES[op]
+    for name, value in arguments.items():
+        got = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        if name in signature.tensors:
+            if value is not None and not hasattr(type(value), "__torch_function__"):
+                make = "torch.from_numpy" if got == "numpy.ndarray" else "torch.tensor"
+                raise TypeError(f"parnet_kernels: `{name}` must be a tensor, got a {got}; `{make}` makes one")
+        elif not isinstance(value, type(signature.options[name])):
+            kind = type(signature.options[name]).__name__
+            raise TypeError(f"parnet_kernels: `{name}` must be of type {kind}, got {value!r}")
+
+
 def _convolution(x: Tensor, p: dict[str, Tensor | None]) -> int:
     """Checks the parameters that every operator has; returns K."""
     weight = _is_dense("weight", p["weight"])
@@ -55,6 +84,11 @@ def _convolution(x: Tensor, p: dict[str, Tensor | None]) -> int:
     k, c = weight.shape[0], x.shape[1]
     if k == 0:
         raise _error("weight", "have K ≥ 1 output channels", f"shape {list(weight.shape)}")
+    if weight.shape[1] not in (c, 0) and weight.shape[1] == x.shape[3]:
+        raise ValueError(
+            f"parnet_kernels: `x` of shape {list(x.shape)} has {c} channels and looks channels-last [N, H, W, C], the "
+            f"weights take {weight.shape[1]}; `x.permute(0, 3, 1, 2)` is [N, C, H, W]"
+        )
     _like("weight", weight, x, (k, c, 3, 3), "[K, C, 3, 3]")
     _like("bias", p["bias"], x, (k,), "[K]")
     _like("gate_weight", p["gate_weight"], x, (k, c), "[K, C]")
@@ -85,6 +119,7 @@ def check(call: Call) -> None:
     for name, t in zip(SIGNATURES[call.op].maps, call.maps, strict=True):
         is_map(name, t)
     x, p = call.x, call.parameters
+    _suits(x, call.present)
     if len(call.maps) == 2:
         _like("y", call.maps[1], x, x.shape, "that of `x`")
     if call.stride not in (1, 2):

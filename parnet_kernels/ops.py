@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parnet_kernels import dispatch, flops  # noqa: F401  register the operators
+from parnet_kernels.checks import check_types
 from parnet_kernels.selection import clear_cache as clear_cache
 from parnet_kernels.selection import explain as explain
 from parnet_kernels.selection import use_backend as use_backend
@@ -40,19 +41,24 @@ def repvgg_sse(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value does not fit.
+        TypeError: naming the argument that is no tensor (or number, or string).
     """
-    return torch.ops.parnet.repvgg_sse.default(
-        x,
-        weight,
-        bias,
-        skip_scale,
-        skip_shift,
-        gate_weight,
-        gate_bias,
-        activation=activation,
-        out_scale=out_scale,
-        out_shift=out_shift,
-    )
+    try:
+        return torch.ops.parnet.repvgg_sse.default(
+            x,
+            weight,
+            bias,
+            skip_scale,
+            skip_shift,
+            gate_weight,
+            gate_bias,
+            activation=activation,
+            out_scale=out_scale,
+            out_shift=out_shift,
+        )
+    except RuntimeError:
+        check_types("repvgg_sse", dict(locals()))
+        raise
 
 
 def downsample_se(
@@ -79,19 +85,23 @@ def downsample_se(
         [N, K, ⌈H/stride⌉, ⌈W/stride⌉], channels_last if x is, else contiguous.
 
     Raises:
-        ValueError: naming the argument that does not fit.
+        ValueError, TypeError: naming the argument that does not fit.
     """
-    return torch.ops.parnet.downsample_se.default(
-        x,
-        weight,
-        bias,
-        gate_weight,
-        gate_bias,
-        stride=stride,
-        activation=activation,
-        out_scale=out_scale,
-        out_shift=out_shift,
-    )
+    try:
+        return torch.ops.parnet.downsample_se.default(
+            x,
+            weight,
+            bias,
+            gate_weight,
+            gate_bias,
+            stride=stride,
+            activation=activation,
+            out_scale=out_scale,
+            out_shift=out_shift,
+        )
+    except RuntimeError:
+        check_types("downsample_se", dict(locals()))
+        raise
 
 
 def fusion_se(
@@ -122,17 +132,21 @@ def fusion_se(
         [N, K, ⌈H/stride⌉, ⌈W/stride⌉], channels_last if x is, else contiguous.
 
     Raises:
-        ValueError: naming the argument that does not fit.
+        ValueError, TypeError: naming the argument that does not fit.
     """
-    return torch.ops.parnet.fusion_se.default(
-        x,
-        y,
-        weight,
-        bias,
-        gate_weight,
-        gate_bias,
-        stride=stride,
-        activation=activation,
-        out_scale=out_scale,
-        out_shift=out_shift,
-    )
+    try:
+        return torch.ops.parnet.fusion_se.default(
+            x,
+            y,
+            weight,
+            bias,
+            gate_weight,
+            gate_bias,
+            stride=stride,
+            activation=activation,
+            out_scale=out_scale,
+            out_shift=out_shift,
+        )
+    except RuntimeError:
+        check_types("fusion_se", dict(locals()))
+        raise

@@ -313,6 +313,47 @@ def test_bad_arguments(op: str, change: dict, message: str, traced: bool) -> Non
 
 
 @each_operator
+def test_x_is_blamed_where_it_is_what_differs(op: str) -> None:
+    args, options = arguments(op, c=4, size=(7, 6))
+    named = dict(zip(POSITIONAL[op], args, strict=True)) | options
+    maps = [name for name in ("x", "y") if name in named]
+
+    def changed(how) -> dict:
+        return named | {name: how(named[name]) for name in maps}
+
+    with pytest.raises(
+        ValueError, match=r"`x` must have the dtype of the parameters, torch\.float32, got torch\.float16"
+    ):
+        getattr(ops, op)(**changed(lambda t: t.half()))
+    with pytest.raises(ValueError, match="`x` must be on the device of the parameters, cpu, got meta"):
+        getattr(ops, op)(**changed(lambda t: t.to("meta")))
+    with pytest.raises(
+        ValueError, match=r"`x` of shape \[2, 7, 6, 4\] has 7 channels and looks channels-last .* take 4"
+    ):
+        getattr(ops, op)(**changed(lambda t: t.permute(0, 2, 3, 1)))
+    nested = changed(lambda t: torch.nested.nested_tensor([t[0], t[1]]))
+    with pytest.raises(ValueError, match="`x` must be a dense tensor, got a nested tensor"):
+        getattr(ops, op)(**nested)
+
+
+@each_operator
+def test_arguments_of_other_types(op: str) -> None:
+    args, options = arguments(op)
+    named = dict(zip(POSITIONAL[op], args, strict=True)) | options
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(TypeError, match=f"`{name}` must be a tensor, got a numpy.ndarray; `torch.from_numpy`"):
+                getattr(ops, op)(**named | {name: value.numpy()})
+            with pytest.raises(TypeError, match=f"`{name}` must be a tensor, got a list; `torch.tensor`"):
+                getattr(ops, op)(**named | {name: value.tolist()})
+    with pytest.raises(TypeError, match="`activation` must be of type str, got 1"):
+        getattr(ops, op)(**named | {"activation": 1})
+    if "stride" in named:
+        with pytest.raises(TypeError, match=r"`stride` must be of type int, got 2\.5"):
+            getattr(ops, op)(**named | {"stride": 2.5})
+
+
+@each_operator
 def test_missing_and_sparse_arguments(op: str) -> None:
     args, options = arguments(op)
     for i, name in enumerate(POSITIONAL[op]):
