@@ -10,7 +10,7 @@ help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 	@echo 'Minutes: two cores, the first time. PYTEST_ARGS and BENCH_ARGS are passed on.'
 
-setup: .venv/tools build/ready ## make .venv with all tools, build both libraries (3 minutes)
+setup: .venv/tools build/ready ## make .venv with all tools, build both libraries (4 minutes)
 
 # torch first: the native code is compiled with its headers. Never through pip, which would hide what takes the time.
 .venv/torch: pyproject.toml
