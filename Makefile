@@ -20,7 +20,7 @@ setup: .venv/tools build/ready ## make .venv with all tools, build both librarie
 	$(BIN)/python -m pip install --quiet torch==2.13.0 numpy 'setuptools>=77' wheel ninja
 	@touch $@
 
-.venv/ready: .venv/torch build/cpu
+.venv/ready: .venv/torch | build/cpu
 	@echo 'installing the package and what the demo needs into .venv'
 	PARNET_CUDA=0 $(BIN)/python -m pip install -qq --no-build-isolation --editable '.[demo]'
 	@touch $@
@@ -33,7 +33,7 @@ setup: .venv/tools build/ready ## make .venv with all tools, build both librarie
 build: build/ready ## compile what has changed in csrc
 
 build/cpu: $(filter-out csrc/cuda/%,$(NATIVE)) setup.py | .venv/torch
-	@echo 'compiling the CPU kernels for five instruction sets (about a minute on two cores)'
+	@echo 'compiling the CPU kernels for every instruction set (about a minute on two cores)'
 	PARNET_CUDA=0 $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
