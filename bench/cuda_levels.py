@@ -148,7 +148,7 @@ def share(c: Any, m: Model) -> float:
     if not shape.warpgroup:
         return m.mma
     read = 9 * 2 * (shape.rows // 64) * 4096  # of a chunk: taps, halves, products
-    written = 9 * 64 * 64 + c.slots * 64
+    written = 9 * 64 * 64 + c.cells * 64
     return read / (read + written)
 
 
@@ -214,7 +214,7 @@ def round_trips(c: Any, m: Model) -> tuple[int, int]:
     passes = -(-c.chunks // c.splits // PASS_CHUNKS)
     before = batches * passes + (m.gpu.image < 90)
     shape = p.shapes[c.tile]
-    pipeline = p.stages * p.weight_stage_bytes + 2 * c.slots * shape.slot_bytes
+    pipeline = p.stages * p.weight_stage_bytes + 2 * c.cells * shape.cell_bytes
     fragments = shape.rows // 64 if shape.warpgroup else 1
     room = (shape.exchange_bytes if shape.warpgroup else pipeline) // (shape.rows // fragments * p.columns * 4)
     fragments //= 2 if c.pairing == Pairing.SPLITS else 1

@@ -72,7 +72,7 @@ std::string info() { return PARNET_CUDA_ARCHS; }
 std::vector<int64_t> policy(int64_t architecture) {
   std::vector<int64_t> values = {cuda::stages(static_cast<int>(architecture)),
                                  cuda::kThreads,
-                                 cuda::kSlotBytes,
+                                 cuda::kCellBytes,
                                  cuda::weight_stage_bytes(),
                                  cuda::kStaticSharedBytes,
                                  cuda::kColumns,
@@ -83,7 +83,7 @@ std::vector<int64_t> policy(int64_t architecture) {
                                  cuda::kEnterPixels};
   for (const cuda::TileShape& t : cuda::kTiles)
     values.insert(values.end(),
-                  {t.rows, t.max_slots, t.stride, cuda::slot_bytes(t), cuda::exchange_bytes(t), t.warpgroup});
+                  {t.rows, t.max_cells, t.stride, cuda::cell_bytes(t), cuda::exchange_bytes(t), t.warpgroup});
   return values;
 }
 

@@ -12,7 +12,7 @@ namespace parnet::cuda {
 template <class M, int kShape>
 struct Tile : TileBase<M, kShape> {
   using Base = TileBase<M, kShape>;
-  using Base::halo, Base::kPixelBytes, Base::kSlotRounds, Base::kStride, Base::kTile, Base::kWeightBytes,
+  using Base::halo, Base::kPixelBytes, Base::kCellRounds, Base::kStride, Base::kTile, Base::kWeightBytes,
       Base::p, Base::place, Base::scratch, Base::warp, Base::weights, Base::Base;
   using typename Base::T;
   static constexpr int kFragments = kTile.rows / 16;
@@ -41,7 +41,7 @@ struct Tile : TileBase<M, kShape> {
     if (!finishes) return splits.leave(sums, logit);
     if (p.splits > 1) {
       splits.wait_for_others();
-      splits.add_others(sums, logit, dynamic_shared, kStages * kWeightBytes + 2 * p.slots * kPixelBytes);
+      splits.add_others(sums, logit, dynamic_shared, kStages * kWeightBytes + 2 * p.cells * kPixelBytes);
     }
     if (threadIdx.x < kColumns) set_column<M>(scratch.vectors, p.out.flags, threadIdx.x, logit);
     __syncthreads();
@@ -68,11 +68,11 @@ struct Tile : TileBase<M, kShape> {
     // Four threads a pixel, 16 bytes each. Eight lanes at a time read whole sectors, 32 bytes of every other
     // pixel: at a pitch of 80 bytes these lie in different banks.
     const int lane = lane_id();
-    const int part = (lane >> 4) * 2 + (lane & 1), first_slot = warp * 8 + (lane & 6) + ((lane >> 3) & 1);
-    const int halo_bytes = p.slots * kPixelBytes;
+    const int part = (lane >> 4) * 2 + (lane & 1), first_cell = warp * 8 + (lane & 6) + ((lane >> 3) & 1);
+    const int halo_bytes = p.cells * kPixelBytes;
     const int pixel_parts = p.inputs[0].pitch / Base::kLaneChannels;
-    int pixel[kSlotRounds];
-    this->find_pixels(pixel, first_slot, part, halo_bytes);
+    int pixel[kCellRounds];
+    this->find_pixels(pixel, first_cell, part, halo_bytes);
 
     const int lane_weight = warp * (kWeightBytes / 4) + lane * 16;
     const char* weight = this->weight_source() + lane_weight + kWeightBias;
@@ -83,7 +83,7 @@ struct Tile : TileBase<M, kShape> {
     };
     const int32_t* next_entry = p.chunk_table + place.group * p.chunks + place.first_chunk;
     uint64_t image_part = (static_cast<uint64_t>(place.image) * p.h * p.w * pixel_parts + part) * 16;
-    uint32_t halo_to = halo + first_slot * kPixelBytes + part * 16;
+    uint32_t halo_to = halo + first_cell * kPixelBytes + part * 16;
     pin(image_part);
     pin(halo_to);
     int halo_flip = halo_bytes, entry = __ldg(next_entry);
@@ -91,7 +91,7 @@ struct Tile : TileBase<M, kShape> {
     auto load_halo = [&] {
       const uint64_t x = reinterpret_cast<uint64_t>(p.inputs[entry >> kSourceShift].x) + image_part +
                          static_cast<uint32_t>((entry & ((1 << kSourceShift) - 1)) * sizeof(T));
-      this->copy_pixels(halo_to, x, pixel, std::make_integer_sequence<int, kSlotRounds>());
+      this->copy_pixels(halo_to, x, pixel, std::make_integer_sequence<int, kCellRounds>());
       halo_to += halo_flip;
       halo_flip = -halo_flip;
       entry = __ldg(++next_entry);  // one ahead of its use
@@ -120,16 +120,16 @@ struct Tile : TileBase<M, kShape> {
 #pragma unroll
       for (int k = 0; k < M::kRowAddresses; k++) {
         const int m = i * 16 + M::row(k), r = this->row_of(m), c = m - r * p.tile_cols;
-        const int slot = r < p.tile_rows ? r * kStride * p.slot_pitch + c : 0;
-        a_address[i][k] = halo + slot * kPixelBytes + M::row_byte() + k_group * 32;
+        const int cell = r < p.tile_rows ? r * kStride * p.cell_pitch + c : 0;
+        a_address[i][k] = halo + cell * kPixelBytes + M::row_byte() + k_group * 32;
       }
     uint32_t b_address = weights + column_half * 32 * 64 + M::weight_offset(k_group);
     pin(b_address);
-    const int row_bytes = p.slot_pitch * kPixelBytes;
-    // Bytes from a slot to the one that each tap of a packed kernel row reads. With stride 2 the taps are
+    const int row_bytes = p.cell_pitch * kPixelBytes;
+    // Bytes from a cell to the one that each tap of a packed kernel row reads. With stride 2 the taps are
     // packed in the order 0, 2, 1: tap 2 reads the next even column, and the odd columns lie behind all even
     // ones.
-    constexpr int kShift[3] = {0, kPixelBytes, (kStride == 2 ? kTile.max_slots : 2) * kPixelBytes};
+    constexpr int kShift[3] = {0, kPixelBytes, (kStride == 2 ? kTile.max_cells : 2) * kPixelBytes};
     int chunk_step = halo_bytes - 2 * row_bytes;  // from the last row of a buffer to the first of the other
     uint32_t flip = 0;
     for (int left = chunks; left > 0; left--) {

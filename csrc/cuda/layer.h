@@ -55,7 +55,7 @@ struct LayerCall {
   int32_t h, w, stride;
   int32_t groups, column_tiles, chunks, splits;
   int32_t tile_rows, tile_cols;  // output pixels of a tile
-  int32_t slots, slot_pitch;     // of the halo: all, and from one row to the next
+  int32_t cells, cell_pitch;     // of the halo: all, and from one row to the next
   int32_t images;
 };
 

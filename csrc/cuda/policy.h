@@ -36,14 +36,14 @@ namespace parnet::cuda {
 constexpr int kThreads = 128;
 constexpr int kColumns = 64;     // output channels of a tile
 constexpr int kChunkBytes = 64;  // of channels of one pixel: 32 of 16 bits, 16 of 32 bits
-constexpr int kSlotBytes = 80;   // a pixel in shared memory: 5 x 16, so 8 in a row hit all banks
+constexpr int kCellBytes = 80;   // a pixel in shared memory: 5 x 16, so 8 in a row hit all banks
 constexpr int kBlocksPerSm = 2;  // what registers and shared memory must allow
 constexpr int kMaxBatch = 8;     // beyond it throughput counts, not latency
 constexpr int kMaxSplits = 8;    // of a tile's input channels
 
 struct TileShape {
   int rows;       // output pixels
-  int max_slots;  // input pixels with their halo; with stride 2, of the even columns: the odd lie behind them
+  int max_cells;  // input pixels with their halo; with stride 2, of the even columns: the odd lie behind them
   int stride;
   bool warpgroup;  // multiplied by wgmma: architecture 90 and 16-bit types only
 };
@@ -67,7 +67,7 @@ PARNET_BOTH constexpr int stages(int architecture) {
 }
 
 // A pixel of the halo. Warpgroup tiles, with few instructions a product, can afford to swizzle it.
-PARNET_BOTH constexpr int slot_bytes(const TileShape& t) { return t.warpgroup ? kChunkBytes : kSlotBytes; }
+PARNET_BOTH constexpr int cell_bytes(const TileShape& t) { return t.warpgroup ? kChunkBytes : kCellBytes; }
 
 PARNET_BOTH constexpr int weight_stage_bytes() { return 3 * kColumns * kChunkBytes; }
 

@@ -174,7 +174,7 @@ struct Stem {
           if (++kw == 3) kw = 0, kh++;
         }
       }
-      unsigned char* to = products + (part / 4 * kStemPixels + threadIdx.x) * kSlotBytes + part % 4 * 16;
+      unsigned char* to = products + (part / 4 * kStemPixels + threadIdx.x) * kCellBytes + part % 4 * 16;
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(value);
     }
   }
@@ -232,7 +232,7 @@ struct Stem {
           uint32_t address[M::kRowAddresses];
 #pragma unroll
           for (int k = 0; k < M::kRowAddresses; k++)
-            address[k] = products + (chunk * kStemPixels + warp * 32 + i * 16 + M::row(k)) * kSlotBytes +
+            address[k] = products + (chunk * kStemPixels + warp * 32 + i * 16 + M::row(k)) * kCellBytes +
                          M::row_byte();
           M::load_a(a[i], address, step * 32);
         }

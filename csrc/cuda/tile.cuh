@@ -70,9 +70,9 @@ struct TileBase {
   static constexpr TileShape kTile = kTiles[kShape];
   static constexpr int kWeightBytes = weight_stage_bytes();
   static constexpr int kStride = kTile.stride;
-  static constexpr int kPixelBytes = slot_bytes(kTile);
-  static constexpr int kSlots = kStride * kTile.max_slots;
-  static constexpr int kSlotRounds = (kSlots + 31) / 32;
+  static constexpr int kPixelBytes = cell_bytes(kTile);
+  static constexpr int kCells = kStride * kTile.max_cells;
+  static constexpr int kCellRounds = (kCells + 31) / 32;
   static constexpr int kLaneChannels = 16 / sizeof(T);
 
   const LayerCall& p;
@@ -111,33 +111,33 @@ struct TileBase {
            (static_cast<int64_t>(place.group_tile) * p.chunks + place.first_chunk) * (3 * kWeightBytes);
   }
 
-  // Finds the pixel of the image for each of the lane's slots, 32 apart: in units of 16 bytes, or -1. Zeros
-  // the slots outside the image, once: no copy writes there. `part`: the lane's 16 bytes of every slot.
-  __device__ __forceinline__ void find_pixels(int (&pixel)[kSlotRounds], int first_slot, int part,
+  // Finds the pixel of the image for each of the lane's cells, 32 apart: in units of 16 bytes, or -1. Zeros
+  // the cells outside the image, once: no copy writes there. `part`: the lane's 16 bytes of every cell.
+  __device__ __forceinline__ void find_pixels(int (&pixel)[kCellRounds], int first_cell, int part,
                                               int halo_bytes) const {
     const int pixel_parts = p.inputs[0].pitch / kLaneChannels;  // the same for both inputs
 #pragma unroll
-    for (int j = 0; j < kSlotRounds; j++) {
-      const int slot = first_slot + 32 * j;
-      const bool odd = kStride == 2 && slot >= kTile.max_slots;
-      const int of_plane = odd ? slot - kTile.max_slots : slot;
-      const int r = quotient(of_plane, p.slot_pitch), q = of_plane - r * p.slot_pitch;
+    for (int j = 0; j < kCellRounds; j++) {
+      const int cell = first_cell + 32 * j;
+      const bool odd = kStride == 2 && cell >= kTile.max_cells;
+      const int of_plane = odd ? cell - kTile.max_cells : cell;
+      const int r = quotient(of_plane, p.cell_pitch), q = of_plane - r * p.cell_pitch;
       const int column = kStride == 1 ? q : 2 * q + odd;
       const int ih = place.row * kStride + r - 1, iw = place.col * kStride + column - 1;
-      const bool inside = slot < p.slots && column < kStride * (p.tile_cols - 1) + 3 &&
+      const bool inside = cell < p.cells && column < kStride * (p.tile_cols - 1) + 3 &&
                           r < kStride * (p.tile_rows - 1) + 3 && ih >= 0 && ih < p.h && iw >= 0 && iw < p.w;
       pixel[j] = inside ? (ih * p.w + iw) * pixel_parts : -1;
-      if (!inside && slot < p.slots) {
-        unsigned char* to = dynamic_shared + kStages * kWeightBytes + slot * kPixelBytes + part * 16;
+      if (!inside && cell < p.cells) {
+        unsigned char* to = dynamic_shared + kStages * kWeightBytes + cell * kPixelBytes + part * 16;
         *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
         *reinterpret_cast<uint4*>(to + halo_bytes) = make_uint4(0, 0, 0, 0);
       }
     }
   }
 
-  // Copies the lane's part of its slots. `x`: its part of the chunk in the image's first pixel.
+  // Copies the lane's part of its cells. `x`: its part of the chunk in the image's first pixel.
   template <int... kRound>
-  static __device__ __forceinline__ void copy_pixels(uint32_t to, uint64_t x, const int (&pixel)[kSlotRounds],
+  static __device__ __forceinline__ void copy_pixels(uint32_t to, uint64_t x, const int (&pixel)[kCellRounds],
                                                      std::integer_sequence<int, kRound...>) {
     (copy_async_unless_negative<kRound * 32 * kPixelBytes>(to, x, pixel[kRound]), ...);
   }
@@ -149,8 +149,8 @@ struct TileBase {
     constexpr uint32_t kAll = sizeof(T) == 4 ? 0xffffu : ~0u;
     const uint32_t mask = __ldg(p.chunk_masks + (next_entry - p.chunk_table) - 1);
     if (mask == kAll) return;
-    // A word a lane, of two slots whose words lie in different banks; a lane has the same channels of all its
-    // slots.
+    // A word a lane, of two cells whose words lie in different banks; a lane has the same channels of all its
+    // cells.
     const int lane = lane_id(), half = lane >> 4;
     const int first = kTile.warpgroup ? 2 * warp + half : warp + 4 * half;
     const int part = (lane >> 2 & 3) ^ (kTile.warpgroup ? first >> 1 & 3 : 0);
@@ -161,7 +161,7 @@ struct TileBase {
         reinterpret_cast<uint32_t*>(dynamic_shared + kStages * kWeightBytes + base + first * kPixelBytes) +
         (lane & 15);
 #pragma unroll 1
-    for (int slot = first; slot < p.slots; slot += 8, word += 8 * kPixelBytes / 4) *word &= kept;
+    for (int cell = first; cell < p.cells; cell += 8, word += 8 * kPixelBytes / 4) *word &= kept;
     __syncthreads();
   }
 

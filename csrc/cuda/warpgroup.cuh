@@ -11,7 +11,7 @@ namespace parnet::cuda {
 template <class M, int kShape>
 struct WarpgroupTile : TileBase<M, kShape> {
   using Base = TileBase<M, kShape>;
-  using Base::halo, Base::kPixelBytes, Base::kSlotRounds, Base::kStride, Base::kTile, Base::kWeightBytes,
+  using Base::halo, Base::kPixelBytes, Base::kCellRounds, Base::kStride, Base::kTile, Base::kWeightBytes,
       Base::p, Base::place, Base::scratch, Base::warp, Base::weights, Base::Base;
   using typename Base::T;
   static constexpr int kFragments = kTile.rows / 64;  // of 64 rows
@@ -102,10 +102,10 @@ struct WarpgroupTile : TileBase<M, kShape> {
 
   __device__ __forceinline__ void multiply() {
     static_assert(kStages == 3, "a chunk uses every stage once");
-    const int lane = lane_id(), part = lane & 3, first_slot = warp * 8 + (lane >> 2);
-    const int halo_bytes = p.slots * kPixelBytes, chunks = this->chunks();
-    int pixel[kSlotRounds];
-    this->find_pixels(pixel, first_slot, part, halo_bytes);
+    const int lane = lane_id(), part = lane & 3, first_cell = warp * 8 + (lane >> 2);
+    const int halo_bytes = p.cells * kPixelBytes, chunks = this->chunks();
+    int pixel[kCellRounds];
+    this->find_pixels(pixel, first_cell, part, halo_bytes);
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int stage = 0; stage < kStages; stage++)
@@ -131,14 +131,14 @@ struct WarpgroupTile : TileBase<M, kShape> {
     const uint64_t image_part =
         (static_cast<uint64_t>(place.image) * p.h * p.w * (p.inputs[0].pitch / Base::kLaneChannels) + part) *
         16;
-    // The 16-byte parts of slot s lie at part ^ (s / 2 % 4). A lane's slots are 32 apart: all alike.
-    uint32_t halo_to = halo + first_slot * kPixelBytes + (part ^ (first_slot >> 1 & 3)) * 16;
+    // The 16-byte parts of cell s lie at part ^ (s / 2 % 4). A lane's cells are 32 apart: all alike.
+    uint32_t halo_to = halo + first_cell * kPixelBytes + (part ^ (first_cell >> 1 & 3)) * 16;
     int halo_flip = halo_bytes, entry = __ldg(next_entry);
     const int gate_entry = this->gate_entry(next_entry);
     auto load_halo = [&] {
       const uint64_t x = reinterpret_cast<uint64_t>(p.inputs[entry >> kSourceShift].x) + image_part +
                          static_cast<uint32_t>((entry & ((1 << kSourceShift) - 1)) * sizeof(T));
-      this->copy_pixels(halo_to, x, pixel, std::make_integer_sequence<int, kSlotRounds>());
+      this->copy_pixels(halo_to, x, pixel, std::make_integer_sequence<int, kCellRounds>());
       halo_to += halo_flip;
       halo_flip = -halo_flip;
       entry = __ldg(++next_entry);  // one ahead of its use
@@ -159,13 +159,13 @@ struct WarpgroupTile : TileBase<M, kShape> {
 #pragma unroll
     for (int i = 0; i < kFragments; i++) {
       const int m = i * 64 + warp * 16 + M::row(0), r = this->row_of(m), c = m - r * p.tile_cols;
-      const int slot = r < p.tile_rows ? r * kStride * p.slot_pitch + c : 0;
-      address[i] = halo + slot * kPixelBytes + M::row_byte();
+      const int cell = r < p.tile_rows ? r * kStride * p.cell_pitch + c : 0;
+      address[i] = halo + cell * kPixelBytes + M::row_byte();
     }
     const uint64_t described = describe_weights(weights);
-    const int row_bytes = p.slot_pitch * kPixelBytes;
-    // Bytes from a slot to the one that each tap of a packed kernel row reads: see `Tile`.
-    constexpr int kShift[3] = {0, kPixelBytes, (kStride == 2 ? kTile.max_slots : 2) * kPixelBytes};
+    const int row_bytes = p.cell_pitch * kPixelBytes;
+    // Bytes from a cell to the one that each tap of a packed kernel row reads: see `Tile`.
+    constexpr int kShift[3] = {0, kPixelBytes, (kStride == 2 ? kTile.max_cells : 2) * kPixelBytes};
     int from = 0;  // bytes from the first halo's first row
     int chunk_step = halo_bytes - 2 * row_bytes;
     uint32_t parity = 0;

@@ -33,9 +33,9 @@ class Pairing(IntEnum):
 
 class TileShape(NamedTuple):
     rows: int
-    max_slots: int
+    max_cells: int
     stride: int
-    slot_bytes: int
+    cell_bytes: int
     exchange_bytes: int
     warpgroup: bool
 
@@ -45,7 +45,7 @@ class Policy(NamedTuple):
 
     stages: int
     threads: int
-    slot_bytes: int
+    cell_bytes: int
     weight_stage_bytes: int
     static_shared: int
     columns: int
@@ -154,15 +154,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one layer is cut. Spatial tiles of rows × cols output pixels; a halo of `slots` pixels in shared memory."""
+    """How one layer is cut. Spatial tiles of rows × cols output pixels; a halo of `cells` pixels in shared memory."""
 
     tile: int
     rows: int
     cols: int
     tiles_down: int
     tiles_across: int
-    slots: int
-    slot_pitch: int
+    cells: int
+    cell_pitch: int
     splits: int
     shared: int
     pairing: Pairing = Pairing.ALONE
@@ -190,9 +190,9 @@ class Tiling:
         return (self.tiles(s) + (s.groups * s.column_tiles if alone else 0)) * self.splits
 
 
-def _slot_pitch(cols: int, stride: int) -> tuple[int, bool]:
-    """Slots from one halo row to the next (stride 2: of its even columns), and whether ldmatrix then reads without bank
-    conflicts: 8 output pixels in a row must lie in 8 slots that differ modulo 8, also across the end of a tile's row.
+def _cell_pitch(cols: int, stride: int) -> tuple[int, bool]:
+    """Cells from one halo row to the next (stride 2: of its even columns), and whether ldmatrix then reads without bank
+    conflicts: 8 output pixels in a row must lie in 8 cells that differ modulo 8, also across the end of a tile's row.
     """
     least = cols + 2 if stride == 1 else cols + 1
     for pitch in range(least, least + 8):
@@ -211,21 +211,21 @@ def _spatial(s: Shape, tile: int, gpu: Gpu) -> Tiling | None:
     two_blocks = gpu.shared_per_sm // 2 - 1024 - p.static_shared
     best: tuple[tuple[int, ...], Tiling] | None = None
     for cols in range(1, min(-(-s.out_w // 8) * 8, shape.rows) + 1):
-        pitch, free = _slot_pitch(cols, s.stride)
+        pitch, free = _cell_pitch(cols, s.stride)
         for rows in range(1, min(s.out_h, shape.rows // cols) + 1):
             down, across = -(-s.out_h // rows), -(-s.out_w // cols)
             halo_rows, halo_cols = s.stride * (rows - 1) + 3, s.stride * (cols - 1) + 3
             plane = (halo_rows - 1) * pitch + (halo_cols if s.stride == 1 else cols + 1)
-            slots = plane if s.stride == 1 else shape.max_slots + plane - 1
+            cells = plane if s.stride == 1 else shape.max_cells + plane - 1
             if shape.warpgroup:
-                slots = -(-slots // 8) * 8  # after which its swizzle repeats
-            shared = max(p.stages * p.weight_stage_bytes + 2 * slots * shape.slot_bytes, shape.exchange_bytes)
-            if plane > shape.max_slots or shared + p.static_shared > gpu.shared_per_block:
+                cells = -(-cells // 8) * 8  # after which its swizzle repeats
+            shared = max(p.stages * p.weight_stage_bytes + 2 * cells * shape.cell_bytes, shape.exchange_bytes)
+            if plane > shape.max_cells or shared + p.static_shared > gpu.shared_per_block:
                 continue
             # Two blocks on a multiprocessor are worth more than a few tiles.
-            key = (shared > two_blocks, down * across, not free, halo_rows * halo_cols, slots)
+            key = (shared > two_blocks, down * across, not free, halo_rows * halo_cols, cells)
             if best is None or key < best[0]:
-                best = key, Tiling(tile, rows, cols, down, across, slots, pitch, 1, -(-shared // 128) * 128)
+                best = key, Tiling(tile, rows, cols, down, across, cells, pitch, 1, -(-shared // 128) * 128)
     return None if best is None else best[1]
 
 

@@ -65,7 +65,7 @@ class LayerCall(ctypes.Structure):
         *((n, c_uint64) for n in ("partial", "partial_logits", "arrivals")),
         *((n, c_int32) for n in ("first_block", "blocks", "tile", "pairing", "h", "w", "stride", "groups")),
         *((n, c_int32) for n in ("column_tiles", "chunks", "splits", "tile_rows", "tile_cols")),
-        *((n, c_int32) for n in ("slots", "slot_pitch", "images")),
+        *((n, c_int32) for n in ("cells", "cell_pitch", "images")),
     ]
 
 

@@ -132,7 +132,7 @@ class Recorder:
         result = self._map(n, out_h, out_w, layout, down * across, last)
         size = self.dtype.itemsize
         patch = c * ((p.stem_rows - 1) * packed.stride + 3) * ((p.stem_cols - 1) * packed.stride + 3) * size
-        shared = -(-patch // 128) * 128 + packed.chunks * (COLUMNS * 64 + p.threads * p.slot_bytes)
+        shared = -(-patch // 128) * 128 + packed.chunks * (COLUMNS * 64 + p.threads * p.cell_bytes)
         resident = blocks_per_sm(self.gpu, shared) * self.gpu.multiprocessors  # they wait for each other
         blocks = min(n * down * across * packed.column_tiles, resident)
         out = Output(result.x, result.sums, address(buffer + 2), layout.pitch, layout.pitch, 0, 1, out_h, out_w)
@@ -220,7 +220,7 @@ class Recorder:
         call.h, call.w, call.stride = s.h, s.w, s.stride
         call.groups, call.column_tiles, call.chunks, call.splits = s.groups, s.column_tiles, s.chunks, t.splits
         call.tile_rows, call.tile_cols = t.rows, t.cols
-        call.slots, call.slot_pitch, call.images = t.slots, t.slot_pitch, s.n
+        call.cells, call.cell_pitch, call.images = t.cells, t.cell_pitch, s.n
         return call, result
 
     def classifier(self, m: Map, features: int, classes: int, weight: int | None, bias: int | None) -> None:

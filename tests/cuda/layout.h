@@ -50,7 +50,7 @@ inline std::string layout() {
   PARNET_FIELD(LayerCall, h), PARNET_FIELD(LayerCall, w), PARNET_FIELD(LayerCall, stride);
   PARNET_FIELD(LayerCall, groups), PARNET_FIELD(LayerCall, column_tiles), PARNET_FIELD(LayerCall, chunks);
   PARNET_FIELD(LayerCall, splits), PARNET_FIELD(LayerCall, tile_rows), PARNET_FIELD(LayerCall, tile_cols);
-  PARNET_FIELD(LayerCall, slots), PARNET_FIELD(LayerCall, slot_pitch), PARNET_FIELD(LayerCall, images);
+  PARNET_FIELD(LayerCall, cells), PARNET_FIELD(LayerCall, cell_pitch), PARNET_FIELD(LayerCall, images);
 
   PARNET_STRUCT(LevelCall);
   PARNET_FIELD(LevelCall, layers), PARNET_FIELD(LevelCall, reserved), PARNET_FIELD(LevelCall, layer);
