@@ -78,7 +78,8 @@ class NetworkRun {
       lap(2 * s);
       execute(stages[s], stages[s].first_item + ticket - stages[s].first_ticket, scratch);
       lap(2 * s + 1);
-      workspace_.counter(2 + s).value.fetch_add(1, std::memory_order_release);
+      std::atomic<int64_t>& done = workspace_.counter(2 + s).value;
+      if (done.fetch_add(1, std::memory_order_release) + 1 == stages[s].items) done.notify_all();
     }
   }
 
@@ -116,10 +117,17 @@ class NetworkRun {
   }
 
   void wait(int stage) {
-    const auto& done = workspace_.counter(2 + stage).value;
-    for (int spins = 0; done.load(std::memory_order_acquire) < plan_.stages_[stage].items; spins++) {
-      // The thread that this one waits for may need this processor.
-      spins < patience_ ? pause() : static_cast<void>(sched_yield());
+    const std::atomic<int64_t>& done = workspace_.counter(2 + stage).value;
+    const int64_t items = plan_.stages_[stage].items;
+    int spins = 0;
+    for (int64_t seen; (seen = done.load(std::memory_order_acquire)) < items;) {
+      if (spins++ < patience_.load(std::memory_order_relaxed)) {
+        pause();
+      } else {
+        // The thread that this one waits for has lost its processor: asleep, this one gives it its own.
+        patience_.store(kPatienceCrowded, std::memory_order_relaxed);
+        done.wait(seen, std::memory_order_acquire);
+      }
     }
   }
 
@@ -366,7 +374,7 @@ class NetworkRun {
   const std::vector<Strided>& input_sums_;
   const std::vector<Strided>& outputs_;
   Workspace& workspace_;
-  const int patience_;
+  std::atomic<int> patience_;  // how often a thread looks for others before it sleeps
   std::atomic<bool> finite_{true};
   std::vector<double> seconds_;  // of a profiled run: [worker][stage][waiting, working]
 };
