@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp $(foreach d,csrc/*/ csrc/*/*/,$(addprefix $(d),*.cpp *.h *.cu *.cuh))) parnet_kernels/schemas.inc
-CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.h' 'tests/*.cu')
+CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.h' 'tests/*.cu' 'examples/*.cpp')
 
-.PHONY: help setup build demo test test-all test-oldest dist gpu-check bench asan lint format docs clean
+.PHONY: help setup build demo test test-all test-oldest test-integrations dist gpu-check bench asan lint format docs clean
 
 help:
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
 	@echo 'Minutes: two cores, the first time. PYTEST_ARGS and BENCH_ARGS are passed on.'
 
 setup: .venv/tools build/ready ## make .venv with all tools, build both libraries (4 minutes)
@@ -61,6 +61,17 @@ test-oldest: setup ## the test suite beside torch 2.11 and Triton 3.6 (takes wha
 	.venv-oldest/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
 	.venv-oldest/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
+# The newest torch that torchvision, and so timm, supports. From tests/, so that the wheel is tested, not the checkout.
+test-integrations: setup ## the wheel beside timm, ONNX engines and the newest torch of torchvision (15 minutes, 6 GB)
+	rm -rf build/wheel
+	$(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/wheel
+	test -d .venv-integrations || $(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 onnxruntime openvino \
+		"$$(echo build/wheel/*.whl)[test,onnx,timm,hub]"
+	.venv-integrations/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	cd tests && ../.venv-integrations/bin/python -P -m pytest -m 'not slow' integrations test_pretrained.py test_ops.py \
+		test_export_package.py test_docs.py $(PYTEST_ARGS)
+
 dist: setup ## the packages in dist, each tried in an environment of its own (15 minutes with nvcc; DIST_ARGS=--quick: 4)
 	$(BIN)/python -m pip install -qq --no-build-isolation --editable '.[dist]'
 	$(BIN)/python tests/packages.py $(DIST_ARGS)
@@ -96,4 +107,4 @@ docs: .venv/tools ## the documentation as a site in out/site; warnings and broke
 	$(BIN)/mkdocs build --strict
 
 clean: ## remove what was built, and .venv
-	rm -rf .venv .venv-oldest build dist out parnet_kernels/*.so *.egg-info
+	rm -rf .venv .venv-oldest .venv-integrations build dist out parnet_kernels/*.so *.egg-info

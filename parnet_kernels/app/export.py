@@ -16,6 +16,7 @@ from parnet_kernels.app.options import ActivationOption, CheckpointArgument, Ema
 from parnet_kernels.checkpoint import load_model
 from parnet_kernels.export import onnx_file
 from parnet_kernels.export.onnx_model import OPSET
+from parnet_kernels.files import check_target
 
 
 class Dtype(StrEnum):
@@ -25,7 +26,7 @@ class Dtype(StrEnum):
 
 def export(
     checkpoint: CheckpointArgument,
-    output: Annotated[Path, typer.Argument(help="The file to write; its ending names the form: .onnx.")],
+    output: Annotated[Path, typer.Argument(help="The file to write; its ending names the form: .onnx or .pt2.")],
     size: Annotated[
         str | None, typer.Option(help="Pixels that the file is made for: 224, or 224x320. Default: any.")
     ] = None,
@@ -35,9 +36,17 @@ def export(
     ema: EmaOption = False,
     activation: ActivationOption = None,
 ) -> None:
-    """Write a network for ONNX Runtime, OpenVINO, TensorRT and others."""
-    if output.suffix != ".onnx":
-        raise typer.BadParameter(f"output must end in .onnx, got {output}")
+    """Write a network for ONNX Runtime, OpenVINO, TensorRT and others (.onnx), or for C++ on the CPU (.pt2)."""
+    if output.suffix not in (".onnx", ".pt2"):
+        raise typer.BadParameter(f"output must end in .onnx or .pt2, got {output}")
+    if output.suffix == ".pt2":
+        if size is not None or one_image or opset != OPSET:
+            raise typer.BadParameter("--size, --one-image and --opset are for .onnx: a .pt2 takes any images")
+        check_target(output, "export")
+        network = load_model(checkpoint, ema, activation and activation.value).to(getattr(torch, dtype.value))
+        targets.package(network, output)
+        typer.echo(f"{shown(output)}: AOTInductor package, {dtype.value}, any number of images of any size")
+        return
     try:
         onnx_file.needed()
     except ImportError as error:

@@ -9,8 +9,12 @@ from parnet_kernels.export import decompositions  # noqa: F401  registers what t
 
 if TYPE_CHECKING:
     from parnet_kernels.export.onnx_file import onnx as onnx
+    from parnet_kernels.export.pt2_file import package as package
 
-_MODULES = {"onnx": "onnx_file"}  # loaded when they are asked for: `import parnet_kernels` stays quick
+_MODULES = {
+    "onnx": "onnx_file",
+    "package": "pt2_file",
+}  # loaded when they are asked for: `import parnet_kernels` stays quick
 
 
 def __getattr__(name: str) -> Any:

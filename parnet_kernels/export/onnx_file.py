@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from parnet_kernels._version import __version__
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.export.graph import graph_of
 from parnet_kernels.export.lowering import Shape, lower
-from parnet_kernels.export.network import deployed_form
+from parnet_kernels.export.network import deployed_form, metadata
 from parnet_kernels.export.onnx_model import OLDEST_OPSET, OPSET, onnx_model
 from parnet_kernels.files import check_target, write_whole
 from parnet_kernels.model import ParNet
@@ -77,11 +75,6 @@ def needed() -> Any:
     except ImportError as error:
         raise ImportError(f"export.onnx needs `pip install parnet-kernels[onnx]`: {error}") from error
     return library
-
-
-def metadata(network: DeployedParNet) -> dict[str, str]:
-    """What an exported file tells about a network besides its function: JSON texts, named as in our own files."""
-    return {"parnet_config": json.dumps(asdict(network.config)), **network.description()}
 
 
 def _shape(network: DeployedParNet, size: Any, dynamic: Collection[str]) -> Shape:

@@ -280,11 +280,12 @@ def test_command(library: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["net.safetensors", "net.tflite"], "must end in .onnx"),
+        (["net.safetensors", "net.tflite"], "must end in .onnx or .pt2"),
         (["net.safetensors", "net.onnx", "--size", "224x"], "--size must be pixels"),
         (["net.safetensors", "net.onnx", "--size", "0"], "--size must be pixels"),
+        (["net.safetensors", "net.pt2", "--size", "224"], "are for .onnx: a .pt2 takes any images"),
     ],
-    ids=["ending", "half a size", "no pixels"],
+    ids=["ending", "half a size", "no pixels", "size of a package"],
 )
 def test_command_with_bad_arguments(arguments: list[str], message: str, library: Any) -> None:
     told = CliRunner().invoke(app, ["export", *arguments])

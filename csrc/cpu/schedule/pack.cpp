@@ -210,9 +210,10 @@ const PackedHeader& check_packed(const void* data, int64_t bytes, const Kernels&
     throw std::runtime_error("packed must be made by parnet::_cpu_pack");
   }
   if (h.version != kPackVersion || h.lanes != k.lanes) {
-    throw std::runtime_error("packed weights are for " + std::to_string(h.lanes) + " lanes, format " +
-                             std::to_string(h.version) + "; this process uses " + std::to_string(k.lanes) +
-                             " lanes, format " + std::to_string(kPackVersion) + ": pack again");
+    throw std::runtime_error("packed weights are for vectors of " + std::to_string(h.lanes) +
+                             " floats, format " + std::to_string(h.version) + "; this process runs " +
+                             k.name + " kernels, " + std::to_string(k.lanes) + " floats, format " +
+                             std::to_string(kPackVersion) + ": pack, or export, again here");
   }
   return h;
 }

@@ -1,0 +1,146 @@
+"""Networks as AOTInductor packages: programs for the CPU that C++, or Python without this package's code, can run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parnet_kernels._version import __version__
+from parnet_kernels.cpu.network import CpuNetwork
+from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.export.network import deployed_form, metadata
+from parnet_kernels.files import check_target
+from parnet_kernels.model import ParNet
+from parnet_kernels.whole import WholeNetwork
+
+_WHAT = "export.package"
+_LARGEST = 1 << 14  # pixels of a side, images of a batch: bounds that the compiler is told
+
+
+def package(network: DeployedParNet | ParNet, path: str | Path, *, storage: str | None = None) -> None:
+    """Writes `network`, folded, as an AOTInductor package (.pt2): one call of the native CPU kernels.
+
+    Whoever runs it loads `parnet_kernels/_C.so`, then the package: `torch.ops.load_library` and
+    `torch._inductor.aoti_load_package` in Python, `dlopen` and `AOTIModelPackageLoader` in C++ (`examples/cpp`). It
+    takes images [N, in_chans, H, W] of the network's dtype, contiguous, N, H and W in 1…16384, and gives logits, or
+    channel means without a classifier. Results are those of `network`, bit for bit. The last layer of the CIFAR form is
+    made by the compiler: there they are the same up to rounding, and H and W must be 5 or more.
+
+    The weights are packed for the instruction set of this process, which the package's metadata name as `parnet_isa`;
+    processors whose vectors have another length refuse it: set PARNET_CPU_ISA (avx2) while exporting for them. The
+    metadata also hold what the network says of itself, as JSON.
+
+    Args:
+        network: of either form; a training form is folded with its running statistics. On the CPU.
+        path: the file to write; must end in .pt2.
+        storage: see `DeployedParNet.prepare`; None: as the network has it.
+
+    Raises:
+        RuntimeError: the native CPU kernels cannot run this network: the reason is named.
+        ValueError: an argument that does not fit, named; or a network to which something was done that the file would
+            not hold: hooks, patched or added layers.
+        TypeError: `network` is no ParNet.
+        OSError: the file cannot be written.
+    """
+    check_target(path, _WHAT)
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"{_WHAT}: `path` must end in .pt2, got {path}")
+    network = deployed_form(network, _WHAT)
+    module, example = _whole_network(network, storage)
+    with torch.no_grad():
+        program = torch.export.export(module, (example,), dynamic_shapes={"x": _sizes(module)})
+    info = {"parnet_kernels": __version__, "parnet_isa": _isa(), **metadata(network)}
+    target = Path(path).absolute()
+    part = target.with_name(f".{target.stem}.part.pt2")  # the compiler writes itself, and wants the ending
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(part), inductor_configs={"aot_inductor.metadata": info}
+            )
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _whole_network(network: DeployedParNet, storage: str | None) -> tuple[_Exported, Tensor]:
+    """(the network as a module of one operator, an image for it)."""
+    with torch.no_grad():
+        found = network.whole()
+        weight = network.head_weight
+        example = torch.zeros(2, network.config.in_chans, 64, 64, dtype=weight.dtype, device=weight.device)
+        runner = CpuNetwork(network._native.storage)
+        runner.use(storage)
+        reason = found if isinstance(found, str) else runner.why_not(found, example)
+        packed = None
+        if reason is None and isinstance(found, WholeNetwork):
+            packed = runner.prepare(found)
+            reason = "a weight is not finite"
+        if packed is None or not isinstance(found, WholeNetwork):
+            raise RuntimeError(f"{_WHAT}: the native CPU kernels cannot run this network: {reason}")
+    return _Exported(found, packed), example
+
+
+class _Exported(nn.Module):
+    """A whole network as one operator, and what follows it in the CIFAR form."""
+
+    packed: Tensor
+    steps: Tensor
+    classifier: Tensor | None
+
+    def __init__(self, network: WholeNetwork, packed: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("packed", packed.weights)
+        self.register_buffer("steps", packed.steps)
+        self.register_buffer("classifier", packed.classifier)
+        operators = network.operators()
+        reduced = {"image": 1}
+        for layer, _ in operators:
+            reduced[layer.name] = reduced[layer.inputs[0]] * layer.stride
+        last = operators[-1][0]
+        self.pooled = not network.config.pointwise_head
+        self.outputs = last.out_channels if packed.classifier is None else network.config.num_classes
+        self.reduction = reduced[last.name]
+        self.hash = _hash([t for t in (packed.weights, packed.classifier) if t is not None])
+        if not self.pooled:
+            for name, t in {
+                **network.arguments[-1],
+                "head_weight": network.head[0],
+                "head_bias": network.head[1],
+            }.items():
+                self.register_buffer(f"end_{name}", t)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.parnet._cpu_exported(
+            x, self.packed, self.steps, self.classifier, self.pooled, self.outputs, self.reduction, self.hash
+        )
+        return y if self.pooled else self.network.end(y, "logits" if self.network.config.num_classes else "pooled")
+
+
+def _sizes(module: _Exported) -> dict[int, Any]:
+    """Which sizes the package takes. The compiler sees the last map of the CIFAR form, which must have 2 × 2 pixels."""
+    dim, least = torch.export.Dim, 1 if module.pooled else module.reduction + 1
+    return {0: dim("n", min=1, max=_LARGEST), **{i: dim(f"size{i}", min=least, max=_LARGEST) for i in (2, 3)}}
+
+
+def _hash(tensors: list[Tensor]) -> int:
+    """64 bits of a digest of their bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for t in tensors:
+        digest.update(t.numpy().data)
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _isa() -> str:
+    return json.loads(torch.ops.parnet._cpu_info())["isa"]
+
+
+@torch.library.register_fake("parnet::_cpu_exported")
+def _shape(x: Tensor, packed: Any, steps: Any, classifier: Any, pooled: bool, k: int, stride: int, key: int) -> Tensor:
+    n, _, h, w = x.shape
+    return x.new_empty(n, k) if pooled else x.new_empty(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
