@@ -1,11 +1,15 @@
 """Draws the SVG figures of the documentation; `python docs/figures.py` writes them beside itself.
 
 latency.svg: times of ParNet-S out of the first table of benchmarks.md. tile.svg: a tile of F(4, 3).
+devices.svg: what runs on which of three ranks, by the graph of ParNet-S.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from parnet_kernels.config import VARIANTS
+from parnet_kernels.distributed.cut import cut
 
 HERE = Path(__file__).parent
 OURS, OTHERS, INK, LINE = "#e6550d", "#9fb3c8", "#222222", "#8894a0"
@@ -76,7 +80,37 @@ def tile() -> str:
     return svg(760, 226, "a tile of F(4, 3)", parts)
 
 
-FIGURES = {"latency.svg": latency, "tile.svg": tile}
+def devices() -> str:
+    """Each rank starts from the image: its part of the trunk, its stream; rank 0 also the fusion."""
+    pieces = cut(VARIANTS["s"])
+    step, high, left, gap = 38, 44, 96, 78
+    parts = [text(20, 28, "ParNet-S on three ranks: a box a layer; time runs to the right", size=15)]
+    owners = (2, 0, 1)  # the stream of each rank
+    ends = []
+    for rank, stream in enumerate(owners):
+        y, x = 48 + gap * rank, left
+        parts.append(text(20, y + 27, f"rank {rank}", size=14, weight="bold"))
+        runs = ((pieces.trunk_between(0, stream), "#dbe4ee", "trunk"), (pieces.streams[stream], "#fdae6b", "stream"))
+        for layers, fill, name in runs:
+            parts += [box(x + step * i, y, step - 4, high, fill, LINE) for i in range(len(layers))]
+            number = f" {stream}" if name == "stream" else ""
+            parts.append(text(x + step * len(layers) / 2 - 2, y + 27, name + number, "middle", 12))
+            x += step * len(layers)
+        ends.append((x, y))
+    fusion_at = max(x for x, _ in ends) + 46
+    y = 48
+    count = len(pieces.fusion)
+    parts += [box(fusion_at + step * i, y, step - 4, high, OURS, LINE) for i in range(count)]
+    parts.append(text(fusion_at + step * count / 2 - 2, y + 27, "fusion", "middle", 12))
+    for x, top in ends[1:]:
+        path = f"M{x:g} {top + high / 2:g} H{fusion_at + 17:g} V{y + high + 5:g}"
+        parts.append(f'<path d="{path}" stroke="{INK}" stroke-width="1.5" fill="none"/>')
+    parts.append(f'<path d="M{fusion_at + 12} {y + high + 8} l5 -9 l5 9 z" fill="{INK}"/>')
+    parts.append(text(fusion_at + 28, 48 + gap + 27, "maps and their channel sums", size=12))
+    return svg(760, 270, "what runs where on three ranks", parts)
+
+
+FIGURES = {"latency.svg": latency, "tile.svg": tile, "devices.svg": devices}
 
 if __name__ == "__main__":
     for name, draw in FIGURES.items():

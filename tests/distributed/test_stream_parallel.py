@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,18 @@ def test_a_lost_rank_is_an_error_in_time_on_all_others(
         assert seconds < 4
         assert found["again"][0].startswith("RuntimeError: parnet_kernels: StreamParallel needs `reconnect()`: rank")
         assert found["again"][1] < 0.5
+
+
+@pytest.mark.slow
+def test_ranks_in_network_namespaces_with_a_delay() -> None:
+    """Compares bits as well, on rank 0."""
+    command = [sys.executable, "-m", "bench.streams", "ranks", "--variant", "s", "--size", "64", "--rounds", "3"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*command, "--namespaces"], capture_output=True, text=True, timeout=170, cwd=root, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("no network namespaces here"):
+        pytest.skip(done.stdout.strip())
+    latency = float(done.stdout.partition("link ")[2].split()[0])
+    assert latency > 1000  # µs: the delay was there
