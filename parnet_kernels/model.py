@@ -7,12 +7,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parnet_kernels import training_block
 from parnet_kernels.config import VARIANTS, Layer, ParNetConfig, cifar_config, layers
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.evaluated import convolution, norm, refuse
 from parnet_kernels.preprocessing import Described
 from parnet_kernels.reference import ACTIVATIONS, interleave, shuffle
 from parnet_kernels.reparam import Affine, fold_gated_block, fold_identity_block
+from parnet_kernels.training import pool
 
 
 class _Holder(nn.Module):
@@ -49,13 +51,10 @@ def _fold_conv_bn(m: nn.Module, where: str, kernel: int, stride: int, groups: in
 
 
 class AvgPool(nn.Module):
-    """2×2 average pooling of x, padded with zeros at the right and bottom to an even size.
-
-    Odd sizes are thereby defined as in the folded network: the windows are taps of the 3×3 kernel.
-    """
+    """See `training.pool`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
+        return pool(x)
 
 
 class Gate(nn.Module):
@@ -87,7 +86,14 @@ class Block(nn.Module):
         self.rbr_identity = nn.BatchNorm2d(c) if c == k and stride == 1 else None
         self.se = Gate(c, k, groups)
 
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """The reason why the block runs as modules, not as one operator of the training form; or None."""
+        return training_block.why_not(self, x, _FORWARDS)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.why_not_fused(x) is None:
+            y = training_block.run(self, x)
+            return y if self.groups == 1 else shuffle(y)
         t = self.rbr_dense(x) + self.rbr_1x1(x)
         if self.rbr_identity is None:
             t = t * (2 * self.se(x))
@@ -121,6 +127,10 @@ class Block(nn.Module):
             return fold_gated_block(*branches, gate_weight, self.stride)
         identity = norm(self.rbr_identity, f"{where}.rbr_identity", dense[1].scale)
         return fold_identity_block(*branches, identity, gate_weight)
+
+
+#: Of the classes that a block is made of.
+_FORWARDS: training_block.Forwards = {cls: cls.forward for cls in (_Holder, ConvBN, AvgPool, Gate)}
 
 
 class Pointwise(nn.Module):

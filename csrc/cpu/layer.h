@@ -8,7 +8,8 @@
 
 namespace parnet::cpu {
 
-enum class Kind : int32_t { kRepVGG, kDownsample, kFusion, kClassifier };
+// kPlain: the bare convolution, for training.
+enum class Kind : int32_t { kRepVGG, kDownsample, kFusion, kClassifier, kPlain };
 enum class Activation : int32_t { kSiLU, kReLU };
 enum class Dtype : int32_t { kFloat, kFloat16, kBFloat16 };
 
@@ -143,6 +144,8 @@ struct Strided {
   int64_t size[4], stride[4];
 };
 
+struct TrainingKernels;  // training.h
+
 struct Kernels {
   const char* name;
   int32_t lanes, max_rows;
@@ -169,6 +172,7 @@ struct Kernels {
                       int image);
   // One panel of logits of all images; means: [image][in block][lane].
   void (*classify)(const PackedHeader&, const float* means, int panel, const Strided&);
+  const TrainingKernels* training;
 };
 
 }  // namespace parnet::cpu

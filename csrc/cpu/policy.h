@@ -115,6 +115,25 @@ constexpr int kTransformItems = 8;
 // 225, 59 ms of CPU time instead of 50).
 constexpr int kPatience = 20000, kPatienceCrowded = 200;
 
+// ---- Training.
+
+// Weights change at every step: transforming them all pays where many blocks of tiles use them. `pixels`: of
+// all images.
+constexpr Storage training_storage(int64_t pixels, int64_t out_channels, int64_t in_channels) {
+  const bool many = pixels * 3 >= out_channels * in_channels && in_channels <= kMaxChannels6;
+  return many ? Storage::kTransformed : Storage::kTaps;
+}
+// Pixels of one image whose sums are taken together: their channels stay in L2. The bits of a result depend
+// on it.
+constexpr int64_t kPassPixels = 256;
+// Gradients of transformed weights that a thread accumulates together should stay in L2; items for each
+// thread.
+constexpr int64_t kGradientBytes = int64_t{1} << 20, kGradientItems = 2;
+// Of the gradient of a 1x1 convolution, parts that are summed apart. The bits of a result depend on it.
+constexpr int64_t kGradientSlices = 8;
+// Transformed inputs that are kept for them: they should stay in L3.
+constexpr int64_t kInputBytes = int64_t{16} << 20;
+
 // ---- What is kept.
 
 // Plans keep their workspaces: of the most recently used, at most so many and so many bytes (the last one

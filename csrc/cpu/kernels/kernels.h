@@ -5,6 +5,7 @@
 #include "convolution.h"
 #include "gate.h"
 #include "stem.h"
+#include "training.h"
 
 namespace parnet::cpu {
 namespace {
@@ -13,7 +14,7 @@ constexpr Kernels table_of(const char* name) {
   return {name,        kLanes,         kMaxRows,  kIntel ? kMinPixels6Intel : kMinPixels6,
           expand_rows, expand_columns, transform, convolve,
           gate,        stem,           enter,     enter_planes,
-          leave,       leave_means,    classify};
+          leave,       leave_means,    classify,  &kTraining};
 }
 
 }  // namespace

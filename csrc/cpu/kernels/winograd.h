@@ -71,6 +71,36 @@ struct Winograd {
       y[5] = fma(n3 / 32, d3, fma(n2 * 32, d2, m[1] + d1));
     }
   }
+  // The transpose of `inverse`: gradients of outputs to gradients of products.
+  static PARNET_INLINE void transposed(const Vec* y, Vec* m) {
+    constexpr float n1 = Outputs == 2 ? 1 / 2.f : Outputs == 4 ? -1 / 6.f : -2 / 9.f;
+    constexpr float n2 = Outputs == 4 ? 1 / 24.f : 1 / 90.f, n3 = 8 / 45.f;
+    m[0] = y[0];
+    m[1] = y[Outputs - 1];
+    if constexpr (Outputs == 2) {
+      m[2] = n1 * (y[0] + y[1]);
+      m[3] = n1 * (y[0] - y[1]);
+    } else if constexpr (Outputs == 4) {
+      const Vec even1 = n1 * (y[0] + y[2]), odd1 = n1 * (y[1] + y[3]);
+      m[2] = even1 + odd1;
+      m[3] = even1 - odd1;
+      const Vec even2 = n2 * fma(4.f, y[2], y[0]), odd2 = (2 * n2) * fma(4.f, y[3], y[1]);
+      m[4] = even2 + odd2;
+      m[5] = even2 - odd2;
+    } else {
+      const Vec even1 = n1 * (y[0] + y[2] + y[4]), odd1 = n1 * (y[1] + y[3] + y[5]);
+      m[2] = even1 + odd1;
+      m[3] = even1 - odd1;
+      const Vec even2 = n2 * fma(16.f, y[4], fma(4.f, y[2], y[0]));
+      const Vec odd2 = (2 * n2) * fma(16.f, y[5], fma(4.f, y[3], y[1]));
+      m[4] = even2 + odd2;
+      m[5] = even2 - odd2;
+      const Vec even3 = n3 * fma(1 / 16.f, y[4], fma(1 / 4.f, y[2], y[0]));
+      const Vec odd3 = (n3 / 2) * fma(1 / 16.f, y[5], fma(1 / 4.f, y[3], y[1]));
+      m[6] = even3 + odd3;
+      m[7] = even3 - odd3;
+    }
+  }
 };
 
 // Stride 2: F(Outputs, 2) of the inputs that the outer taps meet, and each input that the middle tap meets.
@@ -118,6 +148,28 @@ struct Polyphase {
       y[2] = fma(4.f, m[3], s + even[2]);
       y[3] = fma(8.f, m[3], t + (m[4] + even[3]));
     }
+  }
+  // The transpose of `inverse`.
+  static PARNET_INLINE void transposed(const Vec* y, Vec* m) {
+    m[0] = y[0];
+    if constexpr (Outputs == 1) {
+      m[1] = y[0];
+    } else if constexpr (Outputs == 2) {
+      m[1] = y[0] + y[1];
+      m[2] = y[1];
+    } else if constexpr (Outputs == 3) {
+      const Vec even = y[0] + y[2];
+      m[1] = even + y[1];
+      m[2] = even - y[1];
+      m[3] = y[2];
+    } else {
+      const Vec even = y[0] + y[2], odd = y[1] + y[3];
+      m[1] = even + odd;
+      m[2] = even - odd;
+      m[3] = fma(8.f, y[3], fma(4.f, y[2], fma(2.f, y[1], y[0])));
+      m[4] = y[3];
+    }
+    PARNET_UNROLL for (int i = 0; i < Outputs; i++) m[Outputs + 1 + i] = y[i];
   }
 };
 

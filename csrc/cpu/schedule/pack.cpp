@@ -69,9 +69,11 @@ PackedHeader plan_pack(const LayerParameters& p, const Kernels& k) {
     return at;
   };
   h.block_list = reserve(h.groups * h.group_blocks * 2);
-  h.gate_weight = reserve(h.panels * channels * panel);
-  h.gate_bias = reserve(h.panels * panel);
-  h.bias = reserve(h.panels * panel);
+  if (p.kind != Kind::kPlain) {
+    h.gate_weight = reserve(h.panels * channels * panel);
+    h.gate_bias = reserve(h.panels * panel);
+    h.bias = reserve(h.panels * panel);
+  }
   if (p.kind == Kind::kRepVGG) {
     h.skip_scale = reserve(h.panels * panel);
     h.skip_shift = reserve(h.panels * panel);
@@ -114,7 +116,7 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
     const int64_t output = group * group_outputs + first;  // row of the weight
     const std::vector<int64_t>& source = groups[group].channels;
     float* gate = floats(to, h.gate_weight) + index * channels * panel;
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = 0; i < count && h.kind != Kind::kPlain; i++) {
       const int64_t row = output + i;
       double shift = p.gate_bias ? p.gate_bias[row] : 0.;
       for (int64_t c = 0; c < channels; c++) {
@@ -137,8 +139,12 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
       for (int64_t c = begin; c < end; c++) {
         if (source[c] < 0) continue;
         for (int64_t i = 0; i < count; i++) {
-          const float* w = p.weight + ((output + i) * p.weight_channels + source[c]) * 9;
-          for (int tap = 0; tap < 9; tap++) to[((c - begin) * 9 + tap) * panel + i] = w[tap];
+          const float* w = p.weight + (p.adjoint ? source[c] * p.out_channels + output + i
+                                                 : (output + i) * p.weight_channels + source[c]) *
+                                          9;
+          for (int tap = 0; tap < 9; tap++) {
+            to[((c - begin) * 9 + tap) * panel + i] = w[p.adjoint ? 8 - tap : tap];
+          }
         }
       }
     };
@@ -147,7 +153,10 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
     }
     const int slots = slots_of(h.stride, h.in_channels);
     float* weight = floats(to, h.weight) + index * channels * panel * values_per_filter(h);
-    if (h.storage == Storage::kTaps) return taps(weight, 0, channels);
+    if (h.storage == Storage::kTaps) {
+      std::fill_n(weight, channels * panel * 9, 0.f);
+      return taps(weight, 0, channels);
+    }
     // A block of channels at a time, so that the taps stay in cache.
     std::vector<float> scratch(lanes * (9 + 3) * panel + 16);
     float* block = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / 4;

@@ -18,6 +18,9 @@ struct LayerParameters {
   int stride;
   int64_t out_channels, weight_channels;  // weight is [out_channels, weight_channels, 3, 3]
   const float *weight, *bias, *gate_weight, *gate_bias, *skip_scale, *skip_shift, *out_scale, *out_shift;
+  // kPlain: `weight` is that of the convolution whose input gradient this is, [weight_channels, out_channels,
+  // 3, 3], and its taps are turned around.
+  bool adjoint = false;
 };
 
 // parallel(count, body) calls body(i) for i in [0, count), possibly on several threads.
@@ -31,7 +34,7 @@ inline int values_per_filter(const PackedHeader& h) {
 
 // The header alone: sizes and offsets.
 PackedHeader plan_pack(const LayerParameters&, const Kernels&);
-// `to`: total_bytes of zeroed memory.
+// `to`: total_bytes of zeroed memory; of kind kPlain, of any memory.
 void pack(const LayerParameters&, const Kernels&, const PackedHeader&, void* to, const Parallel&);
 
 // A classifier: logits = weight [classes, channels] * means + bias, or no bias.

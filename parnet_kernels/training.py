@@ -1,0 +1,326 @@
+"""The training form of the blocks: forward and backward with batch statistics, written once for every set of kernels.
+
+Notation: Y3 = conv3x3(x), Y1 = conv1x1(x) (of x pooled 2×2 for stride 2); of the BatchNorm of each, and of x where the
+block has a skip: mean μ, 1/√(variance + eps) = i, a = γ·i. s = σ(gate), g = ∂L/∂y, d_ = ∂L/∂_; t = the value before φ.
+Both kinds of block are one elementwise map with coefficients for each image and channel, [N, K]:
+
+    t = c3·Y3 + c1·Y1 (+ c0·x) + b
+    with a skip: c3 = a3, c1 = a1, c0 = a0·s, b = b3 + b1 + b0·s        where BatchNorm(x) = a0·x + b0
+    otherwise:   c3 = 2s·a3, c1 = 2s·a1, b = 2s·(b3 + b1)
+
+Backward needs the sums of d_t and of d_t times each centred map, one reducing pass. Then the gradient of each map is
+
+    d_map = p·d_t + q·map + r, p and r for each image and channel, q for each channel
+
+since a BatchNorm's is a·(d − mean(d) − (map − μ)·i·mean(d·(map − μ)·i)): one writing pass, around the gradients of the
+two convolutions. What is kept from forward to backward: x, Y3, Y1, and vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parnet_kernels.reference import ACTIVATIONS
+
+
+class Block(NamedTuple):
+    """The parameters of a block and its settings. weight3 [K, C/groups, 3, 3], weight1 [K, C/groups, 1, 1]; gamma, beta
+    [K]; gate_weight [K, C/groups]; gamma0 and beta0, of the BatchNorm of x: with a skip only, where K = C.
+    """
+
+    weight3: Tensor
+    weight1: Tensor
+    gamma3: Tensor
+    beta3: Tensor
+    gamma1: Tensor
+    beta1: Tensor
+    gamma0: Tensor | None
+    beta0: Tensor | None
+    gate_weight: Tensor
+    eps: Sequence[float]  # of the BatchNorms of Y3, Y1 (and x)
+    stride: int
+    groups: int
+    activation: str
+
+
+class Moments(NamedTuple):
+    mean: Tensor  # [C]
+    variance: Tensor  # [C], of the batch, biased
+
+
+class Result(NamedTuple):
+    y: Tensor
+    statistics: Tensor  # [4 or 6, K]: mean and biased variance of Y3, of Y1 (and of x)
+    y3: Tensor
+    y1: Tensor
+    means: Tensor  # [N, C], of each image of x
+
+
+class Kernels(Protocol):
+    """What the algebra is made of. Maps are [N, C, H, W]; per image and channel: [N, C]."""
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Moments]: ...
+    def image_means(self, x: Tensor) -> Tensor: ...
+    def convolve(self, x: Tensor, weight: Tensor, stride: int, groups: int) -> tuple[Tensor, Moments]: ...
+    def pool(self, x: Tensor) -> Tensor: ...
+    def combine(self, maps: list[Tensor], scales: list[Tensor], shift: Tensor, activation: str) -> Tensor: ...
+    def reduce(
+        self, g: Tensor, maps: list[Tensor], scales: list[Tensor], shift: Tensor, means: list[Tensor], activation: str
+    ) -> list[Tensor]: ...
+    def spread(
+        self,
+        g: Tensor,
+        maps: list[Tensor],
+        scales: list[Tensor],
+        shift: Tensor,
+        lines: list[tuple[Tensor, Tensor, Tensor]],
+        activation: str,
+    ) -> list[Tensor]: ...
+    def unpool(self, d: Tensor, shift: Tensor, size: torch.Size) -> Tensor: ...
+    def add_input_gradient(self, d_x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> None: ...
+    def weight_gradient(self, x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor: ...
+
+
+class Plain:
+    """The kernels in plain PyTorch, for every dtype and device."""
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Moments]:
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return self.image_means(x), Moments(mean, variance)
+
+    def image_means(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+    def convolve(self, x: Tensor, weight: Tensor, stride: int, groups: int) -> tuple[Tensor, Moments]:
+        y = F.conv2d(x, weight, None, stride, weight.shape[2] // 2, groups=groups)
+        y = y.contiguous(memory_format=torch.channels_last)
+        return y, self.moments(y)[1]
+
+    def pool(self, x: Tensor) -> Tensor:
+        return pool(x)
+
+    def combine(self, maps: list[Tensor], scales: list[Tensor], shift: Tensor, activation: str) -> Tensor:
+        return ACTIVATIONS[activation](_before(maps, scales, shift))
+
+    def reduce(
+        self, g: Tensor, maps: list[Tensor], scales: list[Tensor], shift: Tensor, means: list[Tensor], activation: str
+    ) -> list[Tensor]:
+        """Of each image and channel: the sum of d_t, and of d_t·(map − mean) for each map."""
+        d_t = _slope(_before(maps, scales, shift), activation) * g
+        centred = [map - mean[:, None, None] for map, mean in zip(maps, means, strict=True)]
+        return [d_t.sum((2, 3)), *((d_t * map).sum((2, 3)) for map in centred)]
+
+    def spread(
+        self,
+        g: Tensor,
+        maps: list[Tensor],
+        scales: list[Tensor],
+        shift: Tensor,
+        lines: list[tuple[Tensor, Tensor, Tensor]],
+        activation: str,
+    ) -> list[Tensor]:
+        """p·d_t + q·map + r for each map."""
+        d_t = _slope(_before(maps, scales, shift), activation) * g
+        return [
+            (_wide(p) * d_t + _wide(q) * map + _wide(r)).contiguous(memory_format=torch.channels_last)
+            for map, (p, q, r) in zip(maps, lines, strict=True)
+        ]
+
+    def unpool(self, d: Tensor, shift: Tensor, size: torch.Size) -> Tensor:
+        """The gradient of `pool`, whose result has the gradient d, plus a shift for each image and channel."""
+        spread = (d / 4).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : size[2], : size[3]]
+        return spread + _wide(shift)
+
+    def add_input_gradient(self, d_x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> None:
+        d_x += _convolution_backward(d, d_x, weight, stride, groups, 0)
+
+    def weight_gradient(self, x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor:
+        return _convolution_backward(d, x, weight, stride, groups, 1)
+
+
+def _convolution_backward(d: Tensor, x: Tensor, weight: Tensor, stride: int, groups: int, of: int) -> Tensor:
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        d,
+        x,
+        weight,
+        None,
+        [stride] * 2,
+        [weight.shape[2] // 2] * 2,
+        [1, 1],
+        False,
+        [0, 0],
+        groups,
+        [of == 0, of == 1, False],
+    )
+    return found[of]
+
+
+def pool(x: Tensor) -> Tensor:
+    """2×2 average pooling of x, padded with zeros at the right and bottom to an even size.
+
+    Odd sizes are thereby defined as in the folded network: the windows are taps of the 3×3 kernel.
+    """
+    return F.avg_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
+
+
+def _wide(vector: Tensor) -> Tensor:
+    return vector[..., None, None]
+
+
+def _filled(values: Tensor, size: Sequence[int]) -> Tensor:
+    """A channels_last map of one value for each image and channel."""
+    return _wide(values).expand(*values.shape, *size).contiguous(memory_format=torch.channels_last)
+
+
+def _before(maps: list[Tensor], scales: list[Tensor], shift: Tensor) -> Tensor:
+    t = _wide(shift)
+    for map, scale in zip(maps, scales, strict=True):
+        t = t + _wide(scale) * map
+    return t
+
+
+def _slope(t: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return (t > 0).to(t.dtype)
+    s = t.sigmoid()
+    return s * (1 + t * (1 - s))
+
+
+class _Coefficients(NamedTuple):
+    scales: list[Tensor]  # c3, c1 (, c0): [N, K]
+    shift: Tensor  # b
+    a: list[Tensor]  # γ·i: [K]
+    inverse: list[Tensor]  # i
+    mu: list[Tensor]
+    gate: Tensor  # s, or 2s without a skip: [N, K]
+    squeezed: Tensor  # what the gate sees, [N, C]
+
+
+def _coefficients(block: Block, statistics: Tensor, means: Tensor) -> _Coefficients:
+    gammas, betas = [block.gamma3, block.gamma1], [block.beta3, block.beta1]
+    if block.gamma0 is not None and block.beta0 is not None:
+        gammas, betas = [*gammas, block.gamma0], [*betas, block.beta0]
+    mu, variance = [*statistics[0::2].unbind()], [*statistics[1::2].unbind()]
+    inverse = [(v + e).rsqrt() for v, e in zip(variance, block.eps, strict=True)]
+    a = [g * i for g, i in zip(gammas, inverse, strict=True)]
+    b = [beta - scale * m for beta, scale, m in zip(betas, a, mu, strict=True)]
+    skip = len(a) == 3
+    squeezed = a[2] * (means - mu[2]) + betas[2] if skip else means
+    s = _matrix(squeezed, block.gate_weight, block.groups).sigmoid()
+    if skip:
+        return _Coefficients([*_expand(s, a[0], a[1]), a[2] * s], b[0] + b[1] + b[2] * s, a, inverse, mu, s, squeezed)
+    s = 2 * s
+    return _Coefficients([s * a[0], s * a[1]], s * (b[0] + b[1]), a, inverse, mu, s, squeezed)
+
+
+def _expand(like: Tensor, *vectors: Tensor) -> list[Tensor]:
+    return [v.expand_as(like) for v in vectors]
+
+
+def _matrix(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """weight · x for each group: x [N, C], weight [K, C/groups] → [N, K]."""
+    if groups == 1:
+        return x @ weight.T
+    return torch.einsum("ngc,gkc->ngk", x.unflatten(1, (groups, -1)), weight.unflatten(0, (groups, -1))).flatten(1)
+
+
+def forward(kernels: Kernels, x: Tensor, block: Block) -> Result:
+    """x: [N, C, H, W] with at least two values a channel."""
+    skip = block.gamma0 is not None
+    found = []
+    if skip:
+        means, of_x = kernels.moments(x)
+        found = [of_x]
+    else:
+        means = kernels.image_means(x)
+    y3, of_y3 = kernels.convolve(x, block.weight3, block.stride, block.groups)
+    y1, of_y1 = kernels.convolve(kernels.pool(x) if block.stride == 2 else x, block.weight1, 1, block.groups)
+    statistics = torch.stack([v for m in (of_y3, of_y1, *found) for v in m])
+    c = _coefficients(block, statistics, means)
+    y = kernels.combine([y3, y1, x] if skip else [y3, y1], c.scales, c.shift, block.activation)
+    return Result(y, statistics, y3, y1, means)
+
+
+def backward(
+    kernels: Kernels, g: Tensor, x: Tensor, result: Sequence[Tensor], block: Block, need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of x and of the tensors of `block`, in their order; `need` spares those of x, weight3, weight1.
+
+    result: statistics, y3, y1, means of `Result`.
+    """
+    statistics, y3, y1, means = result
+    c = _coefficients(block, statistics, means)
+    skip = len(c.a) == 3
+    maps = [y3, y1, x] if skip else [y3, y1]
+    d_sum, *d_centred = kernels.reduce(g, maps, c.scales, c.shift, c.mu, block.activation)
+    count, area = y3.numel() // y3.shape[1], x.shape[2] * x.shape[3]
+    # Of each BatchNorm: its gradient is f·d_t, f [N, K] or 1, plus an offset for each image and channel.
+    if skip:
+        assert block.beta0 is not None
+        d_s = c.a[2] * d_centred[2] + block.beta0 * d_sum
+        d_logit = d_s * c.gate * (1 - c.gate)
+        factor = torch.ones_like(d_sum)
+    else:
+        d_s = c.a[0] * d_centred[0] + c.a[1] * d_centred[1] + (block.beta3 + block.beta1) * d_sum
+        d_logit = d_s * c.gate * (1 - c.gate / 2)
+        factor = c.gate
+    logits = d_logit.unflatten(1, (block.groups, -1))
+    d_gate = torch.einsum("ngk,ngc->gkc", logits, c.squeezed.unflatten(1, (block.groups, -1))).flatten(0, 1)
+    weights = block.gate_weight.unflatten(0, (block.groups, -1))
+    offset = torch.einsum("ngk,gkc->ngc", logits, weights).flatten(1) / area  # d_squeezed, for each pixel
+
+    d_norms, lines = [], []
+    for i, (a, inverse, mu, centred) in enumerate(zip(c.a, c.inverse, c.mu, d_centred, strict=True)):
+        f, extra = (c.gate, offset) if i == 2 else (factor, None)
+        d_beta, d_gamma = (f * d_sum).sum(0), (f * centred).sum(0) * inverse
+        if extra is not None:
+            d_beta = d_beta + extra.sum(0) * area
+            d_gamma = d_gamma + (extra * (means - mu)).sum(0) * area * inverse
+        q = -a * inverse * d_gamma / count
+        r = -a * d_beta / count - q * mu
+        lines.append((a * f, q, r.expand_as(d_sum) if extra is None else r + a * extra))
+        d_norms += [d_gamma, d_beta]
+
+    need_x, need_weight3, need_weight1 = need[:3]
+    outputs = lines if need_x else lines[:2]
+    d_y3, d_y1, *rest = kernels.spread(g, maps, c.scales, c.shift, outputs, block.activation)
+    d_weight3 = kernels.weight_gradient(x, d_y3, block.weight3, block.stride, block.groups) if need_weight3 else None
+    d_weight1 = d_x = None
+    if need_weight1:
+        pooled = kernels.pool(x) if block.stride == 2 else x
+        d_weight1 = kernels.weight_gradient(pooled, d_y1, block.weight1, 1, block.groups)
+    if need_x:
+        if block.stride == 2:
+            d_pooled = _filled(torch.zeros_like(offset), y1.shape[2:])
+            kernels.add_input_gradient(d_pooled, d_y1, block.weight1, 1, block.groups)
+            d_x = kernels.unpool(d_pooled, offset, x.shape)
+        else:
+            d_x = rest[0] if skip else _filled(offset, x.shape[2:])
+            kernels.add_input_gradient(d_x, d_y1, block.weight1, 1, block.groups)
+        kernels.add_input_gradient(d_x, d_y3, block.weight3, block.stride, block.groups)
+    d_gamma3, d_beta3, d_gamma1, d_beta1, *of_x = d_norms
+    d_gamma0, d_beta0 = of_x if skip else (None, None)
+    return [d_x, d_weight3, d_weight1, d_gamma3, d_beta3, d_gamma1, d_beta1, d_gamma0, d_beta0, d_gate]
+
+
+def plain(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """(y, statistics) as in `Result`, composed of PyTorch's operators: differentiable any number of times."""
+    norms: list[Any] = [(block.gamma3, block.beta3), (block.gamma1, block.beta1), (block.gamma0, block.beta0)]
+    y3 = F.conv2d(x, block.weight3, None, block.stride, 1, groups=block.groups)
+    y1 = F.conv2d(pool(x) if block.stride == 2 else x, block.weight1, groups=block.groups)
+    skip = block.gamma0 is not None
+    maps, found, normed = [y3, y1, x] if skip else [y3, y1], [], []
+    for map, (gamma, beta), eps in zip(maps, norms, block.eps, strict=False):
+        variance, mean = torch.var_mean(map, (0, 2, 3), correction=0)
+        found += [mean, variance]
+        normed.append(_wide(gamma) * (map - _wide(mean)) * _wide((variance + eps).rsqrt()) + _wide(beta))
+    seen = normed[2] if skip else x
+    s = _wide(_matrix(seen.mean((2, 3)), block.gate_weight, block.groups).sigmoid())
+    t = normed[0] + normed[1]
+    t = t + normed[2] * s if skip else t * (2 * s)
+    return ACTIVATIONS[block.activation](t), torch.stack(found)
