@@ -1,4 +1,4 @@
-"""The command line: `python -m bench cpu | gpu | profile | calls`, `make bench`, `parnet bench`."""
+"""The command line: `python -m bench cpu | train | gpu | profile | calls`, `make bench`, `parnet bench`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from bench import calls as public_calls
 from bench import machine as machines
 from bench import profile as layer_profile
 from bench import report, tables
+from bench import train as steps
 from bench.engines import ENGINES
 from bench.measure import Bench, Plan, Row
 from bench.workloads import BLOCKS, Workload, select
@@ -178,6 +179,29 @@ def cpu(
         notes.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     if not any(path.suffix == ".png" for path in paths):
         notes.print("no plots: no right result, or matplotlib is not installed", style="yellow")
+
+
+@app.command()
+def train(
+    nets: Annotated[str, typer.Option(help=f"of {','.join(steps.NETS)}")] = "s,cifar",
+    threads: Threads = "",
+    engines: Annotated[str, typer.Option(help=f"of {','.join(steps.ENGINES)}; default: all")] = "",
+    batch: Annotated[int, typer.Option(min=0, help="0: 8, for cifar 128")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds over all engines")] = 5,
+    size: Size = 224,
+) -> None:
+    """Training steps on the CPU, forward, backward and SGD: time and peak memory.
+
+    Gradients are compared with float64 first; no time is given for wrong ones. The default takes about ten minutes.
+    """
+    names = _list("--engines", engines, list(steps.ENGINES)) if engines else list(steps.ENGINES)
+    console = Console()
+    for net in _list("--nets", nets, list(steps.NETS)):
+        small = net == "cifar"
+        for count in _threads(threads):
+            rows = steps.cell(net, batch or (128 if small else 8), 32 if small else size, count, names, rounds)
+            for line in steps.lines(rows):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

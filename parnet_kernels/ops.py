@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -150,3 +152,78 @@ def fusion_se(
     except RuntimeError:
         check_types("fusion_se", dict(locals()))
         raise
+
+
+def repvgg_sse_train(
+    x: Tensor,
+    weight3: Tensor,
+    weight1: Tensor,
+    gamma3: Tensor,
+    beta3: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    gamma0: Tensor,
+    beta0: Tensor,
+    gate_weight: Tensor,
+    *,
+    eps: Sequence[float] = (1e-5, 1e-5, 1e-5),
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    """RepVGG block with skip-squeeze-excitation in training form, with the statistics of the batch.
+
+    z = BN0(x), y = φ(BN3(conv3x3(x; padding 1)) + BN1(conv1x1(x)) + z·σ(gate_weight·mean_hw(z)))
+
+    Args:
+        x: [N, C, H, W], N·H·W ≥ 2, any strides; float32 has kernels on the CPU, others go through plain PyTorch.
+        weight3: [C, C, 3, 3]. weight1: [C, C, 1, 1]. gate_weight: [C, C].
+        gamma3, beta3, gamma1, beta1, gamma0, beta0: [C], weight and bias of each BatchNorm.
+        eps: of BN3, BN1 and BN0. activation: φ, "silu" or "relu".
+
+    Returns:
+        y [N, C, H, W], channels_last, and statistics [6, C]: mean and biased variance of conv3x3(x), conv1x1(x) and x,
+        for running statistics; not differentiable. For backward x, both convolutions and vectors are kept.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    parameters = weight3, weight1, gamma3, beta3, gamma1, beta1, gamma0, beta0, gate_weight
+    y, statistics, *_ = torch.ops.parnet.repvgg_sse_train(x, *parameters, eps=eps, activation=activation)
+    return y, statistics
+
+
+def downsample_se_train(
+    x: Tensor,
+    weight3: Tensor,
+    weight1: Tensor,
+    gamma3: Tensor,
+    beta3: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    gate_weight: Tensor,
+    *,
+    eps: Sequence[float] = (1e-5, 1e-5),
+    stride: int = 2,
+    groups: int = 1,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    """Downsampling block in training form; with two groups that of a fusion, before the shuffle of its channels.
+
+    y = φ((BN3(conv3x3(x; padding 1, stride)) + BN1(conv1x1(p)))·2σ(gate_weight·mean_hw(x))), where p is x, or its 2×2
+    averages at stride 2 (of x padded with zeros to even sizes)
+
+    Args:
+        x: [N, C, H, W], N·⌈H/stride⌉·⌈W/stride⌉ ≥ 2. weight3: [K, C/groups, 3, 3]. weight1: [K, C/groups, 1, 1].
+        gate_weight: [K, C/groups]. gamma3, beta3, gamma1, beta1: [K]. eps: of BN3 and BN1. stride: 1 or 2.
+        groups: 1 or 2; of a fusion x is the interleaving of its two inputs. activation: as in `repvgg_sse_train`.
+
+    Returns:
+        y [N, K, ⌈H/stride⌉, ⌈W/stride⌉], channels_last, and statistics [4, K], as in `repvgg_sse_train`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    parameters = weight3, weight1, gamma3, beta3, gamma1, beta1, gate_weight
+    y, statistics, *_ = torch.ops.parnet.downsample_se_train(
+        x, *parameters, eps=eps, stride=stride, groups=groups, activation=activation
+    )
+    return y, statistics

@@ -101,9 +101,9 @@ void finish_tile(const PlainArgs& a, const Tile& tile, int out_block, const floa
 
 typedef void (*FinishTile)(const PlainArgs&, const Tile&, int, const float*);
 FinishTile choose_finish(Dtype dtype) {
-  return dtype == Dtype::kFloat  ? finish_tile<float>
+  return dtype == Dtype::kFloat     ? finish_tile<float>
          : dtype == Dtype::kFloat16 ? finish_tile<Float16>
-                                 : finish_tile<BFloat16>;
+                                    : finish_tile<BFloat16>;
 }
 
 void convolve_plain(const PlainArgs& a, const TileSet& set, const float* v, float* m, float* u) {
