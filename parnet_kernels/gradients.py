@@ -32,14 +32,23 @@ def _activation(
     return g * per_channel(out_scale) * slope, (g * ACTIVATIONS[activation](t)).sum(_MAP), g.sum(_MAP)
 
 
-def _convolution(
-    d: Tensor, x: Tensor, weight: Tensor, stride: int, groups: int, need_x: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(d_x, d_weight) of conv3x3(x; weight, padding 1), d = gradient of its result."""
-    d_x, d_weight, _ = torch.ops.aten.convolution_backward(
-        d, x, weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], groups, [need_x, need_weight, False]
-    )
-    return d_x, d_weight
+class Convolutions:
+    """3×3 convolutions, padding 1, and their gradients by PyTorch's operators: differentiable."""
+
+    def forward(self, x: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor:
+        return F.conv2d(x, weight, None, stride, 1, groups=groups)
+
+    def backward(
+        self, d: Tensor, x: Tensor, weight: Tensor, stride: int, groups: int, need_x: bool, need_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(d_x, d_weight), d = gradient of the result."""
+        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+            d, x, weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], groups, [need_x, need_weight, False]
+        )
+        return d_x, d_weight
+
+
+_PYTORCH = Convolutions()
 
 
 def _gate(d_logit: Tensor, mean: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,21 +62,21 @@ def _gate(d_logit: Tensor, mean: Tensor, weight: Tensor, groups: int) -> tuple[T
     return d_mean, d_weight, d_logit.sum(0)
 
 
-def of(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor]:
+def of(call: Call, g: Tensor, need: Set[str], convolutions: Convolutions = _PYTORCH) -> dict[str, Tensor]:
     """The gradients of the tensors named in `need`, each in its tensor's dtype; 16-bit is computed in float32."""
     wide = call.widened()
-    d = _FORMULAS[call.op](wide, g.to(wide.x.dtype), need)
+    d = _FORMULAS[call.op](wide, g.to(wide.x.dtype), need, convolutions)
     tensors = call.tensors
     return {name: value.to(tensors[name].dtype) for name in need if (value := d[name]) is not None}  # type: ignore[union-attr]
 
 
-def _repvgg_sse(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor | None]:
+def _repvgg_sse(call: Call, g: Tensor, need: Set[str], convolutions: Convolutions) -> dict[str, Tensor | None]:
     x, weight, out_scale = call.x, call["weight"], call.parameters["out_scale"]
     z = x * per_channel(call["skip_scale"]) + per_channel(call["skip_shift"])
     s = gate(z, call["gate_weight"], call.parameters["gate_bias"])  # [N, C, 1, 1]
-    t = F.conv2d(x, weight, call["bias"], padding=1) + z * s
+    t = convolutions.forward(x, weight, 1, 1) + per_channel(call["bias"]) + z * s
     d_t, d_out_scale, d_out_shift = _activation(t, g, call.activation, out_scale)
-    d_conv_x, d_weight = _convolution(d_t, x, weight, 1, 1, "x" in need, "weight" in need)
+    d_conv_x, d_weight = convolutions.backward(d_t, x, weight, 1, 1, "x" in need, "weight" in need)
     d_logit = (d_t * z).sum((2, 3)) * (s * (1 - s)).flatten(1)
     d_mean, d_gate_weight, d_gate_bias = _gate(d_logit, z.mean((2, 3)), call["gate_weight"], 1)
     d_z = d_t * s + d_mean[:, :, None, None] / (x.shape[2] * x.shape[3])
@@ -85,12 +94,19 @@ def _repvgg_sse(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor | Non
 
 
 def _gated_convolution(
-    call: Call, u: Tensor, conv: Tensor, s: Tensor, d_t: Tensor, need_u: bool, need_weight: bool
+    call: Call,
+    convolutions: Convolutions,
+    u: Tensor,
+    conv: Tensor,
+    s: Tensor,
+    d_t: Tensor,
+    need_u: bool,
+    need_weight: bool,
 ) -> dict[str, Tensor | None]:
     """Gradients of t = s·conv, s = 2σ(gate(u)), conv = conv3x3(u) + bias; that of u is named "u"."""
     weight, gate_weight, groups = call["weight"], call["gate_weight"], len(call.maps)
     d_conv = d_t * s
-    d_u, d_weight = _convolution(d_conv, u, weight, call.stride, groups, need_u, need_weight)
+    d_u, d_weight = convolutions.backward(d_conv, u, weight, call.stride, groups, need_u, need_weight)
     d_logit = (d_t * conv).sum((2, 3)) * (s * (1 - s / 2)).flatten(1)  # (2σ)′ = 2σ(1 − σ)
     d_mean, d_gate_weight, d_gate_bias = _gate(d_logit, u.mean((2, 3)), gate_weight, groups)
     if d_u is not None:
@@ -104,22 +120,22 @@ def _gated_convolution(
     }
 
 
-def _downsample_se(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor | None]:
+def _downsample_se(call: Call, g: Tensor, need: Set[str], convolutions: Convolutions) -> dict[str, Tensor | None]:
     x, out_scale = call.x, call.parameters["out_scale"]
     s = 2 * gate(x, call["gate_weight"], call.parameters["gate_bias"])
-    conv = F.conv2d(x, call["weight"], call["bias"], call.stride, padding=1)
+    conv = convolutions.forward(x, call["weight"], call.stride, 1) + per_channel(call["bias"])
     d_t, d_out_scale, d_out_shift = _activation(conv * s, g, call.activation, out_scale)
-    found = _gated_convolution(call, x, conv, s, d_t, "x" in need, "weight" in need)
+    found = _gated_convolution(call, convolutions, x, conv, s, d_t, "x" in need, "weight" in need)
     return {**found, "x": found["u"], "out_scale": d_out_scale, "out_shift": d_out_shift}
 
 
-def _fusion_se(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor | None]:
+def _fusion_se(call: Call, g: Tensor, need: Set[str], convolutions: Convolutions) -> dict[str, Tensor | None]:
     u, out_scale = interleave(*call.maps), call.parameters["out_scale"]
     s = 2 * gate(u, call["gate_weight"], call.parameters["gate_bias"], groups=2)
-    conv = F.conv2d(u, call["weight"], call["bias"], call.stride, padding=1, groups=2)
+    conv = convolutions.forward(u, call["weight"], call.stride, 2) + per_channel(call["bias"])
     d_shuffled, d_out_scale, d_out_shift = _activation(shuffle(conv * s), g, call.activation, out_scale)
     d_t = torch.cat(deinterleave(d_shuffled), 1)  # the inverse of the shuffle
-    found = _gated_convolution(call, u, conv, s, d_t, not need.isdisjoint({"x", "y"}), "weight" in need)
+    found = _gated_convolution(call, convolutions, u, conv, s, d_t, not need.isdisjoint({"x", "y"}), "weight" in need)
     d_x, d_y = (None, None) if found["u"] is None else deinterleave(found["u"])
     return {**found, "x": d_x, "y": d_y, "out_scale": d_out_scale, "out_shift": d_out_shift}
 

@@ -20,12 +20,12 @@ def why_not(block: Any, x: Tensor, forwards: Forwards) -> str | None:
     """The reason why the block runs as modules, one by one; or None. forwards: its own classes and their methods."""
     if not block.training:
         return "it is in eval mode"
+    if not torch.compiler.is_compiling() and (type(x) is not Tensor or _is_transformed(x)):
+        return "x is not a plain tensor, or under a transform of torch.func"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
     if x.dim() != 4 or x.numel() == 0:
         return f"x has shape {list(x.shape)}"
-    if not torch.compiler.is_compiling() and (type(x) is not Tensor or _is_transformed(x)):
-        return "x is not a plain tensor, or under a transform of torch.func"
     return training_ops.why_not(x) or _why_not_modules(block, x, {**_STOCK, **forwards})
 
 

@@ -11,6 +11,7 @@ import torch
 from oracle import error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from parnet_kernels import training
 from parnet_kernels.config import ParNetConfig
@@ -334,3 +335,15 @@ def test_compiled_step() -> None:
         assert error(p.grad, q.grad) < 1e-6
     for p, q in zip(model.buffers(), other.buffers(), strict=True):
         assert torch.allclose(p, q)
+
+
+@native
+def test_tools() -> None:
+    block, x = Block(8, 8, 1, 1, "silu"), torch.randn(2, 8, 5, 5, requires_grad=True)
+    counts = []
+    for backend in ("cpu", "reference"):
+        with FlopCounterMode(display=False) as counter, use_backend(backend):
+            block(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == pytest.approx(counts[1], rel=0.01)
+    torch.fx.symbolic_trace(block)(x)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch import Tensor
 
-from parnet_kernels import _native
+from parnet_kernels import _native, gradients
 from parnet_kernels.call import Call
 from parnet_kernels.checks import is_channels_last
 from parnet_kernels.cpu.cache import again as again
 from parnet_kernels.cpu.cache import clear_cache as clear_cache
 from parnet_kernels.cpu.cache import packed_weights
 from parnet_kernels.cpu.cache import remember as remember
+from parnet_kernels.cpu.training import CpuKernels, as_pixels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,6 +30,31 @@ def why_not(op: str, x: Tensor) -> str | None:
     if 0 in x.shape[1:]:
         return f"x has shape {list(x.shape)}"
     return None
+
+
+class _Convolutions(gradients.Convolutions):
+    """By the kernels of the training form."""
+
+    kernels = CpuKernels()
+
+    def forward(self, x: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor:
+        return self.kernels.convolve(x, weight, stride, groups)[0]
+
+    def backward(
+        self, d: Tensor, x: Tensor, weight: Tensor, stride: int, groups: int, need_x: bool, need_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        d, d_x = as_pixels(d), None
+        if need_x:
+            d_x = torch.zeros_like(x, memory_format=torch.channels_last)
+            self.kernels.add_input_gradient(d_x, d, weight, stride, groups)
+        return d_x, self.kernels.weight_gradient(x, d, weight, stride, groups) if need_weight else None
+
+
+def backward(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor]:
+    """The gradients of the tensors named in need: float32 by the kernels, unless something is not finite."""
+    given = [g, *call.maps, call["weight"]]
+    native = g.numel() and call.x.dtype == g.dtype == torch.float32 and all(bool(t.sum().isfinite()) for t in given)
+    return gradients.of(call, g, need, _Convolutions()) if native else gradients.of(call, g, need)
 
 
 def run(call: Call) -> Tensor | None:

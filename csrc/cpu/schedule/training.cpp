@@ -181,8 +181,8 @@ void convolve_map(const PixelMap& in, const float* weight, int stride, bool adjo
     const TileSet& set = tiles->sets[i];
     const Scratch scratch(tiles->v_floats + tiles->m_floats + tiles->u_floats);
     float *v = scratch.at(0), *m = v + tiles->v_floats;
-    k.training->transform(a, block, 0, sizes.group_blocks, v);
-    k.training->convolve(a, block, v, m, m + tiles->m_floats);
+    k.training->transform(a, set, 0, sizes.group_blocks, v);
+    k.training->convolve(a, set, v, m, m + tiles->m_floats);
   });
   if (!mean) return;
   const auto count = [&](int64_t i) { return tiles->tiles[i].rows * tiles->tiles[i].cols; };
