@@ -76,8 +76,8 @@ L2_CLOCKS, MEMORY_CLOCKS = 200, 290  # latencies of a hit and of a miss on A100 
 PORT_BYTES = 64  # that a multiprocessor takes from L2 in a clock, an estimate
 # Between multiprocessors in a cluster of two: GB/s of all, and latency (arXiv 2402.13499).
 PAIR_GBPS, PAIR_CLOCKS = 3270, 180
-# Round trips in a row of a stem: image, its sums stored, tile, barrier, all blocks' sums.
-STEM_TRIPS = 5
+# Round trips in a row of a stem: image, tile, barrier, all blocks' sums.
+STEM_TRIPS = 4
 PASS_CHUNKS, SUMS_AT_ONCE, STEPS_AT_ONCE = 4, 16, 4  # channel_gate.cuh, maps.cuh
 
 

@@ -31,7 +31,7 @@ struct GateVector<__half> : GateVector16<__half> {};
 template <>
 struct GateVector<__nv_bfloat16> : GateVector16<__nv_bfloat16> {};
 
-// Of four channels, those whose bit is not set, so that zero weights meet no infinity of another group.
+// Clears, of four channels, those whose bit is not set: zero weights must meet no infinity of another group.
 __device__ __forceinline__ void clear_others(float4& v, uint32_t mask) {
   if (!(mask & 1)) v.x = 0.0f;
   if (!(mask & 2)) v.y = 0.0f;

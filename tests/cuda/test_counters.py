@@ -31,7 +31,11 @@ def ptx(math, architecture):
 
 
 def main_loops(math, architecture, tmp_path):
-    """Of each loop with matrix instructions in the level kernel: (matrix instructions, all instructions)."""
+    """Of each loop with matrix instructions in the level kernel: (matrix instructions, all that a usual pass executes).
+
+    A branch over an inner loop is taken: that loop clears another group's channels, which only a fusion whose groups
+    meet within a chunk has.
+    """
     source, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     source.write_text(ptx(math, architecture))
     subprocess.run([find_tool("ptxas"), "-O3", f"-arch=sm_{architecture}", source, "-o", cubin], check=True)
@@ -42,13 +46,18 @@ def main_loops(math, architecture, tmp_path):
     command = [tool, "-sass", "-fun", f"parnet_level_{math}", str(cubin)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     code = [(int(at, 16), what) for at, what in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", text, re.MULTILINE)]
+    jumps = [(at, int(target[1], 16)) for at, what in code if (target := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", what))]
+    back = [(at, to) for at, to in jumps if to <= at]
     loops = []
-    for at, what in code:
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", what)
-        if target and int(target[1], 16) <= at:
-            body = [i for a, i in code if int(target[1], 16) <= a <= at]
-            if matrix := sum("HMMA" in i for i in body):
-                loops.append((matrix, len(body)))
+    for last, first in back:
+        skipped = [
+            (at, to)
+            for at, to in jumps
+            if first <= at < to <= last and any(at < inner_to <= inner < to for inner, inner_to in back)
+        ]
+        body = [i for a, i in code if first <= a <= last and not any(at < a < to for at, to in skipped)]
+        if matrix := sum("HMMA" in i for i in body):
+            loops.append((matrix, len(body)))
     return loops
 
 

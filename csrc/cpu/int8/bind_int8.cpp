@@ -65,7 +65,8 @@ Step step_of(const Row& r, const Packed& packed, const Kernels& k) {
   l.out_channels = r.out_channels;
   l.panels = l.groups * div_up(r.out_channels / l.groups, kPanel);
   l.gate_channels = r.in_channels;  // a group of a fusion reads half of each of two inputs
-  // Of a fusion's channels 2*c + j, c of input j, group g reads those from g*in_channels on.
+  // A fusion interleaves its inputs: channel 2*c + j is channel c of input j. Group g reads from
+  // g*in_channels on.
   for (int g = 0; g < l.groups; g++) {
     for (int j = 0; j < l.inputs; j++) {
       const int64_t c0 = div_up(g * r.in_channels - j * (l.inputs - 1), l.inputs),

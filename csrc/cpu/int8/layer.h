@@ -46,7 +46,7 @@ struct Layer {
   bool last;  // its output is a map of floats
 };
 
-// Of one image and layer, made by `gate`: y = phi(multiplier*products + skip*q + offset).
+// What `gate` makes for one image and layer: y = phi(multiplier*products + skip*q + offset).
 struct Gates {
   float *multiplier, *skip, *offset;  // [panel][kPanel]
 };
