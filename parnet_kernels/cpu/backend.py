@@ -53,7 +53,9 @@ class _Convolutions(gradients.Convolutions):
 def backward(call: Call, g: Tensor, need: Set[str]) -> dict[str, Tensor]:
     """The gradients of the tensors named in need: float32 by the kernels, unless something is not finite."""
     given = [g, *call.maps, call["weight"]]
-    native = g.numel() and call.x.dtype == g.dtype == torch.float32 and all(bool(t.sum().isfinite()) for t in given)
+    real = all(type(t) in (Tensor, torch.nn.Parameter) for t in given)  # not traced: values cannot be asked
+    same = call.x.dtype == g.dtype == torch.float32 and g.numel() > 0
+    native = real and same and all(bool(t.sum().isfinite()) for t in given)
     return gradients.of(call, g, need, _Convolutions()) if native else gradients.of(call, g, need)
 
 
