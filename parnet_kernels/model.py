@@ -121,7 +121,7 @@ class Block(nn.Module):
             refuse(f"{where}.se", f"is a {type(self.se).__name__}, not a Gate")
         at = f"{where}.se.cvsig.conv"
         gate_weight, gate_bias = convolution(self.se.cvsig.conv, at, kernel=1, groups=groups)
-        if gate_bias.any():
+        if not gate_bias.is_meta and gate_bias.any():
             refuse(at, "has a bias")
         if self.rbr_identity is None:
             return fold_gated_block(*branches, gate_weight, self.stride)
