@@ -283,7 +283,7 @@ def test_wrapped_models_are_saved_as_what_they_wrap(tmp_path: Path) -> None:
         assert torch.equal(load_checkpoint(tmp_path / "training.safetensors")(x), model(x))
     save(torch.compile(model.deploy()), tmp_path / "deployed.safetensors")
     assert torch.equal(load_deployed(tmp_path / "deployed.safetensors")(x), model.deploy()(x))
-    with pytest.raises(TypeError, match="must be a ParNet or DeployedParNet, got a Linear"):
+    with pytest.raises(TypeError, match="must be a ParNet, DeployedParNet or QuantizedParNet, got a Linear"):
         save(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")
     model.head.fc.bias = model.combine[3].block.dense.bn.bias = torch.nn.Parameter(torch.zeros(64))
     model.head.fc.bias = torch.nn.Parameter(torch.zeros(10))
