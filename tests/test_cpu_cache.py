@@ -202,9 +202,9 @@ def test_a_repeated_call_with_changed_arguments_is_checked() -> None:
         call(args[0].to_sparse(), *args[1:])
     with pytest.raises(ValueError, match="`x` must have 4 dimensions"):
         call(args[0][0], *args[1:])
-    with pytest.raises(ValueError, match="`weight` must have the dtype of `x`"):
+    with pytest.raises(ValueError, match="`x` must have the dtype of the parameters"):
         call(args[0].double(), *args[1:])
-    with pytest.raises(ValueError, match="on the device of `x`, meta"):
+    with pytest.raises(ValueError, match="`x` must be on the device of the parameters, cpu, got meta"):
         call(args[0].to("meta"), *args[1:])
     args[1].data = args[1].data.view(8, 24, 3)  # the same memory and version counter
     with pytest.raises(ValueError, match="`weight` must have 4 dimensions"):

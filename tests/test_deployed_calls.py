@@ -119,7 +119,7 @@ def test_weights_of_two_dtypes_are_an_error_not_a_guess() -> None:
     net = network()
     net(X)
     net.layers["combine_3"].double()
-    with pytest.raises(ValueError, match="`weight` must have the dtype of `x`"):
+    with pytest.raises(ValueError, match="`x` must have the dtype of the parameters"):
         net(X)
 
 

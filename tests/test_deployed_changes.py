@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parnet_kernels import DeployedParNet, ParNet, ParNetConfig, ops, parnet_cifar
 
 CFG = ParNetConfig((16, 32, 48, 64), (2, 2, 2), num_classes=10)
-X = torch.randn(2, 3, 64, 64)
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def network(config: ParNetConfig = CFG) -> DeployedParNet:
@@ -27,7 +27,7 @@ def layer_by_layer(net: DeployedParNet, x: Tensor) -> Tensor:
 
 def check(net: DeployedParNet, before: Tensor | None = None) -> None:
     found, expected = net(X), layer_by_layer(net, X)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(1, float(expected.detach().abs().max())))
     if before is not None:
         assert not torch.allclose(found, before, rtol=1e-3, atol=1e-3)
 
