@@ -62,15 +62,16 @@ test-oldest: setup ## the test suite beside torch 2.11 and Triton 3.6 (takes wha
 	.venv-oldest/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 # The newest torch that torchvision, and so timm, supports. From tests/, so that the wheel is tested, not the checkout.
-test-integrations: setup ## the wheel beside timm, ONNX engines and the newest torch of torchvision (15 minutes, 6 GB)
+test-integrations: setup ## the wheel beside timm, ONNX engines, Ray and the newest torch of torchvision (15 minutes, 6 GB)
 	rm -rf build/wheel
 	$(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/wheel
 	test -d .venv-integrations || $(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 onnxruntime openvino \
-		"$$(echo build/wheel/*.whl)[test,onnx,timm,hub]"
+		"$$(echo build/wheel/*.whl)[test,onnx,timm,hub,ray]"
 	.venv-integrations/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
 	cd tests && ../.venv-integrations/bin/python -P -m pytest -m 'not slow' integrations test_pretrained.py test_ops.py \
 		test_export_package.py test_docs.py $(PYTEST_ARGS)
+	cd tests && ../.venv-integrations/bin/python -P -m pytest -m slow integrations/test_ray.py $(PYTEST_ARGS)
 
 dist: setup ## the packages in dist, each tried in an environment of its own (15 minutes with nvcc; DIST_ARGS=--quick: 4)
 	$(BIN)/python -m pip install -qq --no-build-isolation --editable '.[dist]'
