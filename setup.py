@@ -105,7 +105,7 @@ class NinjaBuild(build_ext):
 
         objects = []
         for source in [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").rglob("*.cpp"))]:
-            binding = source.name in ("ops.cpp", "bind.cpp", "bind_int8.cpp", "bind_training.cpp")
+            binding = source.name == "ops.cpp" or source.name.startswith("bind")
             extra = f"{torch_flags} {abi}" if binding else X86_FLAGS.get(source.name, "") if is_x86() else ""
             if source.name.startswith("int8_"):  # every instruction set rounds alike
                 extra += " -ffp-contract=off -Wno-psabi"

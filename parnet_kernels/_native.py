@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,3 +41,14 @@ cpu_error: str | None = _load("_C.so")
 _definitions = _define_schemas() if cpu_error else None
 #: Why the CUDA library is not there, or None. It needs the schemas of the CPU library.
 cuda_error: str | None = "needs _C.so" if cpu_error else _load("_C_cuda.so")
+
+
+def cpu_info() -> dict[str, Any]:
+    """What the CPU library was compiled for, what this processor has of it, and what runs ("isa", "lanes", …)."""
+    found: dict[str, Any] = json.loads(bytes(torch.ops.parnet._cpu_info.default()))
+    return found
+
+
+def cuda_architectures() -> list[str]:
+    """What the CUDA library was compiled for, such as "90a"; for the last one also as PTX."""
+    return bytes(torch.ops.parnet._cuda_info.default()).decode().split()

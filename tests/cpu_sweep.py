@@ -12,7 +12,7 @@ from cases import OPERATORS, arguments, to
 from oracle import error
 from torch import Tensor
 
-from parnet_kernels import reference
+from parnet_kernels import _native, reference
 from parnet_kernels.call import Call
 from parnet_kernels.cpu import pack as cpu
 
@@ -108,7 +108,7 @@ def main(seed: int, count: int) -> None:
     rng = random.Random(seed)
     failures = [text for _ in range(count) if (text := failure(rng))]
     failures += wrong_conversions(torch.float16) + wrong_conversions(torch.bfloat16)
-    print(*failures, f"{torch.ops.parnet._cpu_info()}: {count} cases, {len(failures)} failures", sep="\n")
+    print(*failures, f"{_native.cpu_info()}: {count} cases, {len(failures)} failures", sep="\n")
     sys.exit(bool(failures))
 
 

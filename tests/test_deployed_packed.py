@@ -1,7 +1,6 @@
 """The packed weights of a deployed network: what they take, and that they are never stale."""
 
 import copy
-import json
 import weakref
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from forms import TINY, image, pair
 from oracle import error, randomize
 
-from parnet_kernels import DeployedParNet, ParNet, ops
+from parnet_kernels import DeployedParNet, ParNet, _native, ops
 from parnet_kernels.config import VARIANTS
 from parnet_kernels.cpu.network import storages
 
@@ -41,7 +40,7 @@ def test_changes_of_weights_are_seen() -> None:
 def test_storage_of_a_network_knows_its_maps() -> None:
     with torch.device("meta"):
         network = DeployedParNet(VARIANTS["l"])
-    lanes = json.loads(torch.ops.parnet._cpu_info())["lanes"]
+    lanes = _native.cpu_info()["lanes"]
     found = dict(zip(network.layers, storages(network.whole(), "auto"), strict=True))
     assert {found[name] for name in ("inits_0_0", "streams_0_0", "downsamples_2_0")} == {"transformed"}
     small = {found[name] for name in ("inits_2", "streams_2_0", "downsamples_2_1_2")}
@@ -68,7 +67,7 @@ def test_conversion_frees_packed_weights() -> None:
 def test_memory_of_packed_weights(variant: str, auto: dict[int, int], others: tuple[int, int, int]) -> None:
     """README's numbers, in MB; "auto" is not the same for vectors of 16 and of 8 lanes."""
     network = DeployedParNet(VARIANTS[variant])
-    lanes = json.loads(torch.ops.parnet._cpu_info())["lanes"]
+    lanes = _native.cpu_info()["lanes"]
     for storage, expected in zip(("auto", "transformed", "rows", "taps"), (auto[lanes], *others), strict=True):
         packed = network.prepare(storage=storage)._native.prepare(network.whole())
         assert packed is not None

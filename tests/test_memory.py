@@ -56,6 +56,18 @@ STEPS = {
         "net = ParNet(ParNetConfig((8, 8, 8, 8), (2, 2, 2), num_classes=10)).eval().deploy()\n"
         "def step(i): net(torch.randn(1, 3, 16 + i % 100, 17))",
     ),
+    "training": (
+        60,
+        "net = ParNet(ParNetConfig((16, 32, 48, 64), (2, 2, 2), num_classes=10)).train()\n"
+        "def step(i): net(torch.randn(2, 3, 32 + i % 40, 34)).sum().backward(); net.zero_grad()",
+    ),
+    "int8": (
+        200,
+        "net = ParNet(ParNetConfig((8, 8, 8, 8), (2, 2, 2), num_classes=10)).eval().deploy()\n"
+        "net = net.quantize(torch.randn(2, 3, 32, 32))\n"
+        "def step(i): net.layers['combine_3'].bias.mul_(0.9999); net(torch.randn(1, 3, 16 + i % 100, 17))",
+    ),
+    "telling": (20000, "def step(i): torch.ops.parnet._cpu_info(), torch.ops.parnet._cpu_int8_info()"),
     "packing": (
         20000,
         "names = ('weight', 'bias', 'skip_scale', 'skip_shift', 'gate_weight')\n"
@@ -77,7 +89,7 @@ def run(code: str) -> str:
 @pytest.mark.parametrize("how", STEPS)
 def test_memory_stays_level(how: str) -> None:
     calls, code = STEPS[how]
-    assert float(run(f"{code}\nprint(growth(step, {calls}))")) < (1.2 if how == "packing" else 24)
+    assert float(run(f"{code}\nprint(growth(step, {calls}))")) < (1.2 if how in ("packing", "telling") else 24)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
@@ -88,7 +100,18 @@ net = ParNet(ParNetConfig((8, 8, 8, 8), (2, 2, 2), num_classes=10)).eval().deplo
 x, p = torch.randn(1, 3, 20, 20), layer(8)
 m = torch.randn(1, 8, 6, 6)
 right, right_layer = net(x), ops.repvgg_sse(m, *p)
+packed = net._native.prepare(net.whole())
 going = True
+
+def exported(x, seed):  # another hash is another program, whose constants are copied
+    arguments = packed.weights, packed.steps, packed.classifier, True, 10, 32
+    return torch.ops.parnet._cpu_exported(x, *arguments, seed)
+
+def train(rows, cols):
+    maps = torch.ones(1, 8, rows, cols).to(memory_format=torch.channels_last)
+    out = torch.empty_like(maps)
+    torch.ops.parnet._cpu_train_convolve(maps, p[0], 1, False, False, True, out)
+    return out
 
 def call(seed):
     i = seed
@@ -96,6 +119,8 @@ def call(seed):
         i += 1
         net(torch.ones(1, 3, 8 + i % 97, 16 + i % 89))  # not randn: torch's generator does not survive a fork
         ops.repvgg_sse(m, *[t.clone() for t in p])
+        exported(x, i)
+        train(8 + i % 97, 16 + i % 89)
 
 threads = [threading.Thread(target=call, args=(1000 * t,), daemon=True) for t in range(3)]
 for t in threads:
@@ -105,6 +130,7 @@ for _ in range(60):
     child = os.fork()
     if child == 0:
         ok = torch.equal(net(x), right) and torch.equal(ops.repvgg_sse(m, *p), right_layer)
+        ok = ok and torch.equal(exported(x, -1), right) and bool(train(21, 23).isfinite().all())
         os._exit(0 if ok and net(torch.ones(1, 3, 31, 33)).isfinite().all() else 1)
     end, status = time.monotonic() + 20, None
     while status is None and time.monotonic() < end:

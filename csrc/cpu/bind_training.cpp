@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "bind.h"
 #include "dispatch.h"
 #include "schedule/training.h"
 
@@ -14,12 +15,7 @@ using parnet::cpu::Dtype, parnet::cpu::PassArgs, parnet::cpu::PixelMap;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void parallel_items(int64_t count, const std::function<void(int64_t)>& body) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) body(i);
-  });
-}
-const parnet::cpu::Parallel kParallel = parallel_items;
+const parnet::cpu::Parallel kParallel = parnet::cpu::parallel_items;
 
 parnet::cpu::Threads threads() { return {static_cast<int>(torch::stable::get_num_threads()), kParallel}; }
 

@@ -66,7 +66,11 @@ int64_t image(int64_t device) {
   return architecture;
 }
 
-std::string info() { return PARNET_CUDA_ARCHS; }
+// Characters as numbers: the stable ABI loses the memory of every string.
+std::vector<int64_t> info() {
+  const std::string text = PARNET_CUDA_ARCHS;
+  return {text.begin(), text.end()};
+}
 
 // The order of parnet_kernels.cuda.plan.Policy.
 std::vector<int64_t> policy(int64_t architecture) {

@@ -68,8 +68,8 @@ def installation() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": devices,
         "backends": {name: "available" if reason is None else reason for name, reason in backends.items()},
-        "cpu": _native.cpu_error or json.loads(torch.ops.parnet._cpu_info()),
-        "cuda_library": _native.cuda_error or f"built for sm_{torch.ops.parnet._cuda_info().replace(' ', ', sm_')}",
+        "cpu": _native.cpu_error or _native.cpu_info(),
+        "cuda_library": _native.cuda_error or f"built for sm_{', sm_'.join(_native.cuda_architectures())}",
     }
 
 

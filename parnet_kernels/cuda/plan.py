@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from parnet_kernels import environment, verdict
+from parnet_kernels import _native, environment, verdict
 from parnet_kernels.cuda.constants import Constants, constants
 from parnet_kernels.cuda.pack import CHUNK_BYTES
 
@@ -84,7 +84,7 @@ def wgmma() -> Wgmma:
 
 @functools.cache
 def _built_for() -> list[str]:
-    return torch.ops.parnet._cuda_info().split()
+    return _native.cuda_architectures()
 
 
 @dataclass(frozen=True)

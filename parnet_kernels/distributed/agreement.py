@@ -27,7 +27,7 @@ class Agreement:
         return {
             "version of parnet_kernels": __version__,
             "version of torch": torch.__version__,
-            "instruction set of the CPU kernels": _native.cpu_error or str(torch.ops.parnet._cpu_info()),
+            "instruction set of the CPU kernels": _native.cpu_error or str(_native.cpu_info()),
             "configuration": repr(network.config),
             "dtype": str(network.head_weight.dtype),
             "kind of device": network.head_weight.device.type,

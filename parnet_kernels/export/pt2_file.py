@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parnet_kernels import _native
 from parnet_kernels._version import __version__
 from parnet_kernels.cpu.network import CpuNetwork
 from parnet_kernels.deployed import DeployedParNet
@@ -137,7 +137,7 @@ def _hash(tensors: list[Tensor]) -> int:
 
 
 def _isa() -> str:
-    return json.loads(torch.ops.parnet._cpu_info())["isa"]
+    return _native.cpu_info()["isa"]
 
 
 @torch.library.register_fake("parnet::_cpu_exported")

@@ -1,8 +1,9 @@
 #include "network.h"
 
-#include <pthread.h>
-
 #include <list>
+#include <mutex>
+
+#include "../process_value.h"
 
 namespace parnet::cpu {
 
@@ -21,17 +22,10 @@ struct Cache {
   std::list<std::shared_ptr<const NetworkPlan>> plans;  // most recently used first
 };
 
-// A forked child gets a cache of its own: a thread that it does not have may have held a mutex of the
-// parent's, or have been changing its list. The parent's is left behind.
-Cache* cache = [] {
-  pthread_atfork(nullptr, nullptr, [] { cache = new Cache; });
-  return new Cache;
-}();
-
 }  // namespace
 
 std::shared_ptr<const NetworkPlan> plan_for(const Request& request, const Kernels& k) {
-  auto& [mutex, plans] = *cache;
+  auto& [mutex, plans] = *process_value<Cache>;
   const auto known = [&]() -> std::shared_ptr<const NetworkPlan> {
     for (auto it = plans.begin(); it != plans.end(); ++it) {
       if ((*it)->request() == request) {

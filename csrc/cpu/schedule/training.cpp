@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../policy.h"
+#include "../process_value.h"
 #include "plan.h"
 #include "workspace.h"
 
@@ -50,10 +51,7 @@ class Buffers {
   std::vector<Idle> idle_;  // by size
 };
 
-Buffers& buffers() {
-  static auto* all = new Buffers;  // outlives threads that end with the process
-  return *all;
-}
+Buffers& buffers() { return *process_value<Buffers>; }
 
 class Scratch {
  public:
@@ -75,20 +73,31 @@ struct PlanKey {
   bool operator==(const PlanKey&) const = default;
 };
 
+struct Plans {
+  std::mutex mutex;
+  std::list<std::pair<PlanKey, std::shared_ptr<const TilePlan>>> all;
+};
+
 std::shared_ptr<const TilePlan> tiles_for(const PlanKey& key, const Kernels& k) {
-  static auto* mutex = new std::mutex;
-  static auto* plans = new std::list<std::pair<PlanKey, std::shared_ptr<const TilePlan>>>;
-  const std::lock_guard lock(*mutex);
-  const auto found =
-      std::find_if(plans->begin(), plans->end(), [&](const auto& p) { return p.first == key; });
-  if (found != plans->end()) {
-    plans->splice(plans->begin(), *plans, found);
-  } else {
-    plans->emplace_front(
-        key, std::make_shared<TilePlan>(key.geometry, k, key.images, key.rows, key.cols, key.threads));
-    if (plans->size() > kPlans) plans->pop_back();
+  auto& [mutex, plans] = *process_value<Plans>;
+  const auto known = [&]() -> std::shared_ptr<const TilePlan> {
+    const auto found =
+        std::find_if(plans.begin(), plans.end(), [&](const auto& p) { return p.first == key; });
+    if (found == plans.end()) return nullptr;
+    plans.splice(plans.begin(), plans, found);
+    return found->second;
+  };
+  {
+    const std::lock_guard lock(mutex);
+    if (auto plan = known()) return plan;
   }
-  return plans->front().second;
+  // Planned without the lock, so that a new shape in one thread does not stop the others.
+  auto made = std::make_shared<TilePlan>(key.geometry, k, key.images, key.rows, key.cols, key.threads);
+  const std::lock_guard lock(mutex);
+  if (auto plan = known()) return plan;  // of another thread that was faster
+  plans.emplace_front(key, made);
+  if (plans.size() > kPlans) plans.pop_back();
+  return made;
 }
 
 LayerParameters plain_layer(Storage storage, int stride, int64_t outputs, int64_t channels) {
