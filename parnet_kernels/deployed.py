@@ -17,13 +17,13 @@ from parnet_kernels.cpu.backend import DTYPES as CPU_DTYPES
 from parnet_kernels.cpu.network import CpuNetwork
 from parnet_kernels.cuda.network import CapturedNetwork, CudaNetwork
 from parnet_kernels.deployed_layer import (
+    AS_MADE,
     AffineLayer,
     DeployedLayer,
     module_name,
     parameter,
     shapes_of,
     why_not_layer,
-    why_not_modules,
 )
 from parnet_kernels.preprocessing import Described
 from parnet_kernels.quantize import quantize
@@ -172,7 +172,7 @@ class DeployedParNet(Described):
         """The network as the runners of whole networks take it, the same object as long as nothing has changed; or
         what was done to it, or is active now, that one call of the native kernels would ignore.
         """
-        if reason := why_not_now() or why_not_modules():
+        if reason := why_not_now() or AS_MADE.why_not_class():
             return reason
         known = self._whole.get()
         if known is None:

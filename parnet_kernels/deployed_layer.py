@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from parnet_kernels import ops
 from parnet_kernels.config import Layer
 from parnet_kernels.reference import ACTIVATIONS, per_channel
-from parnet_kernels.unchanged import HOOKS
+from parnet_kernels.unchanged import AsMade
 
 
 def parameter(t: Tensor) -> nn.Parameter:
@@ -80,38 +79,15 @@ def module_name(name: str) -> str:
     return name.replace(".", "_")
 
 
-# What a call of a layer goes through; changed where someone patches a class.
-_METHODS = operator.attrgetter("__call__", "_call_impl", "forward", "arguments")
-_ORIGINAL = _METHODS(DeployedLayer)
-
-
-def why_not_modules() -> str | None:
-    """What was done to all modules, or to the class of the layers, that one call for all would ignore; or None."""
-    g = nn.modules.module
-    if (
-        g._global_forward_hooks
-        or g._global_forward_pre_hooks
-        or g._global_backward_hooks
-        or g._global_backward_pre_hooks
-    ):
-        return "there are global module hooks"
-    return None if _METHODS(DeployedLayer) == _ORIGINAL else "DeployedLayer was patched"
+AS_MADE = AsMade(DeployedLayer, "arguments")
 
 
 def why_not_layer(m: nn.Module, expected: tuple[Any, ...]) -> str | None:
     """What was done to a layer that the native kernels would ignore, or None. expected: kind, stride, activation,
     names of the tensors.
     """
-    if type(m) is not DeployedLayer:
-        return f"is a {type(m).__name__}"
-    if patched := [name for name in m.__dict__ if name in _ATTRIBUTES]:
-        return f"has another `{patched[0]}`"
-    if any(m.__dict__[name] for name in HOOKS):
-        return "has hooks"
+    if reason := AS_MADE.why_not(m):
+        return reason
     if (m.kind, m.stride, m.activation, m.names) != expected:
         return "has other settings than the configuration says"
     return None
-
-
-# Attributes of an instance that hide what its class does.
-_ATTRIBUTES = {name for name in dir(DeployedLayer) if callable(getattr(DeployedLayer, name))} | {"_compiled_call_impl"}

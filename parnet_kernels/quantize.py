@@ -125,6 +125,7 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rounded.view(weight.shape), scale
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize(
     network: Deployed, images: Tensor | Iterable[Tensor], dtype: str = "int8", range: str = "mse"
@@ -155,6 +156,8 @@ def quantize(
         raise ValueError(f"quantize: `network` must be as `deploy` made it: {whole}")
     if (w := network.head_weight).dtype != torch.float32 or w.device.type != "cpu":
         raise ValueError(f"quantize: `network` must be float32 on the CPU, got {w.dtype} on {w.device}")
+    if not all(bool(t.isfinite().all()) for t in (*whole.head, *(t for a in whole.arguments for t in a.values()))):
+        raise ValueError("quantize: `network` must have finite weights")
     graph = [layer for layer in layers(config) if layer.kind != "pointwise"]
     if (widest := max(layer.in_channels for layer in graph)) > int8.MAX_CHANNELS:
         raise ValueError(f"quantize: `network` must have at most {int8.MAX_CHANNELS} channels a map, got {widest}")

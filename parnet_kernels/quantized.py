@@ -8,6 +8,7 @@ and the classifier are float32. A layer stays one pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from parnet_kernels import _native
 from parnet_kernels.config import Layer, ParNetConfig, layers
 from parnet_kernels.cpu import int8
-from parnet_kernels.cpu.int8 import Int8Layer, Int8Network
+from parnet_kernels.cpu.int8 import Int8Layer, Packed
 from parnet_kernels.deployed_layer import DeployedLayer, module_name
 from parnet_kernels.preprocessing import Described
 from parnet_kernels.reference import ACTIVATIONS, gate, interleave, per_channel, shuffle
-from parnet_kernels.whole import classify
+from parnet_kernels.unchanged import AsMade, Remembered, Watch
+from parnet_kernels.whole import classify, why_not_now
 
 
 class QuantizedLayer(nn.Module):
@@ -70,7 +72,7 @@ class QuantizedLayer(nn.Module):
             t = 2 * g * t
         t = shuffle(t) if groups == 2 else t
         y = ACTIVATIONS[self.activation](t) * per_channel(a.out_scale) + per_channel(a.out_shift)
-        return y if a.last else to_bytes(y, a.scale_out, a.zero_out)
+        return y.float() if a.last else to_bytes(y, a.scale_out, a.zero_out)
 
 
 def to_bytes(x: Tensor, scale: float, zero: int) -> Tensor:
@@ -79,6 +81,9 @@ def to_bytes(x: Tensor, scale: float, zero: int) -> Tensor:
 
 
 # ------------------------------------------------------------------ the network
+
+
+AS_MADE = AsMade(QuantizedLayer, "plain")
 
 
 class QuantizedParNet(Described, nn.Module):
@@ -93,6 +98,8 @@ class QuantizedParNet(Described, nn.Module):
     head_weight: Tensor
     head_bias: Tensor
 
+    # Buffers are never inference tensors, whose changes could not be seen.
+    @torch.inference_mode(False)
     def __init__(self, config: ParNetConfig) -> None:
         super().__init__()
         self.config, self.num_features = config, config.planes[-1]
@@ -105,8 +112,21 @@ class QuantizedParNet(Described, nn.Module):
         self.pointwise = DeployedLayer(graph[-1], config.activation, False) if config.pointwise_head else None
         self.register_buffer("head_weight", torch.zeros(config.num_classes, self.num_features))
         self.register_buffer("head_bias", torch.zeros(config.num_classes))
-        self._native = Int8Network()
+        self._kernels: str | None = None
+        self._known: Remembered[Packed | str] = Remembered()
         self.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedParNet:
+        """
+        Raises:
+            TypeError: for another dtype or device: the scales would lose their meaning, and no kernels run there.
+        """
+        there = fn(torch.zeros(1, device="cpu"))
+        if there.dtype != torch.float32 or there.device.type not in ("cpu", "meta"):
+            got = f"{there.dtype} on {there.device}"
+            raise TypeError(f"parnet_kernels: an int8 network stays float32 and int8 on the CPU, got {got}")
+        self._known.forget()
+        return super()._apply(fn, recurse)
 
     @property
     def num_classes(self) -> int:
@@ -117,23 +137,63 @@ class QuantizedParNet(Described, nn.Module):
         """Why int8 is not faster than float32 on this processor, or None."""
         return int8.why_not()
 
-    @staticmethod
-    def why_layer_by_layer(x: Tensor | None = None) -> str | None:
-        """The reason why a call is not one call of the native kernels, but of the layers' definitions; or None."""
-        return _native.cpu_error
+    def why_layer_by_layer(self, x: Tensor | None = None) -> str | None:
+        """The reason why a call is not one call of the native kernels, but goes through the layers' definitions, which
+        is slow; or None: layers replaced, wrapped, patched or hooked, a tool that wants to see them, …
+        """
+        found = self._packed()
+        return found if isinstance(found, str) else None
 
     def prepare(self, kernels: str | None = None) -> QuantizedParNet:
         """Packs the weights now, not at the first call, for `kernels` (None: the best of this processor, see
-        `cpu.int8.supported`); returns itself. Changes of weights that autograd's version counter tells are seen.
+        `cpu.int8.supported`); returns itself. Later changes of weights are seen as `DeployedParNet.prepare` says.
 
         Raises:
             ValueError: this processor cannot run `kernels`.
         """
-        self._native.use(kernels)
-        self._native.packed(self)
+        int8.choose(kernels)
+        self._kernels = kernels
+        self._known.forget()
+        self._packed()
         return self
 
-    def program(self) -> list[tuple[Int8Layer, tuple[int, int, int]]]:
+    def _packed(self) -> Packed | str:
+        """What the native kernels run, the same object as long as nothing has changed; or why they cannot."""
+        if reason := _native.cpu_error or why_not_now() or AS_MADE.why_not_class():
+            return reason
+        known = self._known.get()
+        if known is None:
+            with self._known.lock:
+                known = self._known.get()
+                if known is None:
+                    if any(t.is_inference() for t in self.buffers()):
+                        return "weights are inference tensors, whose changes cannot be seen"
+                    if reason := self._why_not_layers():
+                        return reason
+                    # Watched before it is packed: another thread's change must not slip by.
+                    modules = [m for _, m in self._quantized()]
+                    settings = [("config",), (), *[("kind", "stride", "activation", "last")] * len(modules)]
+                    watch = Watch([self, self.layers, *modules], settings)
+                    known = self._known.put(watch, self._pack())
+        return known[1]
+
+    def _why_not_layers(self) -> str | None:
+        """Why the layers are not those that the configuration says, as they were made; or None."""
+        for layer, m in self._quantized():
+            reason = AS_MADE.why_not(m)
+            if reason is None and (m.kind, m.stride) != (layer.kind, layer.stride):
+                reason = "has other settings than the configuration says"
+            if reason:
+                return f"layers.{module_name(layer.name)}: {reason}"
+        return None
+
+    def _pack(self) -> Packed | str:
+        for layer, m in self._quantized():
+            if reason := m.plain().why_not():
+                return f"layers.{module_name(layer.name)}: {reason}"
+        return int8.pack(self._program(), self.config.activation, int8.choose(self._kernels))
+
+    def _program(self) -> list[tuple[Int8Layer, tuple[int, int, int]]]:
         """The int8 layers as plain values, each with the numbers of its inputs (−1: no second one) and its output."""
         values: dict[str, int] = {"first": 0}
         found = []
@@ -155,9 +215,11 @@ class QuantizedParNet(Described, nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, float32 [N, P, ⌈H/32⌉, ⌈W/32⌉] in the ImageNet variants."""
         self._check(x)
-        y = self.first(x.contiguous(memory_format=torch.channels_last))
-        y = self._native.run(self, y) if len(y) and not _native.cpu_error else self._emulate(y)
-        return y if self.pointwise is None else self.pointwise(y)
+        with torch.autocast("cpu", enabled=False):
+            y = self.first(x.contiguous(memory_format=torch.channels_last))
+            packed = self._packed()
+            y = int8.run(packed, y) if isinstance(packed, Packed) and len(y) else self._emulate(y)
+            return y if self.pointwise is None else self.pointwise(y)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map → logits [N, num_classes], or pooled features [N, P] if `pre_logits` or without a classifier."""
@@ -192,8 +254,12 @@ class QuantizedParNet(Described, nn.Module):
         return [made[layer.name] for layer, _ in graph]
 
     @staticmethod
-    def _entry(m: QuantizedLayer) -> tuple[float, int]:
-        a = m.plain()
+    def _entry(m: nn.Module) -> tuple[float, int]:
+        """Scale and zero of the bytes that the first int8 layer, perhaps wrapped, reads."""
+        inner = next((part for part in m.modules() if isinstance(part, QuantizedLayer)), None)
+        if inner is None:
+            raise TypeError(f"parnet_kernels: a {type(m).__name__} in place of the first int8 layer has no input range")
+        a = inner.plain()
         return a.scale_in, a.zero_in
 
     def _check(self, x: Tensor) -> None:
@@ -201,8 +267,9 @@ class QuantizedParNet(Described, nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != c or 0 in x.shape[2:]:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(f"parnet_kernels: `x` must be a tensor [N, {c}, H, W], got {got}")
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"parnet_kernels: `x` must be float32 on the CPU, got {x.dtype} on {x.device}")
+        for name, t in (("x", x), ("head_weight", self.head_weight)):
+            if t.dtype != torch.float32 or t.device.type != "cpu":
+                raise ValueError(f"parnet_kernels: `{name}` must be float32 on the CPU, got {t.dtype} on {t.device}")
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 "parnet_kernels: an int8 network has no gradients; use the float network, or torch.no_grad()"

@@ -86,6 +86,40 @@ class Watch:
         )
 
 
+class AsMade:
+    """A class of layers, as it was when its module was read: whether calls of its modules do what the class then said,
+    or someone changed what one call for all layers would not see.
+    """
+
+    def __init__(self, cls: type[nn.Module], *methods: str) -> None:
+        """methods: of the class, besides those of a call, that a result depends on."""
+        self._cls = cls
+        self._methods = operator.attrgetter("__call__", "_call_impl", "forward", *methods)
+        self._original = self._methods(cls)
+        # Attributes of an instance that would hide what its class does.
+        self._hiding = {n for n in dir(cls) if callable(getattr(cls, n))} | {"_compiled_call_impl"}
+
+    def why_not_class(self) -> str | None:
+        """What was done to all modules, or to this class, that one call for all would ignore; or None."""
+        g = nn.modules.module
+        if (
+            g._global_forward_hooks
+            or g._global_forward_pre_hooks
+            or g._global_backward_hooks
+            or g._global_backward_pre_hooks
+        ):
+            return "there are global module hooks"
+        return None if self._methods(self._cls) == self._original else f"{self._cls.__name__} was patched"
+
+    def why_not(self, m: nn.Module) -> str | None:
+        """What was done to this module that one call for all would ignore, or None."""
+        if type(m) is not self._cls:
+            return f"is a {type(m).__name__}"
+        if patched := [name for name in m.__dict__ if name in self._hiding]:
+            return f"has another `{patched[0]}`"
+        return "has hooks" if any(m.__dict__[name] for name in HOOKS) else None
+
+
 class Remembered(Generic[T]):
     """A value that was made of modules, as long as they are unchanged. Not copied or pickled: a copy makes its own."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,11 @@ def deployed(config: ParNetConfig, seed: int = 0):
         for _ in range(3):
             model(torch.randn(4, config.in_chans, 32, 32))
     return model.eval().deploy()
+
+
+def deployed_without_training():
+    torch.manual_seed(0)
+    return ParNet(CONFIGS["even"]).eval().deploy()
 
 
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
@@ -183,6 +189,89 @@ def test_changed_weights_are_seen() -> None:
     assert torch.equal(same(x), quantized(x))
 
 
+def patch(quantized: QuantizedParNet) -> None:
+    layer = quantized.layers["streams_0_0"]
+    original = layer.forward
+    layer.forward = lambda x: 255 - original(x)
+
+
+def hook(quantized: QuantizedParNet) -> None:
+    quantized.layers["streams_0_0"].register_forward_hook(lambda m, x, y: 255 - y)
+
+
+def wrap(quantized: QuantizedParNet) -> None:
+    class Opposite(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 255 - self.layer(x)
+
+    quantized.layers["streams_0_0"] = Opposite(quantized.layers["streams_0_0"])
+
+
+def wrap_first(quantized: QuantizedParNet) -> None:
+    quantized.layers["inits_0_1"] = torch.nn.Sequential(quantized.layers["inits_0_1"])
+    quantized.layers["streams_0_0"].bias.data.add_(1)
+
+
+def behind(quantized: QuantizedParNet) -> None:
+    quantized.layers["streams_0_0"].bias.data.add_(1)
+
+
+def assign(quantized: QuantizedParNet) -> None:
+    layer = quantized.layers["streams_0_0"]
+    layer.weight = -layer.weight
+
+
+CHANGES = [patch, hook, wrap, wrap_first, behind, assign]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
+def test_what_is_done_to_layers_is_seen(change: Callable[[QuantizedParNet], None]) -> None:
+    quantized = deployed(CONFIGS["even"]).quantize(torch.randn(4, 3, 32, 32))
+    x = torch.randn(1, 3, 32, 32)
+    before = quantized(x)
+    change(quantized)
+    assert not torch.allclose(quantized(x), before, rtol=1e-3, atol=1e-3)
+    assert norm_error(quantized(x), quantized.emulate(x)) < 5e-3
+    assert (quantized.why_layer_by_layer() is None) == (change in (behind, assign))
+
+
+def test_other_dtypes_and_devices_are_refused() -> None:
+    quantized = deployed(CONFIGS["two streams"]).quantize(torch.randn(2, 3, 32, 32))
+    x = torch.randn(1, 3, 32, 32)
+    before = quantized(x)
+    for move in (lambda q: q.half(), lambda q: q.double(), lambda q: q.to(torch.bfloat16)):
+        with pytest.raises(TypeError, match="stays float32 and int8 on the CPU"):
+            move(quantized)
+    assert torch.equal(quantized.float().cpu().share_memory()(x), before)
+    layer = quantized.layers["combine_3"]
+    layer.bias = layer.bias.double()
+    reason = quantized.why_layer_by_layer()
+    assert reason is not None
+    assert "layers.combine_3: bias is torch.float64" in reason
+    assert norm_error(quantized(x), before) < 1e-5
+
+
+def test_modes() -> None:
+    with torch.inference_mode():
+        quantized = deployed_without_training().quantize(torch.randn(2, 3, 32, 32))
+        x = torch.randn(1, 3, 32, 32)
+        before = quantized(x)
+    assert quantized.why_layer_by_layer() is None
+    quantized.layers["streams_0_0"].bias.add_(1)
+    changed = quantized(x)
+    assert not torch.equal(changed, before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantized.forward_features(x), quantized.forward_features(x))
+        assert quantized.forward_features(x).dtype == torch.float32
+    with torch.device("meta"):
+        assert torch.equal(quantized(x), changed)
+    assert norm_error(torch.compile(quantized, backend="eager")(x), changed) < 5e-3
+
+
 def test_threads_of_callers_do_not_disturb_each_other() -> None:
     quantized = deployed(CONFIGS["even"]).quantize(torch.randn(4, 3, 32, 32))
     images = [torch.randn(1, 3, 32 + i, 40) for i in range(3)]
@@ -247,7 +336,8 @@ def test_bad_calls_are_refused() -> None:
 
 def test_damaged_program_is_refused() -> None:
     quantized = deployed(CONFIGS["two streams"]).quantize(torch.randn(2, 3, 32, 32))
-    packed = quantized._native.packed(quantized)
+    packed = quantized._packed()
+    assert isinstance(packed, int8.Packed)
     with_skip = int((packed.program[:, 0] == 0).nonzero()[0])
     x = torch.randn(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     for column in range(packed.program.shape[1]):

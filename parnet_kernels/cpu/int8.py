@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from parnet_kernels import _native
-from parnet_kernels.config import ParNetConfig
 from parnet_kernels.locks import Lock
-from parnet_kernels.unchanged import State, state_of
 
 #: The kernels by number, in the order of csrc/cpu/int8/dispatch.cpp.
 KERNELS = ("portable", "tiles", "avx_vnni", "avx512_vnni", "amx")
@@ -53,14 +50,23 @@ class Int8Layer:
     zero_out: int
     last: bool
 
-
-class Layers(Protocol):
-    """Whose layers run: `QuantizedParNet`."""
-
-    config: ParNetConfig
-    layers: nn.ModuleDict
-
-    def program(self) -> list[tuple[Int8Layer, tuple[int, int, int]]]: ...
+    def why_not(self) -> str | None:
+        """Why the kernels cannot take these values, or None."""
+        k, c = self.weight.shape[0], self.weight.shape[1]
+        for name in ("weight", "gate_weight"):
+            if (t := getattr(self, name)).dtype != torch.int8 or t.device.type != "cpu":
+                return f"{name} is {t.dtype} on {t.device}, not int8 on the CPU"
+        if self.weight.shape != (k, c, 3, 3) or self.gate_weight.shape != (k, c):
+            return f"weight and gate_weight have shapes {list(self.weight.shape)} and {list(self.gate_weight.shape)}"
+        for name, t in vars(self).items():
+            if not isinstance(t, Tensor) or t.dtype == torch.int8:
+                continue
+            if t.dtype != torch.float32 or t.device.type != "cpu" or t.shape != (k,):
+                return f"{name} is {t.dtype} {list(t.shape)} on {t.device}, not float32 [{k}] on the CPU"
+            if not bool(t.isfinite().all()):
+                return f"{name} holds NaN or infinity"
+        scales = (self.scale_in, self.scale_out)
+        return None if all(0 < s < float("inf") for s in scales) else f"scales must be positive, got {scales}"
 
 
 @dataclass(eq=False)
@@ -211,49 +217,12 @@ def _quads(weight: Tensor, groups: int, multiple: int) -> Tensor:
     return torch.stack(by_group, 1)
 
 
-class Int8Network:
-    """The packed form of one network's int8 layers, made again when they have changed.
-
-    Not copied, pickled or saved with the network: the copy packs its own.
-    """
-
-    def __init__(self, kernels: str | None = None) -> None:
-        self.kernels = kernels
-        self._packed: tuple[State, Packed] | None = None
-        self._lock = Lock()
-
-    def __reduce__(self) -> tuple[type[Int8Network], tuple[str | None]]:
-        return Int8Network, (self.kernels,)
-
-    def use(self, kernels: str | None) -> None:
-        """Packs anew at the next use, for `kernels` (None: the best).
-
-        Raises:
-            ValueError: this processor cannot run them.
-        """
-        choose(kernels)
-        with self._lock:
-            self.kernels, self._packed = kernels, None
-
-    def packed(self, network: Layers) -> Packed:
-        tensors = [*network.layers.buffers()]
-        state, known = state_of(tensors), self._packed
-        if known is not None and known[0] == state:
-            return known[1]
-        with self._lock:
-            # State first: a change by another thread while packing must make this stale, not hide in it.
-            state = state_of(tensors)
-            made = pack(network.program(), network.config.activation, choose(self.kernels))
-            self._packed = state, made
-            return made
-
-    def run(self, network: Layers, x: Tensor) -> Tensor:
-        """x: what the first int8 layer reads, float32 [N, C, H, W] → the last layer's map, channels_last."""
-        packed = self.packed(network)
-        x = x.contiguous(memory_format=torch.channels_last)
-        key, workspace = packed.take(x)
-        result: Tensor = torch.ops.parnet._cpu_int8_network.default(
-            x, packed.weights, packed.program, packed.kernels, workspace
-        )
-        packed.give_back(key, workspace)
-        return result
+def run(packed: Packed, x: Tensor) -> Tensor:
+    """x: what the first int8 layer reads, float32 [N, C, H, W] → the last layer's map, channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    key, workspace = packed.take(x)
+    result: Tensor = torch.ops.parnet._cpu_int8_network.default(
+        x, packed.weights, packed.program, packed.kernels, workspace
+    )
+    packed.give_back(key, workspace)
+    return result
