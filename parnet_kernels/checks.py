@@ -136,31 +136,48 @@ def check(call: Call) -> None:
     _epilogue(x, k, call.activation, p["out_scale"], p["out_shift"])
 
 
-def training(x: Tensor, tensors: dict[str, Tensor], eps: Sequence[float], stride: int, groups: int, phi: str) -> None:
-    """Of the training form; tensors: its parameters by name, with `gamma0` and `beta0` where there is a skip."""
-    is_map("x", x)
+def training(
+    maps: Sequence[Tensor],
+    tensors: dict[str, Tensor],
+    eps: Sequence[float],
+    stride: int,
+    groups: int,
+    phi: str,
+    shared: bool,
+) -> None:
+    """Of the training form; tensors: its parameters by name; shared: statistics are taken over several processes."""
+    x = maps[0]
+    for name, t in zip("xy", maps, strict=False):
+        is_map(name, t)
+        _like(name, t, x, tuple(x.shape), "that of `x`")
+    channels = len(maps) * x.shape[1]
     if stride not in (1, 2):
         raise _error("stride", "be 1 or 2", stride)
-    if groups not in (1, 2) or x.shape[1] % groups:
-        raise _error("groups", f"be 1, or 2 where x has an even number of channels, not {x.shape[1]}", groups)
+    if groups not in (1, 2) or channels % groups:
+        raise _error("groups", f"be 1, or 2 where x has an even number of channels, not {channels}", groups)
     weight = tensors["weight3"]
     _is_dense("weight3", weight)
     if weight.dim() != 4 or weight.shape[0] == 0:
         raise _error("weight3", "have 4 dimensions [K, C/groups, 3, 3], K ≥ 1", f"shape {list(weight.shape)}")
-    k, c = weight.shape[0], x.shape[1] // groups
+    k, c = weight.shape[0], channels // groups
     if k % groups:
         raise _error("weight3", "have an even K, two groups", f"K = {k}")
     if "gamma0" in tensors and k != x.shape[1]:
         raise _error("weight3", f"have K = C = {x.shape[1]}, the skip adds x", f"K = {k}")
+    wide = "[K, C, …]" if len(maps) == 2 else "[K, C/groups, …]"
     shapes = {"weight3": (k, c, 3, 3), "weight1": (k, c, 1, 1), "gate_weight": (k, c)}
+    norms = 0
     for name, t in tensors.items():
-        _like(name, t, x, shapes.get(name, (k,)), "[K, C/groups, …]" if name in shapes else "[K]")
-    if len(eps) != (3 if "gamma0" in tensors else 2) or min(eps) < 0:
+        of_map = name in ("gamma_x", "beta_x", "gamma_y", "beta_y")
+        norms += name.startswith("gamma")
+        shape = shapes.get(name, (x.shape[1],) if of_map else (k,))
+        _like(name, t, x, shape, wide if name in shapes else "[C]" if of_map else "[K]")
+    if len(eps) != norms or min(eps) < 0:
         raise _error("eps", "have a value ≥ 0 for each BatchNorm", list(eps))
     if phi not in ACTIVATIONS:
         raise _error("activation", f"be one of {sorted(ACTIVATIONS)}", repr(phi))
     size = x.shape[0] * ((x.shape[2] - 1) // stride + 1) * ((x.shape[3] - 1) // stride + 1)
-    if size < 2:
+    if size < 2 and not shared:
         raise _error("x", "have more than one value a channel of the result, whose variance is taken", list(x.shape))
 
 

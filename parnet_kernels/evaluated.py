@@ -19,6 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from parnet_kernels.reparam import Affine, affine_of
+from parnet_kernels.training_sync import SyncBatchNorm2d
 
 #: Forward pre-hooks that make a weight of others, and do nothing else.
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
@@ -52,7 +53,7 @@ def _is(m: object, kind: type[nn.Module], where: str) -> None:
     own = [
         name for name in ("forward", "_conv_forward") if getattr(type(m), name, None) is not getattr(kind, name, None)
     ]
-    if own and type(m) is not nn.SyncBatchNorm:  # which is BatchNorm in evaluation
+    if own and type(m) not in (nn.SyncBatchNorm, SyncBatchNorm2d):  # which are BatchNorm in evaluation
         refuse(where, f"is a {type(m).__name__} with a `{own[0]}` of its own")
 
 

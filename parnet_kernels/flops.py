@@ -49,15 +49,18 @@ def _backward(op: str, g: Any, tensors: Any, stride: int, activation: str, need:
     return convolution + gate + convolution * sum(maps) // len(maps) + convolution * needed["weight"] + 2 * gate
 
 
-def _train_forward(x: Any, weight3: Any, weight1: Any, *others: Any, out_shape: Any, **_: Any) -> int:
-    y = out_shape[0]
-    return _convolution(weight3, y) + _convolution(weight1, y) + _gate(x, others[-1])
+def _train_forward(maps: int) -> Any:
+    def formula(*tensors: Any, out_shape: Any, **_: Any) -> int:
+        convolutions = [_convolution(weight, out_shape[0]) for weight in tensors[maps : maps + 2]]
+        return sum(convolutions) + _gate(tensors[0], tensors[-1])
+
+    return formula
 
 
-def _train_backward(g: Any, x: Any, results: Any, parameters: Any, *, need: Any, **_: Any) -> int:
+def _train_backward(g: Any, maps: Any, results: Any, parameters: Any, *, need: Any, **_: Any) -> int:
     both = [_convolution(weight, g) for weight in parameters[:2]]
     weights = sum(c for c, needed in zip(both, need[1:], strict=True) if needed)
-    return weights + sum(both) * need[0] + 3 * _gate(x, parameters[-1])  # the gate, and its two gradients
+    return weights + sum(both) * need[0] + 3 * _gate(maps[0], parameters[-1])  # the gate, and its two gradients
 
 
 def _register() -> None:
@@ -66,8 +69,9 @@ def _register() -> None:
     for op in OPERATORS:
         register_flop_formula(getattr(torch.ops.parnet, op))(_forward(op))
     register_flop_formula(torch.ops.parnet.triton_backward)(_backward)
-    register_flop_formula(torch.ops.parnet.repvgg_sse_train)(_train_forward)
-    register_flop_formula(torch.ops.parnet.downsample_se_train)(_train_forward)
+    register_flop_formula(torch.ops.parnet.repvgg_sse_train)(_train_forward(1))
+    register_flop_formula(torch.ops.parnet.downsample_se_train)(_train_forward(1))
+    register_flop_formula(torch.ops.parnet.fusion_se_train)(_train_forward(2))
     register_flop_formula(torch.ops.parnet._train_backward)(_train_backward)
 
 

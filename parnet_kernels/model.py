@@ -162,6 +162,9 @@ class MultiBatchNorm(nn.Module):
         return self.b1(x), self.b2(y)
 
 
+_OF_FUSIONS: training_block.Forwards = {**_FORWARDS, **{cls: cls.forward for cls in (Block, MultiBatchNorm)}}
+
+
 class _Named(nn.Module):
     """Holds a block as `block`: the published names have this level."""
 
@@ -261,10 +264,25 @@ class ParNet(Described):
         """[N, in_chans, H, W] → the last map [N, P, ⌈H/32⌉, ⌈W/32⌉] (ImageNet variants)."""
         made: dict[str, Tensor] = {"image": x}
         for layer in self._layers:
-            inputs = [made[name] for name in layer.inputs]
-            joined = inputs[0] if len(inputs) == 1 else interleave(*self.fusion_norm(layer.name)(*inputs))
-            made[layer.name] = self.block(layer.name)(joined)
+            made[layer.name] = self.run_layer(layer.name, *(made[name] for name in layer.inputs))
         return made[self._layers[-1].name]
+
+    def run_layer(self, name: str, *maps: Tensor) -> Tensor:
+        """The map of the layer `name` from those of its inputs: two for a fusion, else one."""
+        if len(maps) == 1:
+            return self.block(name)(*maps)
+        if self.why_not_fused(name, *maps) is None:
+            return training_block.run_fusion(self.block(name), self.fusion_norm(name), maps)
+        return self.block(name)(interleave(*self.fusion_norm(name)(*maps)))
+
+    def why_not_fused(self, name: str, *maps: Tensor) -> str | None:
+        """The reason why the layer `name` runs as modules, not as one operator of the training form; or None."""
+        block = self.block(name)
+        if isinstance(block, Pointwise):
+            return "a single 1×1 convolution has no operator"
+        if len(maps) == 1:
+            return block.why_not_fused(*maps)
+        return training_block.why_not_fusion(block, self.fusion_norm(name), maps, _OF_FUSIONS)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map → logits [N, num_classes], or pooled features [N, P] if `pre_logits`."""

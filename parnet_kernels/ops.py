@@ -206,7 +206,7 @@ def downsample_se_train(
     groups: int = 1,
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
-    """Downsampling block in training form; with two groups that of a fusion, before the shuffle of its channels.
+    """Downsampling block in training form; with two groups the block within `fusion_se_train`.
 
     y = φ((BN3(conv3x3(x; padding 1, stride)) + BN1(conv1x1(p)))·2σ(gate_weight·mean_hw(x))), where p is x, or its 2×2
     averages at stride 2 (of x padded with zeros to even sizes)
@@ -214,7 +214,7 @@ def downsample_se_train(
     Args:
         x: [N, C, H, W], N·⌈H/stride⌉·⌈W/stride⌉ ≥ 2. weight3: [K, C/groups, 3, 3]. weight1: [K, C/groups, 1, 1].
         gate_weight: [K, C/groups]. gamma3, beta3, gamma1, beta1: [K]. eps: of BN3 and BN1. stride: 1 or 2.
-        groups: 1 or 2; of a fusion x is the interleaving of its two inputs. activation: as in `repvgg_sse_train`.
+        groups: 1 or 2. activation: as in `repvgg_sse_train`.
 
     Returns:
         y [N, K, ⌈H/stride⌉, ⌈W/stride⌉], channels_last, and statistics [4, K], as in `repvgg_sse_train`.
@@ -227,3 +227,46 @@ def downsample_se_train(
         x, *parameters, eps=eps, stride=stride, groups=groups, activation=activation
     )
     return y, statistics
+
+
+def fusion_se_train(
+    x: Tensor,
+    y: Tensor,
+    weight3: Tensor,
+    weight1: Tensor,
+    gamma3: Tensor,
+    beta3: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    gamma_x: Tensor,
+    beta_x: Tensor,
+    gamma_y: Tensor,
+    beta_y: Tensor,
+    gate_weight: Tensor,
+    *,
+    eps: Sequence[float] = (1e-5, 1e-5, 1e-5, 1e-5),
+    stride: int = 2,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fusion block in training form, with the BatchNorms of its inputs and the shuffle of its result.
+
+    u = interleave(BNx(x), BNy(y)), v = `downsample_se_train`(u) in two groups
+    result channel 2i + k = v[channel k·K/2 + i]
+
+    Args:
+        x, y: [N, C, H, W], of one shape. weight3: [K, C, 3, 3], K even. weight1: [K, C, 1, 1]. gate_weight: [K, C].
+        gamma3, beta3, gamma1, beta1: [K]. gamma_x, beta_x, gamma_y, beta_y: [C], weight and bias of BNx and BNy.
+        eps: of BN3, BN1, BNx and BNy. stride: 1 or 2. activation: as in `repvgg_sse_train`.
+
+    Returns:
+        [N, K, ⌈H/stride⌉, ⌈W/stride⌉], channels_last; statistics [4, K], as in `repvgg_sse_train`; and [4, C], of x
+        and y. For backward x, y, both convolutions and vectors are kept, not u.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    norms = gamma3, beta3, gamma1, beta1, gamma_x, beta_x, gamma_y, beta_y
+    result, statistics, of_inputs, *_ = torch.ops.parnet.fusion_se_train(
+        x, y, weight3, weight1, *norms, gate_weight, eps=eps, stride=stride, activation=activation
+    )
+    return result, statistics, of_inputs

@@ -19,7 +19,7 @@ from parnet_kernels.config import VARIANTS, Layer, ParNetConfig, cifar_config, l
 from parnet_kernels.deployed import DeployedLayer, DeployedParNet
 from parnet_kernels.model import ParNet
 from parnet_kernels.preprocessing import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Preprocessing
-from parnet_kernels.reference import interleave, per_channel
+from parnet_kernels.reference import per_channel
 
 try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -183,8 +183,7 @@ class TimmParNet(nn.Module):
         if isinstance(network, ParNet):
 
             def run(*maps: Tensor) -> Tensor:
-                joined = maps[0] if len(maps) == 1 else interleave(*network.fusion_norm(layer.name)(*maps))
-                return network.block(layer.name)(joined)
+                return network.run_layer(layer.name, *maps)
 
             again = self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting()
             y = checkpoint(run, *inputs, use_reentrant=False) if again else run(*inputs)

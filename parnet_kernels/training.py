@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parnet_kernels.reference import ACTIVATIONS
+from parnet_kernels import training_sync
+from parnet_kernels.reference import ACTIVATIONS, deinterleave, interleave
 
 
 class Block(NamedTuple):
@@ -46,6 +47,7 @@ class Block(NamedTuple):
     stride: int
     groups: int
     activation: str
+    group: str = ""  # of processes over which statistics are taken; none
 
 
 class Moments(NamedTuple):
@@ -59,6 +61,7 @@ class Result(NamedTuple):
     y3: Tensor
     y1: Tensor
     means: Tensor  # [N, C], of each image of x
+    values: Tensor  # float64: how many values a channel of Y3 and Y1, of all processes
 
 
 class Kernels(Protocol):
@@ -80,6 +83,11 @@ class Kernels(Protocol):
         shift: Tensor,
         lines: list[tuple[Tensor, Tensor, Tensor]],
         activation: str,
+    ) -> list[Tensor]: ...
+    def join(self, maps: Sequence[Tensor], scales: list[Tensor], shifts: list[Tensor]) -> Tensor: ...
+    def join_sums(self, d: Tensor, maps: Sequence[Tensor], means: list[Tensor]) -> list[Tensor]: ...
+    def separate(
+        self, d: Tensor, maps: Sequence[Tensor], lines: list[tuple[Tensor, Tensor, Tensor]]
     ) -> list[Tensor]: ...
     def unpool(self, d: Tensor, shift: Tensor, size: torch.Size) -> Tensor: ...
     def add_input_gradient(self, d_x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> None: ...
@@ -129,6 +137,25 @@ class Plain:
         return [
             (_wide(p) * d_t + _wide(q) * map + _wide(r)).contiguous(memory_format=torch.channels_last)
             for map, (p, q, r) in zip(maps, lines, strict=True)
+        ]
+
+    def join(self, maps: Sequence[Tensor], scales: list[Tensor], shifts: list[Tensor]) -> Tensor:
+        """Channel 2c + j is scale·map + shift of map j; scale and shift [C]."""
+        made = [_wide(a) * map + _wide(b) for map, a, b in zip(maps, scales, shifts, strict=True)]
+        return interleave(*made).contiguous(memory_format=torch.channels_last)
+
+    def join_sums(self, d: Tensor, maps: Sequence[Tensor], means: list[Tensor]) -> list[Tensor]:
+        """For each map, of each image and channel: the sum of its part of d, and of that times (map − mean)."""
+        found = []
+        for part, map, mean in zip(deinterleave(d), maps, means, strict=True):
+            found += [part.sum((2, 3)), (part * (map - _wide(mean))).sum((2, 3))]
+        return found
+
+    def separate(self, d: Tensor, maps: Sequence[Tensor], lines: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        """p·(its part of d) + q·map + r for each map; p, q, r [C]."""
+        return [
+            (_wide(p) * part + _wide(q) * map + _wide(r)).contiguous(memory_format=torch.channels_last)
+            for part, map, (p, q, r) in zip(deinterleave(d), maps, lines, strict=True)
         ]
 
     def unpool(self, d: Tensor, shift: Tensor, size: torch.Size) -> Tensor:
@@ -229,21 +256,22 @@ def _matrix(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return torch.einsum("ngc,gkc->ngk", x.unflatten(1, (groups, -1)), weight.unflatten(0, (groups, -1))).flatten(1)
 
 
-def forward(kernels: Kernels, x: Tensor, block: Block) -> Result:
-    """x: [N, C, H, W] with at least two values a channel."""
+def forward(kernels: Kernels, x: Tensor, block: Block, means: Tensor | None = None) -> Result:
+    """x: [N, C, H, W] with at least two values a channel. means: of its images, where they are known."""
     skip = block.gamma0 is not None
     found = []
     if skip:
         means, of_x = kernels.moments(x)
         found = [of_x]
-    else:
+    elif means is None:
         means = kernels.image_means(x)
     y3, of_y3 = kernels.convolve(x, block.weight3, block.stride, block.groups)
     y1, of_y1 = kernels.convolve(kernels.pool(x) if block.stride == 2 else x, block.weight1, 1, block.groups)
     statistics = torch.stack([v for m in (of_y3, of_y1, *found) for v in m])
+    statistics, count = training_sync.moments(statistics, y3.numel() // y3.shape[1], block.group)
     c = _coefficients(block, statistics, means)
     y = kernels.combine([y3, y1, x] if skip else [y3, y1], c.scales, c.shift, block.activation)
-    return Result(y, statistics, y3, y1, means)
+    return Result(y, statistics, y3, y1, means, count)
 
 
 def backward(
@@ -251,14 +279,14 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x and of the tensors of `block`, in their order; `need` spares those of x, weight3, weight1.
 
-    result: statistics, y3, y1, means of `Result`.
+    result: of `Result`, without y.
     """
-    statistics, y3, y1, means = result
+    statistics, y3, y1, means, count = result
     c = _coefficients(block, statistics, means)
     skip = len(c.a) == 3
     maps = [y3, y1, x] if skip else [y3, y1]
     d_sum, *d_centred = kernels.reduce(g, maps, c.scales, c.shift, c.mu, block.activation)
-    count, area = y3.numel() // y3.shape[1], x.shape[2] * x.shape[3]
+    area = x.shape[2] * x.shape[3]
     # Of each BatchNorm: its gradient is f·d_t, f [N, K] or 1, plus an offset for each image and channel.
     if skip:
         assert block.beta0 is not None
@@ -274,17 +302,20 @@ def backward(
     weights = block.gate_weight.unflatten(0, (block.groups, -1))
     offset = torch.einsum("ngk,gkc->ngc", logits, weights).flatten(1) / area  # d_squeezed, for each pixel
 
-    d_norms, lines = [], []
-    for i, (a, inverse, mu, centred) in enumerate(zip(c.a, c.inverse, c.mu, d_centred, strict=True)):
+    d_norms, parts, lines = [], [], []
+    for i, (inverse, mu, centred) in enumerate(zip(c.inverse, c.mu, d_centred, strict=True)):
         f, extra = (c.gate, offset) if i == 2 else (factor, None)
         d_beta, d_gamma = (f * d_sum).sum(0), (f * centred).sum(0) * inverse
         if extra is not None:
             d_beta = d_beta + extra.sum(0) * area
             d_gamma = d_gamma + (extra * (means - mu)).sum(0) * area * inverse
-        q = -a * inverse * d_gamma / count
-        r = -a * d_beta / count - q * mu
-        lines.append((a * f, q, r.expand_as(d_sum) if extra is None else r + a * extra))
         d_norms += [d_gamma, d_beta]
+        parts.append((f, extra))
+    every = training_sync.total(torch.stack(d_norms), block.group)
+    for i, (a, inverse, mu, (f, extra)) in enumerate(zip(c.a, c.inverse, c.mu, parts, strict=True)):
+        q = -a * inverse * every[2 * i] / count
+        r = -a * every[2 * i + 1] / count - q * mu
+        lines.append((a * f, q, r.expand_as(d_sum) if extra is None else r + a * extra))
 
     need_x, need_weight3, need_weight1 = need[:3]
     outputs = lines if need_x else lines[:2]
@@ -316,7 +347,7 @@ def plain(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     skip = block.gamma0 is not None
     maps, found, normed = [y3, y1, x] if skip else [y3, y1], [], []
     for map, (gamma, beta), eps in zip(maps, norms, block.eps, strict=False):
-        variance, mean = torch.var_mean(map, (0, 2, 3), correction=0)
+        variance, mean = training_sync.var_mean(map, block.group)
         found += [mean, variance]
         normed.append(_wide(gamma) * (map - _wide(mean)) * _wide((variance + eps).rsqrt()) + _wide(beta))
     seen = normed[2] if skip else x

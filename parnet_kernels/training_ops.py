@@ -1,6 +1,6 @@
 """Registration of the training form's operators: autocast, autograd, choice of the kernels, shapes.
 
-`training.py` is the algebra. The backward pass of a backward pass goes through the plain form.
+`training.py` and `training_fusion.py` are the algebra. A second backward pass goes through the plain form.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parnet_kernels import checks, training
+from parnet_kernels import checks, training, training_fusion
 from parnet_kernels.cpu import training as cpu
 from parnet_kernels.selection import BACKENDS, forced_backend
-from parnet_kernels.training import Block
+from parnet_kernels.training import Block, Kernels
+from parnet_kernels.training_fusion import Norms
 
 _WITH_SKIP = Block._fields[:9]
 _PARAMETERS = {
     "repvgg_sse_train": _WITH_SKIP,
-    "downsample_se_train": tuple(name for name in _WITH_SKIP if name not in ("gamma0", "beta0")),
+    "downsample_se_train": (*_WITH_SKIP[:6], "gate_weight"),
+    "fusion_se_train": (*_WITH_SKIP[:6], "gamma_x", "beta_x", "gamma_y", "beta_y", "gate_weight"),
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "repvgg_sse_train": {"stride": 1, "groups": 1, "activation": "silu"},
-    "downsample_se_train": {"stride": 2, "groups": 1, "activation": "silu"},
+    "repvgg_sse_train": {"stride": 1, "groups": 1, "activation": "silu", "group": ""},
+    "downsample_se_train": {"stride": 2, "groups": 1, "activation": "silu", "group": ""},
+    "fusion_se_train": {"stride": 2, "groups": 2, "activation": "silu", "group": ""},
 }
 _NARROW = (torch.float16, torch.bfloat16)  # are computed in float32
 
@@ -45,10 +48,37 @@ def _is_native(op: str, x: Tensor) -> bool:
     return reason is None
 
 
-def _block(parameters: Sequence[Any], eps: Sequence[float], stride: int, groups: int, activation: str) -> Block:
+def _block(parameters: Sequence[Any], eps: Sequence[float], stride: int, groups: int, *settings: str) -> Block:
     of_x = [*parameters[6:8]] if len(parameters) == len(_WITH_SKIP) else [None, None]
-    settings: list[Any] = [*parameters[:6], *of_x, parameters[-1], eps, stride, groups, activation]
-    return Block(*settings)
+    every: list[Any] = [*parameters[:6], *of_x, parameters[-1], eps, stride, groups, *settings]
+    return Block(*every)
+
+
+def _fusion(parameters: Sequence[Any], eps: Sequence[float], *settings: Any) -> tuple[Norms, Block]:
+    """eps: of the block's BatchNorms, then of the inputs'."""
+    norms = Norms([*parameters[6:10:2]], [*parameters[7:10:2]], eps[2:])
+    return norms, _block((*parameters[:6], parameters[-1]), eps[:2], *settings)
+
+
+def _settings(eps: Sequence[float], stride: int, groups: int, activation: str, group: str) -> tuple[Any, ...]:
+    return eps, stride, groups, activation, group
+
+
+# Of one operator, whichever: maps is x, or x and y; its results are those of `training` or `training_fusion`.
+
+
+def _forward(
+    kernels: Kernels, maps: Sequence[Tensor], parameters: Sequence[Tensor], settings: Any
+) -> tuple[Tensor, ...]:
+    if len(maps) == 2:
+        return training_fusion.forward(kernels, maps, *_fusion(parameters, *settings))
+    return training.forward(kernels, maps[0], _block(parameters, *settings))
+
+
+def _plain(maps: Sequence[Tensor], parameters: Sequence[Tensor], settings: Any) -> Tensor:
+    if len(maps) == 2:
+        return training_fusion.plain(maps, *_fusion(parameters, *settings))[0]
+    return training.plain(maps[0], _block(parameters, *settings))[0]
 
 
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -59,30 +89,34 @@ class _Operator:
     def __init__(self, name: str) -> None:
         self.name, self.names, self.defaults = name, _PARAMETERS[name], _DEFAULTS[name]
         self.op = getattr(torch.ops.parnet, name).default
+        self.maps = 2 if name == "fusion_se_train" else 1
 
     def _checked(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> dict[str, Any]:
         options = {**self.defaults, **options}
-        named = dict(zip(self.names, tensors[1:], strict=True))
-        checks.training(tensors[0], named, options["eps"], options["stride"], options["groups"], options["activation"])
+        named = dict(zip(self.names, tensors[self.maps :], strict=True))
+        maps, (stride, groups, phi) = tensors[: self.maps], (options[n] for n in ("stride", "groups", "activation"))
+        checks.training(maps, named, options["eps"], stride, groups, phi, bool(options["group"]))
         return options
 
     def kernel(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
         options = self._checked(tensors, options)
-        x, *parameters = _wide(tensors)
+        wide, dtype = _wide(tensors), tensors[0].dtype
         kernels = cpu.CpuKernels() if _is_native(self.name, tensors[0]) else training.Plain()
-        y, statistics, y3, y1, means = training.forward(kernels, x, _block(parameters, **options))
-        dtype = tensors[0].dtype
-        y, y3, y1 = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (y, y3, y1))
-        return y, statistics, y3, y1, means
+        found = _forward(kernels, wide[: self.maps], wide[self.maps :], _settings(**options))
+        return tuple(t.to(dtype).contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in found)
 
     def fake(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        stride, (x, weight) = self._checked(tensors, options)["stride"], tensors[:2]
-        k = weight.shape[0]
+        stride, x = self._checked(tensors, options)["stride"], tensors[0]
+        k, c = tensors[self.maps].shape[0], x.shape[1]
         size = (x.shape[0], k, (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
         maps = [x.new_empty(size).to(memory_format=torch.channels_last) for _ in range(3)]
         dtype = torch.float32 if x.dtype in _NARROW else x.dtype
-        statistics = x.new_empty((6 if len(tensors) == 10 else 4, k), dtype=dtype)
-        return maps[0], statistics, maps[1], maps[2], x.new_empty(x.shape[:2], dtype=dtype)
+        statistics = [x.new_empty((6 if self.names == _WITH_SKIP else 4, k), dtype=dtype)]
+        if self.maps == 2:
+            statistics.append(x.new_empty((4, c), dtype=dtype))
+        means = x.new_empty((x.shape[0], self.maps * c), dtype=dtype)
+        counts = x.new_empty((2,) if self.maps == 2 else (), dtype=torch.float64)
+        return maps[0], *statistics, maps[1], maps[2], means, counts
 
     def autograd(self, *tensors: Tensor, **options: Any) -> Any:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -105,9 +139,10 @@ class _Operator:
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: _Operator, options: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
-        checks.is_map("x", tensors[0])
+        for name, map in zip("xy"[: operator.maps], tensors, strict=False):
+            checks.is_map(name, map)
         # Chosen here, since use_backend does not reach the threads of the autograd engine.
-        ctx.options = {**operator.defaults, **options}
+        ctx.options, ctx.maps, ctx.tensors = {**operator.defaults, **options}, operator.maps, len(tensors)
         ctx.native = _is_native(operator.name, tensors[0])
         with torch._C._AutoDispatchBelowAutograd():
             results: tuple[Tensor, ...] = operator.op(*tensors, **options)
@@ -118,22 +153,33 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved, g, need = ctx.saved_tensors, gradients[0], ctx.needs_input_grad[2:]
-        (x, *parameters), results = saved[:-4], saved[-4:]
+        tensors, results, count = saved[: ctx.tensors], saved[ctx.tensors :], ctx.maps
         if torch.is_grad_enabled():
-            wanted = [t for t, n in zip(saved, need, strict=False) if n]
-            wide = _wide(saved[:-4])
-            y, _ = training.plain(wide[0], _block(wide[1:], **ctx.options))
+            wanted = [t for t, n in zip(tensors, need, strict=True) if n]
+            wide = _wide(tensors)
+            y = _plain(wide[:count], wide[count:], _settings(**ctx.options))
             found = list(torch.autograd.grad(y, wanted, g.to(y.dtype), create_graph=True))
             return (None, None, *(found.pop(0) if n else None for n in need))
-        options = {**ctx.options, "need": list(need[:3]), "native": ctx.native}
-        found = list(torch.ops.parnet._train_backward.default(g, x, list(results), parameters, **options))
-        # Gradients of x and the convolutions' weights are made only where they are asked for.
-        return (None, None, *(found.pop(0) if n or i > 2 else None for i, n in enumerate(need)))
+        # Gradients of maps (of a fusion: and of their BatchNorms) and of the convolutions' weights are made only where
+        # they are asked for.
+        of_maps = need[:1] if count == 1 else (*need[:2], *need[8:12])
+        made = [any(of_maps), *need[count : count + 2]]
+        options = {**ctx.options, "need": made, "native": ctx.native}
+        maps, parameters = list(tensors[:count]), list(tensors[count:])
+        found = torch.ops.parnet._train_backward.default(g, maps, list(results), parameters, **options)
+        there = iter(found)
+        return (None, None, *(next(there) if m else None for m in _made(parameters, made, count)))
+
+
+def _made(parameters: Sequence[Tensor], need: Sequence[bool], maps: int) -> list[bool]:
+    """Which gradients `_train_backward` makes, in the order of the operator's tensors."""
+    rest = [True] * 4 if maps == 1 else [True] * 4 + [need[0]] * 4
+    return [*[need[0]] * maps, *need[1:], *rest, *[True] * (len(parameters) - 2 - len(rest))]
 
 
 def _backward(
     g: Tensor,
-    x: Tensor,
+    maps: list[Tensor],
     results: list[Tensor],
     parameters: list[Tensor],
     *,
@@ -142,27 +188,28 @@ def _backward(
     **options: Any,
 ) -> list[Tensor]:
     kernels = cpu.CpuKernels() if native else training.Plain()
-    wide_x, *wide = _wide([x, *parameters])
-    statistics, y3, y1, means = _wide(results)
-    block = _block(wide, **options)
-    found = training.backward(kernels, _wide([g])[0], wide_x, (statistics, y3, y1, means), block, need)
+    wide, settings, (wide_g,) = _wide(parameters), _settings(**options), _wide([g])
+    found: list[Tensor | None]
+    if len(maps) == 2:
+        fusion = _fusion(wide, *settings)
+        found = training_fusion.backward(kernels, wide_g, _wide(maps), _wide(results), *fusion, need)
+    else:
+        found = training.backward(kernels, wide_g, _wide(maps)[0], _wide(results), _block(wide, *settings), need)
     return [
-        (d.contiguous(memory_format=torch.channels_last) if i == 0 else d.contiguous()).to(x.dtype)
+        (d.contiguous(memory_format=torch.channels_last) if i < len(maps) else d.contiguous()).to(maps[0].dtype)
         for i, d in enumerate(found)
         if d is not None
     ]
 
 
 def _fake_backward(
-    g: Tensor, x: Tensor, results: list[Tensor], parameters: list[Tensor], *, need: list[bool], **options: Any
+    g: Tensor, maps: list[Tensor], results: list[Tensor], parameters: list[Tensor], *, need: list[bool], **options: Any
 ) -> list[Tensor]:
-    maps = [x.new_empty(x.shape).to(memory_format=torch.channels_last)] if need[0] else []
-    weights = [
-        torch.empty_like(p, memory_format=torch.contiguous_format)
-        for p, n in zip(parameters, need[1:], strict=False)
-        if n
+    tensors, made = [*maps, *parameters], _made(parameters, need, len(maps))
+    last = [torch.channels_last] * len(maps) + [torch.contiguous_format] * len(parameters)
+    return [
+        t.new_empty(t.shape).to(memory_format=layout) for t, m, layout in zip(tensors, made, last, strict=True) if m
     ]
-    return [*maps, *weights, *(p.new_empty(p.shape) for p in parameters[2:])]
 
 
 OPERATORS = {name: _Operator(name) for name in _PARAMETERS}

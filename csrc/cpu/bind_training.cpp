@@ -11,7 +11,7 @@
 
 namespace {
 
-using parnet::cpu::Dtype, parnet::cpu::PassArgs, parnet::cpu::PixelMap;
+using parnet::cpu::Dtype, parnet::cpu::JoinArgs, parnet::cpu::PassArgs, parnet::cpu::PixelMap;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -179,6 +179,50 @@ void spread(const Tensor& g, const std::vector<Tensor>& maps, const std::vector<
   parnet::cpu::spread_maps(a, parnet::cpu::kernels(), threads());
 }
 
+JoinArgs joined(const Tensor& both, const std::vector<Tensor>& maps) {
+  STD_TORCH_CHECK(maps.size() == 2, "`maps` must be 2");
+  JoinArgs a{};
+  a.joined = pixels(both, "joined");
+  PixelMap half = a.joined;
+  half.channels /= 2;
+  for (int i = 0; i < 2; i++) same_shape(a.map[i] = pixels(maps[i], "maps"), half);
+  STD_TORCH_CHECK(a.joined.channels == 2 * half.channels, "maps must have half the channels of both");
+  return a;
+}
+
+void vectors(const std::vector<Tensor>& from, const char* name, int64_t channels, const float** to) {
+  STD_TORCH_CHECK(from.size() == 2, "`", name, "` must be 2");
+  for (int i = 0; i < 2; i++) to[i] = floats(from[i], name, channels);
+}
+
+void join(const std::vector<Tensor>& maps, const std::vector<Tensor>& scales,
+          const std::vector<Tensor>& shifts, const Tensor& out) {
+  JoinArgs a = joined(out, maps);
+  vectors(scales, "scales", a.map[0].channels, a.q);
+  vectors(shifts, "shifts", a.map[0].channels, a.r);
+  parnet::cpu::join_maps(a, parnet::cpu::kernels(), threads());
+}
+
+Tensor join_sums(const Tensor& d, const std::vector<Tensor>& maps, const std::vector<Tensor>& means) {
+  JoinArgs a = joined(d, maps);
+  const int64_t channels = a.map[0].channels;
+  vectors(means, "means", channels, a.mean);
+  Tensor result = torch::stable::new_empty(d, {4, a.joined.images, channels}, ScalarType::Float);
+  parnet::cpu::sum_joined(a, static_cast<float*>(result.mutable_data_ptr()), parnet::cpu::kernels(),
+                          threads());
+  return result;
+}
+
+void separate(const Tensor& d, const std::vector<Tensor>& maps, const std::vector<Tensor>& p,
+              const std::vector<Tensor>& q, const std::vector<Tensor>& r, const std::vector<Tensor>& out) {
+  JoinArgs a = joined(d, maps);
+  const int64_t channels = a.map[0].channels;
+  vectors(p, "p", channels, a.p), vectors(q, "q", channels, a.q), vectors(r, "r", channels, a.r);
+  STD_TORCH_CHECK(out.size() == 2, "`out` must be 2");
+  for (int i = 0; i < 2; i++) same_shape(a.out[i] = pixels(out[i], "out"), a.map[i]);
+  parnet::cpu::separate_maps(a, parnet::cpu::kernels(), threads());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
@@ -188,4 +232,7 @@ STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_train_combine", TORCH_BOX(&combine));
   m.impl("_cpu_train_reduce", TORCH_BOX(&reduce));
   m.impl("_cpu_train_spread", TORCH_BOX(&spread));
+  m.impl("_cpu_train_join", TORCH_BOX(&join));
+  m.impl("_cpu_train_join_sums", TORCH_BOX(&join_sums));
+  m.impl("_cpu_train_separate", TORCH_BOX(&separate));
 }

@@ -48,6 +48,12 @@ struct PassArgs {
   const float *p[kMaxMaps], *q[kMaxMaps], *r[kMaxMaps];  // d_map = p*d_t + q*map + r; q is [channel]
 };
 
+// Two maps as one: channel 2c + j of `joined` belongs to channel c of map[j]. Coefficients are [channel].
+struct JoinArgs {
+  PixelMap joined, map[2], out[2];
+  const float *mean[2], *p[2], *q[2], *r[2];
+};
+
 struct TrainingKernels {
   // Input transform of blocks [first, last) of channels.
   void (*transform)(const PlainArgs&, const TileSet&, int first, int last, float* v);
@@ -72,6 +78,12 @@ struct TrainingKernels {
   void (*combine)(const PassArgs&, int image, int64_t first, int count);
   void (*reduce)(const PassArgs&, int image, int64_t first, int count, float* sums);  // [1 + maps][channel]
   void (*spread)(const PassArgs&, int image, int64_t first, int count);
+  // joined = q*map + r
+  void (*join)(const JoinArgs&, int image, int64_t first, int count);
+  // For each map: of its part of `joined`, and of that times (map - mean): [2*map + which][channel].
+  void (*join_sums)(const JoinArgs&, int image, int64_t first, int count, float* sums);
+  // out = p*(its part of joined) + q*map + r
+  void (*separate)(const JoinArgs&, int image, int64_t first, int count);
 };
 
 }  // namespace parnet::cpu

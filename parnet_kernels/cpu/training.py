@@ -6,6 +6,8 @@ channels_last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,6 +114,22 @@ class CpuKernels(training.Plain):
         p, q, r = (_dense([line[i] for line in lines]) for i in range(3))
         code = CODES["activation"].index(activation)
         _ops._cpu_train_spread.default(as_pixels(g), maps, _dense(scales), shift.contiguous(), p, q, r, code, found)
+        return found
+
+    def join(self, maps: Sequence[Tensor], scales: list[Tensor], shifts: list[Tensor]) -> Tensor:
+        n, c, h, w = maps[0].shape
+        u = torch.empty((n, 2 * c, h, w), dtype=maps[0].dtype, memory_format=torch.channels_last)
+        _ops._cpu_train_join.default([*map(as_pixels, maps)], _dense(scales), _dense(shifts), u)
+        return u
+
+    def join_sums(self, d: Tensor, maps: Sequence[Tensor], means: list[Tensor]) -> list[Tensor]:
+        sums = _ops._cpu_train_join_sums.default(as_pixels(d), [*map(as_pixels, maps)], _dense(means))
+        return [*sums.unbind()]
+
+    def separate(self, d: Tensor, maps: Sequence[Tensor], lines: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        found = [torch.empty_like(m, memory_format=torch.channels_last) for m in maps]
+        p, q, r = (_dense([line[i] for line in lines]) for i in range(3))
+        _ops._cpu_train_separate.default(as_pixels(d), [*map(as_pixels, maps)], p, q, r, found)
         return found
 
     def unpool(self, d: Tensor, shift: Tensor, size: torch.Size) -> Tensor:

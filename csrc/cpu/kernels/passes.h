@@ -186,5 +186,88 @@ void spread(const PassArgs& a, int image, int64_t first, int count) {
   PARNET_BY_DTYPE(a.map[0].dtype, spread_in, a, image, first, count)
 }
 
+// ---- Two maps whose channels alternate in a third: plain loops, which the compiler vectorises with
+// shuffles.
+
+template <class T>
+struct Alternating {
+  const T *x, *y;
+  T* joined;
+  int64_t x_pixel, y_pixel, pixel;
+  Alternating(const JoinArgs& a, int image, int64_t first)
+      : x(pixels_of<T>(a.map[0], image, first)),
+        y(pixels_of<T>(a.map[1], image, first)),
+        joined(pixels_of<T>(a.joined, image, first)),
+        x_pixel(a.map[0].pixel),
+        y_pixel(a.map[1].pixel),
+        pixel(a.joined.pixel) {}
+  void next() { x += x_pixel, y += y_pixel, joined += pixel; }
+};
+
+template <class T>
+void join_in(const JoinArgs& a, int image, int64_t first, int count) {
+  const int channels = a.map[0].channels;
+  const float *q0 = a.q[0], *q1 = a.q[1], *r0 = a.r[0], *r1 = a.r[1];
+  Alternating<T> at(a, image, first);
+  for (int i = 0; i < count; i++, at.next()) {
+    const T* __restrict x = at.x;
+    const T* __restrict y = at.y;
+    T* __restrict to = at.joined;
+    for (int c = 0; c < channels; c++) {
+      narrow(q0[c] * widen(x[c]) + r0[c], to + 2 * c);
+      narrow(q1[c] * widen(y[c]) + r1[c], to + 2 * c + 1);
+    }
+  }
+}
+
+template <class T>
+void join_sums_in(const JoinArgs& a, int image, int64_t first, int count, float* sums) {
+  const int channels = a.map[0].channels;
+  for (int c = 0; c < 4 * channels; c++) sums[c] = 0;
+  float* __restrict s0 = sums;
+  float* __restrict t0 = s0 + channels;
+  float* __restrict s1 = t0 + channels;
+  float* __restrict t1 = s1 + channels;
+  const float *m0 = a.mean[0], *m1 = a.mean[1];
+  Alternating<T> at(a, image, first);
+  for (int i = 0; i < count; i++, at.next()) {
+    const T *x = at.x, *y = at.y, *d = at.joined;
+    for (int c = 0; c < channels; c++) {
+      const float d0 = widen(d[2 * c]), d1 = widen(d[2 * c + 1]);
+      s0[c] += d0;
+      t0[c] += d0 * (widen(x[c]) - m0[c]);
+      s1[c] += d1;
+      t1[c] += d1 * (widen(y[c]) - m1[c]);
+    }
+  }
+}
+
+template <class T>
+void separate_in(const JoinArgs& a, int image, int64_t first, int count) {
+  const int channels = a.map[0].channels;
+  const float *p0 = a.p[0], *p1 = a.p[1], *q0 = a.q[0], *q1 = a.q[1], *r0 = a.r[0], *r1 = a.r[1];
+  Alternating<T> at(a, image, first);
+  T *x_to = pixels_of<T>(a.out[0], image, first), *y_to = pixels_of<T>(a.out[1], image, first);
+  for (int i = 0; i < count; i++, at.next(), x_to += a.out[0].pixel, y_to += a.out[1].pixel) {
+    const T *x = at.x, *y = at.y, *d = at.joined;
+    T* __restrict to0 = x_to;
+    T* __restrict to1 = y_to;
+    for (int c = 0; c < channels; c++) {
+      narrow(p0[c] * widen(d[2 * c]) + (q0[c] * widen(x[c]) + r0[c]), to0 + c);
+      narrow(p1[c] * widen(d[2 * c + 1]) + (q1[c] * widen(y[c]) + r1[c]), to1 + c);
+    }
+  }
+}
+
+void join(const JoinArgs& a, int image, int64_t first, int count) {
+  PARNET_BY_DTYPE(a.joined.dtype, join_in, a, image, first, count)
+}
+void join_sums(const JoinArgs& a, int image, int64_t first, int count, float* sums) {
+  PARNET_BY_DTYPE(a.joined.dtype, join_sums_in, a, image, first, count, sums)
+}
+void separate(const JoinArgs& a, int image, int64_t first, int count) {
+  PARNET_BY_DTYPE(a.joined.dtype, separate_in, a, image, first, count)
+}
+
 }  // namespace
 }  // namespace parnet::cpu

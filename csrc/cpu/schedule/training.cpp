@@ -354,4 +354,31 @@ void spread_maps(const PassArgs& a, const Kernels& k, const Threads& threads) {
   });
 }
 
+void join_maps(const JoinArgs& a, const Kernels& k, const Threads& threads) {
+  const Chunks chunks(a.joined);
+  threads.parallel(chunks.count, [&](int64_t i) {
+    const Chunk c = chunks.at(i);
+    k.training->join(a, c.image, c.first, c.count);
+  });
+}
+
+void sum_joined(const JoinArgs& a, float* sums, const Kernels& k, const Threads& threads) {
+  const Chunks chunks(a.joined);
+  const int channels = a.map[0].channels;
+  const Scratch scratch(chunks.count * 4 * channels);
+  threads.parallel(chunks.count, [&](int64_t i) {
+    const Chunk c = chunks.at(i);
+    k.training->join_sums(a, c.image, c.first, c.count, scratch.at(i * 4 * channels));
+  });
+  join_chunks(scratch.at(0), chunks, a.joined.images, 4, channels, 1.f, sums);
+}
+
+void separate_maps(const JoinArgs& a, const Kernels& k, const Threads& threads) {
+  const Chunks chunks(a.joined);
+  threads.parallel(chunks.count, [&](int64_t i) {
+    const Chunk c = chunks.at(i);
+    k.training->separate(a, c.image, c.first, c.count);
+  });
+}
+
 }  // namespace parnet::cpu

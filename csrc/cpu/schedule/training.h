@@ -32,5 +32,9 @@ void combine_maps(const PassArgs&, const Kernels&, const Threads&);
 // sums: [1 + maps][image][channel].
 void reduce_maps(const PassArgs&, float* sums, const Kernels&, const Threads&);
 void spread_maps(const PassArgs&, const Kernels&, const Threads&);
+void join_maps(const JoinArgs&, const Kernels&, const Threads&);
+// sums: [2*map + which][image][channel].
+void sum_joined(const JoinArgs&, float* sums, const Kernels&, const Threads&);
+void separate_maps(const JoinArgs&, const Kernels&, const Threads&);
 
 }  // namespace parnet::cpu
