@@ -171,6 +171,11 @@ def save(model: ParNet | DeployedParNet | QuantizedParNet, path: str | Path) -> 
         OSError: the file cannot be written.
         TypeError: for another module.
     """
+    write_whole(path, serialized(model))
+
+
+def serialized(model: ParNet | DeployedParNet | QuantizedParNet) -> bytes:
+    """The content of the file that `save` writes."""
     while not isinstance(model, ParNet | DeployedParNet | QuantizedParNet):
         inner = getattr(model, "_orig_mod", getattr(model, "module", None))
         if not isinstance(inner, torch.nn.Module):
@@ -183,7 +188,7 @@ def save(model: ParNet | DeployedParNet | QuantizedParNet, path: str | Path) -> 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses tensors that share memory
     metadata = {"parnet_form": form, "parnet_config": json.dumps(asdict(model.config)), **model.description()}
-    write_whole(path, serialize(state, metadata))
+    return serialize(state, metadata)
 
 
 def infer_config(state: Mapping[str, Tensor], name: str = "the state dict") -> ParNetConfig:
@@ -201,8 +206,8 @@ def infer_config(state: Mapping[str, Tensor], name: str = "the state dict") -> P
     streams = _count(state, r"inits\.(\d+)\.")
     if streams > len(state):
         raise CheckpointError(f"{name} is not a ParNet checkpoint: streams are missing between those that it has")
-    if streams < 2:
-        raise CheckpointError(f"{name} is not a ParNet checkpoint: it has no entries 'inits.1.*'")
+    if streams < 1:
+        raise CheckpointError(f"{name} is not a ParNet checkpoint: it has no entries 'inits.0.*'")
     planes = [shape(f"inits.0.1.{dense}")[0]]
     planes += [shape(f"inits.{s}.{dense}")[0] for s in range(1, streams)]
     pointwise = "combine.3.block.dense.conv.weight" in state

@@ -45,12 +45,12 @@ class ParNetConfig:
                 raise ValueError(f"ParNetConfig: `{argument}` must {requirement}, got {getattr(self, argument)!r}")
 
         require(
-            len(self.planes) >= 3 and min(self.planes) >= 1,
+            len(self.planes) >= 2 and min(self.planes) >= 1,
             "planes",
-            "name at least 2 streams and P, all ≥ 1",
+            "name at least 1 stream and P, all ≥ 1",
         )
         require(
-            all(p % 2 == 0 for p in (*self.planes[2:-1], self.planes[-2])),
+            self.streams == 1 or all(p % 2 == 0 for p in (*self.planes[2:-1], self.planes[-2])),
             "planes",
             "be even for the last stream and every stream from the third on: fusions write two groups",
         )
@@ -134,11 +134,12 @@ def layers(config: ParNetConfig) -> list[Layer]:
         for i in range(config.num_blocks[s] - 1):
             output = add(f"streams.{s}.{i}", "repvgg_sse", [output], planes[s], planes[s])
         outputs.append(output)
-    fused = add("downsamples_2.0", "downsample_se", [outputs[0]], planes[0], planes[1], 2)
-    final = config.streams - 1
-    for s in range(1, final):
-        fused = add(f"downsamples_2.{s}.2", "fusion_se", [outputs[s], fused], planes[s], planes[s + 1], 2)
-    fused = add("combine.2", "fusion_se", [outputs[final], fused], planes[final], planes[final])
+    fused, final = outputs[0], config.streams - 1
+    if final:  # one stream has nothing to be fused with
+        fused = add("downsamples_2.0", "downsample_se", [fused], planes[0], planes[1], 2)
+        for s in range(1, final):
+            fused = add(f"downsamples_2.{s}.2", "fusion_se", [outputs[s], fused], planes[s], planes[s + 1], 2)
+        fused = add("combine.2", "fusion_se", [outputs[final], fused], planes[final], planes[final])
     kind, stride = ("pointwise", 1) if config.pointwise_head else ("downsample_se", 2)
     add("combine.3", kind, [fused], planes[final], planes[-1], stride)
     return found
@@ -156,3 +157,14 @@ def levels(config: ParNetConfig) -> list[list[Layer]]:
             grouped.append([])
         grouped[level - 1].append(layer)
     return grouped
+
+
+def with_streams(config: ParNetConfig, streams: int) -> ParNetConfig:
+    """`config` with another number of streams, ≥ 1: the finest ones are kept; new ones are coarser, twice as wide, and
+    as long as the last. The last map keeps its width, and is at the resolution that follows the last stream.
+    """
+    planes, blocks = [*config.planes[:-1]], [*config.num_blocks]
+    while len(planes) < streams:
+        planes.append(2 * planes[-1])
+        blocks.append(blocks[-1])
+    return config.replace(planes=(*planes[:streams], config.planes[-1]), num_blocks=tuple(blocks[:streams]))

@@ -216,13 +216,12 @@ class ParNet(Described):
             nn.Sequential(*(made[f"streams.{s}.{i}"] for i in range(config.num_blocks[s] - 1)))
             for s in range(config.streams)
         )
-        self.downsamples_2 = nn.ModuleList(
-            [
-                made["downsamples_2.0"],
-                *(self._fusion(made, f"downsamples_2.{s}") for s in range(1, config.streams - 1)),
-            ]
-        )
-        self.combine = nn.Sequential(*self._fusion(made, "combine"), made["combine.3"])
+        self.downsamples_2, self.combine = nn.ModuleList(), nn.Sequential()
+        if config.streams > 1:
+            fusions = (self._fusion(made, f"downsamples_2.{s}") for s in range(1, config.streams - 1))
+            self.downsamples_2.extend([made["downsamples_2.0"], *fusions])
+            self.combine.extend(self._fusion(made, "combine"))
+        self.combine.add_module("3", made["combine.3"])
         self.num_features = config.planes[-1]
         self.head = _Holder(fc=self._classifier(config.num_classes))
         for module in self.modules():

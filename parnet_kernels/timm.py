@@ -233,9 +233,9 @@ def _feature_info(config: ParNetConfig) -> list[dict[str, Any]]:
     reduction = {"image": 1}
     for layer in graph.values():
         reduction[layer.name] = reduction[layer.inputs[0]] * layer.stride
-    ends = [f"streams.{s}.{config.num_blocks[s] - 2}" for s in range(config.streams - 1)]
+    ends = [f"streams.{s}.{config.num_blocks[s] - 2}" for s in range(max(1, config.streams - 1))]
     ends = [end if end in graph else "inits.0.1" if s == 0 else f"inits.{s}" for s, end in enumerate(ends)]
-    names = ["inits.0.0", *ends, "combine.2", "combine.3"]
+    names = [name for name in ("inits.0.0", *ends, "combine.2", "combine.3") if name in graph]
     return [
         {
             "num_chs": graph[name].out_channels,

@@ -11,6 +11,8 @@ from parnet_kernels.config import cifar_config
 TINY = {
     "3 streams": ParNetConfig((5, 7, 6, 9), (2, 3, 2), num_classes=4),
     "2 streams": ParNetConfig((3, 4, 5), (2, 2), num_classes=4),
+    "1 stream": ParNetConfig((7, 9), (3,), num_classes=4),
+    "1 empty stream": ParNetConfig((7, 9), (1,), num_classes=4),
     "4 streams, relu": ParNetConfig((4, 5, 6, 8, 7), (2, 2, 3, 2), num_classes=4, activation="relu"),
     "empty streams": ParNetConfig((5, 7, 6, 9), (1, 1, 1), num_classes=4),
     "empty middle stream": ParNetConfig((4, 6, 4, 5), (2, 1, 2), num_classes=4),

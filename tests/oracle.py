@@ -116,6 +116,10 @@ class OracleParNet(nn.Module):
         self.streams = nn.ModuleList(
             nn.Sequential(*(block(c, c, 1) for _ in range(n - 1))) for c, n in zip(p, num_blocks, strict=True)
         )
+        if len(p) == 1:  # nothing to fuse
+            self.combine = nn.Sequential(*[nn.Identity()] * 3, block(p[0], last, 2))
+            self.head = nn.ModuleDict({"fc": nn.Linear(last, num_classes)})
+            return
         self.downsamples_2 = nn.ModuleList([block(p[0], p[1], 2)])
         self.downsamples_2.extend(fusion(p[s], p[s + 1], 2) for s in range(1, len(p) - 1))
         self.combine = nn.Sequential(*fusion(p[-1], p[-1], 1), block(p[-1], last, 2))
@@ -126,10 +130,13 @@ class OracleParNet(nn.Module):
         for init, stream in zip(self.inits, self.streams, strict=True):
             x = init(x)
             outputs.append(stream(x))
-        y = self.downsamples_2[0](outputs[0])
-        for stage, output in zip(self.downsamples_2[1:], outputs[1:], strict=False):
-            y = stage((output, y))
-        y = self.combine((outputs[-1], y))
+        if len(outputs) == 1:
+            y = self.combine(outputs[0])
+        else:
+            y = self.downsamples_2[0](outputs[0])
+            for stage, output in zip(self.downsamples_2[1:], outputs[1:], strict=False):
+                y = stage((output, y))
+            y = self.combine((outputs[-1], y))
         return self.head["fc"](y.mean((2, 3)))
 
 

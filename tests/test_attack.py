@@ -136,6 +136,7 @@ def test_operators_for_long(**case: Any) -> None:
 CONFIGS = (
     ParNetConfig((8, 12, 16, 24), (2, 2, 2), num_classes=5),
     ParNetConfig((3, 6, 10), (2, 3), num_classes=0, activation="relu"),
+    ParNetConfig((5, 10), (3,), num_classes=3),
     ParNetConfig((4, 4, 8, 12), (1, 2, 2), num_classes=3),  # a stream without blocks
     ParNetConfig((8, 8, 8, 16), (2, 2, 2), num_classes=4, pointwise_head=True, stem_stride=1),
 )

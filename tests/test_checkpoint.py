@@ -158,7 +158,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         "text.pth": "not a PyTorch checkpoint",
         "text.safetensors": "truncated, or not a safetensors file",
         "list.pth": "holds a list, expected a state dict",
-        "other.pth": "is not a ParNet checkpoint: it has no entries 'inits.1",
+        "other.pth": "is not a ParNet checkpoint: it has no entries 'inits.0",
         "numbers.pth": "holds no state dict",
     }.items():
         with pytest.raises(CheckpointError, match=f"{name}.*{message}"):

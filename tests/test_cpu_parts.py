@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_nativ
 CONFIGS = {
     "three streams": ParNetConfig((4, 6, 8, 8), (2, 2, 2), num_classes=5),
     "odd widths, relu": ParNetConfig((3, 12, 92, 130), (3, 2, 2), num_classes=7, activation="relu"),
+    "one stream": ParNetConfig((12, 24), (3,), num_classes=3),
     "two streams": ParNetConfig((12, 92, 24), (3, 2), num_classes=3),
     "four streams, no classifier": ParNetConfig((4, 12, 24, 16, 10), (3, 2, 2, 3), num_classes=0),
     "cifar": cifar_config(8),

@@ -10,6 +10,7 @@ from parnet_kernels.config import VARIANTS, levels
 
 TINY = ((5, 7, 6, 9), (2, 3, 2))
 TWO_STREAMS = ((3, 4, 5), (2, 2))
+ONE_STREAM = ((5, 9), (3,))
 FOUR_STREAMS = ((4, 5, 6, 8, 7), (1, 2, 3, 2))
 
 
@@ -51,7 +52,7 @@ def test_state_dict_names() -> None:
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu"])
-@pytest.mark.parametrize("shape", [TINY, TWO_STREAMS, FOUR_STREAMS], ids=["3 streams", "2 streams", "4 streams"])
+@pytest.mark.parametrize("shape", [TINY, ONE_STREAM, TWO_STREAMS, FOUR_STREAMS], ids=["3 streams", "1", "2", "4"])
 def test_equals_independent_implementation(shape, activation: str) -> None:
     """Outputs in evaluation and training, every gradient and the running statistics, in float64."""
     torch.manual_seed(0)
@@ -112,7 +113,7 @@ def test_in_chans_and_dropout() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"planes": (4, 5)}, "`planes` must name at least 2 streams"),
+        ({"planes": (4,)}, "`planes` must name at least 1 stream"),
         ({"planes": (4, 6, 5, 8)}, "`planes` must be even"),
         ({"num_blocks": (1, 2)}, "`num_blocks` must have 3 entries"),
         ({"num_blocks": (0, 2, 2)}, "`num_blocks`"),

@@ -18,6 +18,7 @@ from parnet_kernels.distributed.machines import DEVICES, LINKS
 DEVICE, LINK = Device(1e12, 1e11, 1e-6, 100), Link(1e-5, 1e10)
 CONFIGS = {
     **VARIANTS,
+    "one stream": ParNetConfig((8, 16), (3,)),
     "two streams": ParNetConfig((8, 12, 16), (3, 2)),
     "five streams": ParNetConfig((8, 12, 16, 16, 16, 20), (3, 2, 1, 2, 2)),
 }

@@ -33,6 +33,7 @@ CONFIGS = {
     "even": ParNetConfig((16, 32, 48, 64), (2, 2, 2), num_classes=10),
     "odd channels, relu": ParNetConfig((12, 34, 50, 30), (2, 3, 2), num_classes=7, activation="relu"),
     "wide, no classifier": ParNetConfig((92, 130, 12, 70), (2, 2, 2), num_classes=0, in_chans=1),
+    "one stream": ParNetConfig((7, 70), (3,), num_classes=3),
     "two streams": ParNetConfig((3, 8, 70), (2, 2), num_classes=3),
 }
 

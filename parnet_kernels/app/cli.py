@@ -1,4 +1,4 @@
-"""The `parnet` command: info, demo, predict, latency, plan, quantize, convert, export, bench."""
+"""The `parnet` command: info, demo, train, predict, latency, plan, quantize, convert, export, bench."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from parnet_kernels.app.options import (
 from parnet_kernels.app.plan import plan
 from parnet_kernels.app.predict import predict
 from parnet_kernels.app.quantize import quantize
+from parnet_kernels.app.train import command as train
 from parnet_kernels.call import OPERATORS
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
 from parnet_kernels.deployed import DeployedParNet
@@ -185,6 +186,7 @@ def convert(
         typer.echo(f"parnet: {shown(output)} does not say how pictures become inputs: --size and others do", err=True)
 
 
+app.command()(train)
 app.command()(predict)
 app.command()(export)
 app.command()(quantize)
@@ -204,10 +206,12 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
 
 
-def main() -> None:
-    """The entry point: what a user can mend is one line on standard error and exit status 1."""
+def main(*first: str) -> None:
+    """The entry point: what a user can mend is one line on standard error and exit status 1. first: words that come
+    before those of the command line.
+    """
     try:
-        app()
+        app([*first, *sys.argv[1:]])
     except (CheckpointError, OSError, ValueError) as error:
         print(f"parnet: {shown(error)}", file=sys.stderr)
         sys.exit(1)

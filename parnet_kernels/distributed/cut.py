@@ -15,7 +15,9 @@ class Cut(NamedTuple):
     """Layers, in order of execution. S streams."""
 
     trunk: list[list[Layer]]  # S steps: step s makes `sources[s]` from the image (s = 0) or `sources[s − 1]`
-    streams: list[list[Layer]]  # stream s makes `ends[s]` from `sources[s]`; the first ends with `downsamples_2.0`
+    streams: list[
+        list[Layer]
+    ]  # stream s makes `ends[s]` from `sources[s]`; the first of several ends with `downsamples_2.0`
     fusion: list[Layer]  # from `ends` to the last map
     sources: list[str]
     ends: list[str]  # a stream without blocks ends where it begins
@@ -41,7 +43,7 @@ def cut(config: ParNetConfig) -> Cut:
     by_name = {layer.name: layer for layer in graph}
     trunk = [named("inits.0."), *([by_name[f"inits.{s}"]] for s in range(1, config.streams))]
     streams = [named(f"streams.{s}.") for s in range(config.streams)]
-    streams[0].append(by_name["downsamples_2.0"])
+    streams[0] += named("downsamples_2.0")
     fusion = [layer for layer in named("downsamples_2.", "combine.") if layer.name != "downsamples_2.0"]
     sources = [step[-1].name for step in trunk]
     ends = [stream[-1].name if stream else source for stream, source in zip(streams, sources, strict=True)]

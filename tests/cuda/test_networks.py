@@ -40,10 +40,11 @@ def test_other_results(device, result):
     [
         ParNetConfig((8, 12, 20, 30, 41), (2, 3, 2, 2), num_classes=7, activation="relu"),
         ParNetConfig((6, 6, 6, 8, 12, 10, 9), (8, 7, 6, 5, 4, 3), num_classes=3),
+        ParNetConfig((9, 14), (3,), num_classes=3),
         ParNetConfig((9, 10, 14), (2, 2), in_chans=11, num_classes=3),
         ParNetConfig((9, 10, 14), (2, 2), stem_width=9, stem_stride=1, num_classes=3),
     ],
-    ids=["four streams", "six streams", "many image channels", "stride-1 stem"],
+    ids=["four streams", "six streams", "one stream", "many image channels", "stride-1 stem"],
 )
 def test_configurations(device, config):
     network, x = networks.tiny(config), torch.randn(1, config.in_chans, 40, 36, dtype=torch.float64)

@@ -34,6 +34,7 @@ CONFIGS = {
     "cifar": cifar_config(12),
     "cifar relu": cifar_config(12).replace(activation="relu"),
     "streams without blocks": TINY.replace(num_blocks=(1, 1, 2), num_classes=0),
+    "one stream": ParNetConfig((7, 9), (3,), num_classes=3),
     "four streams, one channel": ParNetConfig((6, 8, 12, 16, 20), (2, 1, 2, 2), in_chans=1, num_classes=3),
 }
 #: A half network's maps are rounded to 11 bits in between.

@@ -1,0 +1,358 @@
+"""The run: epochs of steps, validation, checkpoints, logs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parnet_kernels import training_sync
+from parnet_kernels.checkpoint import load_checkpoint
+from parnet_kernels.distributed.cut import sizes
+from parnet_kernels.files import write_whole
+from parnet_kernels.model import ParNet
+from parnet_kernels.preprocessing import COLORS, Preprocessing
+from parnet_kernels.train import state
+from parnet_kernels.train.augmentation import Augmentation
+from parnet_kernels.train.batches import Batch, Feed, Training, Validation, mixed, training_parts, validation_parts
+from parnet_kernels.train.logs import Logs
+from parnet_kernels.train.ranks import Ranks
+from parnet_kernels.train.settings import Settings, written
+from parnet_kernels.train.sources import pictures
+
+TOLD_PROBLEMS = 10  # pictures with problems that are named
+VALIDATED = 256  # pictures at a time
+
+
+class Stopped(ValueError):
+    """Training cannot go on: the loss is no number any more, or a checkpoint cannot be written. The text says what
+    there is to go on from.
+    """
+
+
+class Watcher(Protocol):
+    """What shows how it goes."""
+
+    def say(self, text: str) -> None: ...
+    def step(self, done: int, total: int, epoch: int, loss: float, rate: float) -> None: ...
+    def epoch(self, row: dict[str, float]) -> None: ...
+
+
+class Scores(NamedTuple):
+    loss: float  # cross-entropy without smoothing
+    top1: float
+    top5: float
+    pictures: int
+
+    @classmethod
+    def of(cls, sums: list[float]) -> Scores:
+        loss, top1, top5, count = sums
+        n = count or math.nan
+        return cls(loss / n, top1 / n, top5 / n, int(count))
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, batches: Iterator[Batch], device: torch.device) -> list[float]:
+    """[sum of losses, right first answers, right among five, pictures]."""
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for x, y, *_ in batches:
+        if not len(y):
+            continue
+        logits, y = network(x.to(device)).float(), y.to(device)
+        best = logits.topk(min(5, logits.shape[1]), 1).indices == y[:, None]
+        sums[0] += F.cross_entropy(logits, y, reduction="sum").double().item()
+        sums[1] += best[:, 0].sum().item()
+        sums[2] += best.any(1).sum().item()
+        sums[3] += len(y)
+    return sums
+
+
+class Run:
+    """One run of training. All processes of it make one; the first writes the files.
+
+    Raises:
+        OSError: pictures or the folder cannot be read or written.
+        ImportError: a package is missing.
+        ValueError: settings and pictures do not fit each other, or the run in the folder.
+    """
+
+    def __init__(self, settings: Settings, ranks: Ranks, watcher: Watcher, resume: bool = False) -> None:
+        self.settings, self.ranks, self._watcher = s, r, _ = settings, ranks, watcher
+        if s.threads:
+            torch.set_num_threads(s.threads)
+        self.folder = Path(s.out)
+        self.data = pictures(s.data, s.val_fraction, s.limit, s.seed)
+        point = self._point(resume)
+        self.network, self.preprocessing = self._make(point)
+        self._check()
+        self._problems: Counter[str] = Counter()
+        for text in self.data.warnings if r.first else []:
+            watcher.say(text)
+        p = self.preprocessing
+        self._training = Feed(
+            Training(self.data.reader, self.data.train, s.seed, Augmentation(s, p), p.color), s.workers
+        )
+        self._validation = Feed(Validation(self.data.reader, self.data.validation, p), s.workers)
+        self.steps = len(self.data.train) // s.batch  # an epoch
+        self.total = self.steps * (s.epochs + s.cooldown)
+        self._prepare(point)
+        self._logs = Logs(self.folder, self.done, s.tensorboard) if r.first else None
+
+    def _point(self, resume: bool) -> state.Point | None:
+        """Where the run in the folder stands, if it is to go on."""
+        problem, s = "", self.settings
+        if self.ranks.first:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(self.folder / ".writable", b"")
+                (self.folder / ".writable").unlink()
+                for part in self.folder.glob(".*.part"):  # of a process that was killed
+                    part.unlink()
+                if state.exists(self.folder) and not resume:
+                    problem = f"{self.folder} holds a run: --resume goes on with it; or name another folder (--out)"
+            except OSError as error:
+                problem = f"cannot write to the folder {self.folder}: {error}"
+        self.ranks.wait(problem)
+        point = state.read(self.folder, "last") if resume else None
+        if point is not None:
+            before, now = point.progress.get("settings"), s.learned()
+            if not isinstance(before, dict):
+                before = {}
+            others = [f"{k} is {v!r}, was {before.get(k)!r}" for k, v in now.items() if before.get(k) != v]
+            if others:
+                raise ValueError(f"the run in {self.folder} has other settings: {'; '.join(others)}")
+            if point.progress.get("pictures") != self.data.fingerprint():
+                raise ValueError(f"the pictures in {s.data} are not those of the run in {self.folder}")
+        elif self.ranks.first:
+            write_whole(self.folder / "run.yaml", written(s).encode("utf-8", "backslashreplace"))
+        return point
+
+    def _make(self, point: state.Point | None) -> tuple[ParNet, Preprocessing]:
+        s, names = self.settings, self.data.class_names
+        torch.manual_seed(s.seed)
+        if point is not None:
+            network = point.network
+        elif s.init:
+            network = load_checkpoint(s.init, activation=None if s.activation == "auto" else s.activation)
+            known = network.class_names
+            if network.num_classes != len(names) or (known is not None and known != names):
+                network.reset_classifier(len(names))
+        else:
+            network = ParNet(s.network(len(names)))
+        said, channels = network.preprocessing, network.config.in_chans
+        color = s.color if s.color != "auto" else said.color if said else "gray" if channels == 1 else "rgb"
+        if COLORS[color] != channels:
+            raise ValueError(f"`color` {color} makes {COLORS[color]} channels, the network takes {channels}")
+        p = said if said is not None and said.color == color else Preprocessing.assumed(channels)
+        p = p.replace(size=s.size, crop=s.crop, interpolation=s.interpolation, color=color)
+        network.preprocessing, network.class_names = p, names
+        return network, p
+
+    def _check(self) -> None:
+        s, world, count = self.settings, self.ranks.world, len(self.data.train)
+        parts = world * s.accumulate
+        if s.batch % parts:
+            raise ValueError(f"`batch` must be a multiple of processes × accumulate, {parts}, got {s.batch}")
+        if count < s.batch:
+            raise ValueError(f"`batch` must be ≤ the training pictures, {count}, got {s.batch}")
+        share = s.batch // parts * (world if s.sync_bn else 1)
+        maps = sizes(self.network.config, (share, 3, s.size, s.size)).items()
+        single = [name for name, (n, _, h, w) in maps if n * h * w < 2]
+        if single:
+            raise ValueError(
+                f"`batch` {s.batch} gives each BatchNorm {share} picture at a time, whose map at {single[0]} is one "
+                "pixel: no variance; take larger batches, fewer parts or larger pictures"
+            )
+
+    def _prepare(self, point: state.Point | None) -> None:
+        s, device = self.settings, self.ranks.device
+        self.done, self.best, self._sums = 0, -math.inf, [0.0, 0.0]
+        #: What is validated and saved: a copy, averaged over the steps if `ema`.
+        self.shadow = self.network
+        model = copy.deepcopy(self.network)
+        if point is not None:
+            progress = point.progress
+            self.done, self.best, self._sums = progress["step"], progress["best"], progress["sums"]
+            weights = {k.removeprefix("weight."): t for k, t in point.tensors.items() if k.startswith("weight.")}
+            model.load_state_dict(weights, strict=False)
+        self.model = model.to(device).train()
+        self.shadow = self.shadow.to(device).eval().requires_grad_(False)
+        if device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if s.sync_bn and self.ranks.world > 1:
+            training_sync.convert(self.model)
+        self._names = {p: name for name, p in self.model.named_parameters()}
+        groups = [[p for p in self._names if p.ndim > 1], [p for p in self._names if p.ndim <= 1]]
+        self.optimizer = torch.optim.SGD(
+            [{"params": groups[0], "weight_decay": s.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
+            lr=1.0,
+            momentum=s.momentum,
+            nesterov=s.momentum > 0,
+        )
+        if point is not None:
+            state.give_momentum(self.optimizer, self._names, point.tensors)
+            self._follow(None)
+        self._parallel: Any = self.model
+        if self.ranks.world > 1:
+            self._parallel = nn.parallel.DistributedDataParallel(self.model)
+
+    @torch.no_grad()
+    def _follow(self, decay: float | None) -> None:
+        """Moves the copy by 1 − decay of the way to the weights; None: only its counters."""
+        own, trained = self.shadow.state_dict(), self.model.state_dict()
+        floats = [name for name, t in own.items() if t.is_floating_point()]
+        for name in own.keys() - set(floats):
+            own[name].copy_(trained[name])
+        if decay is not None:
+            torch._foreach_lerp_([own[name] for name in floats], [trained[name] for name in floats], 1 - decay)
+
+    def __call__(self) -> Scores | None:
+        """Trains to the end. Returns the scores of the last validation; None if there was nothing left to do.
+
+        Raises:
+            Stopped: it cannot go on.
+            OSError: pictures cannot be read, or logs not written.
+        """
+        scores = None
+        try:
+            for epoch in range(self.done // self.steps, self.settings.epochs + self.settings.cooldown):
+                start, first = time.perf_counter(), self.done % self.steps
+                self._epoch(epoch, first)
+                scores = self._end_of_epoch(epoch, start, first)
+        finally:
+            if self._logs is not None:
+                self._logs.close()
+            if len(self._problems) > TOLD_PROBLEMS:
+                self._watcher.say(f"{len(self._problems)} pictures had problems")
+        return scores
+
+    def _read(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Tells of each picture with a problem once."""
+        for batch in batches:
+            for name, reason in batch.problems:
+                if name not in self._problems and len(self._problems) < TOLD_PROBLEMS:
+                    self._watcher.say(reason if name in reason else f"{name}: {reason}")
+                self._problems[name] += 1
+            yield batch
+
+    def _epoch(self, epoch: int, first: int) -> None:
+        s, r = self.settings, self.ranks
+        if not first:
+            self._sums = [0.0, 0.0]
+        parts = training_parts(len(self.data.train), s.seed, epoch, first, s.batch, r.rank, r.world, s.accumulate)
+        batches, since = self._read(self._training.read(parts)), time.perf_counter()
+        recent, logged = torch.zeros((), dtype=torch.float64, device=r.device), self.done
+        for _ in range(first, self.steps):
+            rate = s.rate(self.done, self.steps)
+            recent += self._step(batches, rate)
+            self.done += 1
+            due = self.done % s.log_every == 0 or self.done % self.steps == 0
+            save = bool(s.save_every) and self.done % s.save_every == 0 and self.done % self.steps != 0
+            if due or save:
+                seconds, count = time.perf_counter() - since, self.done - logged
+                (total,) = r.sums(recent.item() / r.world)
+                loss, since, logged = total / count, time.perf_counter(), self.done
+                recent.zero_()
+                if not math.isfinite(loss):
+                    raise Stopped(self._diverged(f"the loss is {loss}", epoch))
+                self._sums = [self._sums[0] + total, self._sums[1] + count]
+                if self._logs is not None:
+                    speed = count * s.batch / seconds
+                    self._logs.step(step=self.done, epoch=epoch + 1, lr=rate, loss=loss, images_per_second=speed)
+                    self._watcher.step(self.done, self.total, epoch, loss, speed)
+            if save:
+                self._save(["last"], epoch)
+
+    def _step(self, batches: Iterator[Batch], rate: float) -> Tensor:
+        """One step of the optimizer. Returns the loss: the mean over this process's pictures."""
+        s, device = self.settings, self.ranks.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for part in range(s.accumulate):
+            x, y, *_ = next(batches)
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            torch.manual_seed(mixed(s.seed, self.done, part, self.ranks.rank))  # of dropout
+            waits: AbstractContextManager[Any] = nullcontext()
+            if self.ranks.world > 1 and part + 1 < s.accumulate:
+                waits = self._parallel.no_sync()
+            with waits:
+                with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                    logits = self._parallel(x)
+                part_loss = F.cross_entropy(logits.float(), y, label_smoothing=s.label_smoothing) / s.accumulate
+                part_loss.backward()
+            loss += part_loss.detach()
+        self.optimizer.step()
+        if s.ema:
+            self._follow(min(s.ema, (1 + self.done) / (10 + self.done)))  # early averages forget faster
+        return loss
+
+    def _end_of_epoch(self, epoch: int, start: float, first: int) -> Scores:
+        s, r = self.settings, self.ranks
+        if not s.ema:
+            self._follow(0.0)
+        seconds = time.perf_counter() - start
+        network = self.shadow.deploy() if r.device.type == "cpu" else self.shadow
+        parts = validation_parts(len(self.data.validation), min(s.batch, VALIDATED), r.rank, r.world)
+        sums = evaluate(network, self._read(self._validation.read(parts)), r.device)
+        scores = Scores.of(r.sums(*sums))
+        better = not scores.pictures or scores.top1 > self.best
+        if better and scores.pictures:
+            self.best = scores.top1
+        row = {
+            "epoch": epoch + 1, "step": self.done, "lr": s.rate(self.done - 1, self.steps),
+            "loss": self._sums[0] / self._sums[1], "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5,
+            "images_per_second": (self.steps - first) * s.batch / seconds, "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        self._save(["best", "last"] if better else ["last"], epoch)
+        if self._logs is not None:
+            self._logs.epoch(**row)
+            self._watcher.epoch(row)
+        return scores
+
+    def _save(self, names: list[str], epoch: int) -> None:
+        """`last` comes last: where a run was cut before it, the steps that lead to the others are done again."""
+        if not self.settings.ema:
+            self._follow(0.0)
+        problem = ""
+        if self.ranks.first:
+            # Counters of BatchNorms are not what a file of weights is read for: loading starts them anew.
+            trained = self.model.state_dict().items()
+            weights = {f"weight.{k}": t for k, t in trained if self.settings.ema or not t.is_floating_point()}
+            tensors = {**weights, **state.momentum(self.optimizer, self._names)}
+            progress = {
+                "step": self.done, "best": self.best, "sums": self._sums,
+                "settings": self.settings.learned(), "pictures": self.data.fingerprint(),
+            }  # fmt: skip
+            try:
+                if all(bool(t.isfinite().all()) for t in self.shadow.state_dict().values()):
+                    for name in names:
+                        state.write(self.folder, name, state.Point(self.shadow, tensors, progress))
+                else:
+                    problem = self._diverged("a weight is not finite", epoch)
+            except OSError as error:
+                problem = f"{error}; {self._good()}"
+        try:
+            self.ranks.wait(problem)
+        except ValueError as error:
+            raise Stopped(str(error)) from error
+
+    def _good(self) -> str:
+        path = self.folder / "last.safetensors"
+        return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+
+    def _diverged(self, what: str, epoch: int) -> str:
+        return (
+            f"{what} in epoch {epoch + 1}, before step {self.done}: stopped; {self._good()}. A lower --lr-base, or a "
+            "longer --warmup, may help"
+        )

@@ -1,0 +1,99 @@
+"""Checkpoints of a run: the network in a file that `load_checkpoint` reads, and beside it what training goes on from.
+
+`last.safetensors` and `best.safetensors` hold the network that was validated (of averages, if the run keeps them).
+Beside each stands `<name>.state-<step>.safetensors`: momentum, the weights that are trained where these are others,
+and counters. Two files cannot appear at once, so the state names the network it belongs to, by its digest, and the old
+state is removed last: at every moment there is a network with its state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, serialized
+from parnet_kernels.files import write_whole
+from parnet_kernels.model import ParNet
+
+
+class Point(NamedTuple):
+    """Where a run stands."""
+
+    network: ParNet
+    tensors: dict[str, Tensor]  # momentum.<parameter>, weight.<entry>
+    progress: dict[str, Any]  # numbers and texts: step, settings, …
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _states(folder: Path, name: str) -> list[Path]:
+    pattern = re.compile(re.escape(name) + r"\.state-\d+\.safetensors")
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+
+
+def write(folder: Path, name: str, point: Point) -> None:
+    """Raises:
+    OSError: it cannot be written; what was there before is as it was.
+    """
+    network = serialized(point.network)
+    progress = json.dumps({**point.progress, "network": _digest(network)})
+    state = folder / f"{name}.state-{point.progress['step']}.safetensors"
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in point.tensors.items()}
+    write_whole(state, serialize(tensors, {"parnet_training": progress}))
+    write_whole(folder / f"{name}.safetensors", network)
+    for path in _states(folder, name):
+        if path != state:
+            path.unlink(missing_ok=True)
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a run in `folder`."""
+    return any((folder / name).exists() for name in ("last.safetensors", "run.yaml"))
+
+
+def read(folder: Path, name: str) -> Point | None:
+    """The checkpoint `name`; None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged, or its state is missing.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        return None
+    digest = _digest(path.read_bytes())
+    for state in _states(folder, name):
+        try:
+            with safe_open(state, "pt") as file:
+                progress = json.loads((file.metadata() or {}).get("parnet_training", "{}"))
+                if progress.get("network") != digest:
+                    continue
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+        except (SafetensorError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"cannot read {state}: truncated, or not a state of training ({error})") from error
+        return Point(load_checkpoint(path), tensors, progress)
+    raise CheckpointError(
+        f"{path} has no state to go on from ({name}.state-….safetensors): --init starts from its weights"
+    )
+
+
+def momentum(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
+    """The buffers of SGD, by name."""
+    found = {f"momentum.{names[p]}": s["momentum_buffer"] for p, s in optimizer.state.items() if "momentum_buffer" in s}
+    return {name: buffer for name, buffer in found.items() if buffer is not None}
+
+
+def give_momentum(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], tensors: dict[str, Tensor]) -> None:
+    for p, name in names.items():
+        if (buffer := tensors.get(f"momentum.{name}")) is not None:
+            optimizer.state[p]["momentum_buffer"] = buffer.to(p.device, copy=True)

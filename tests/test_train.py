@@ -1,0 +1,421 @@
+"""`parnet train`: settings, recipes, resuming to the bit, what it writes, starting from other weights."""
+
+import csv
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from parnet_kernels import ParNet, ParNetConfig, Preprocessing, load_checkpoint, load_deployed, save
+from parnet_kernels.app.cli import app
+from parnet_kernels.checkpoint import read_metadata
+from parnet_kernels.train import state
+from parnet_kernels.train.batches import Feed, training_parts, validation_parts
+from parnet_kernels.train.logs import Logs
+from parnet_kernels.train.loop import Run, Stopped
+from parnet_kernels.train.ranks import Ranks
+from parnet_kernels.train.settings import FIELDS, RECIPES, Settings, read_yaml, settings, written
+from parnet_kernels.train.sources import pictures
+
+pytest.importorskip("kornia")
+pytest.importorskip("yaml")
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+class Quiet:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.rows: list[dict[str, float]] = []
+        self.stop_at = -1
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, done: int, total: int, epoch: int, loss: float, rate: float) -> None:
+        if done == self.stop_at:
+            raise KeyboardInterrupt
+
+    def epoch(self, row: dict[str, float]) -> None:
+        self.rows.append(row)
+
+
+def draw(folder: Path, classes: int = 3, train: int = 9, val: int = 3, size: int = 12) -> Path:
+    """Pictures whose class is their colour; of several sizes."""
+    noise = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for c in range(classes):
+            (folder / part / f"class {c}").mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 90, (size + i % 3, size, 3), dtype=np.uint8)
+                pixels[..., c % 3] += 120
+                Image.fromarray(pixels).save(folder / part / f"class {c}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("pictures"))
+
+
+def tiny(data: object, out: Path, **more: object) -> Settings:
+    """A run of a second."""
+    given = {"recipe": "cifar", "data": str(data), "out": str(out), "size": 12, "pad": 1, "batch": 8}
+    given |= {} if "init" in more else {"width": 4}
+    return settings({**given, "epochs": 3, "warmup": 0.5, "log_every": 1, "tensorboard": False, "threads": 1, **more})
+
+
+def trained(chosen: Settings, resume: bool = False, stop_at: int = -1) -> tuple[Run, Quiet]:
+    quiet = Quiet()
+    quiet.stop_at = stop_at
+    with mock.patch.object(Logs, "draw"):  # takes as long as the run
+        run = Run(chosen, ONE, quiet, resume)
+        run()
+    return run, quiet
+
+
+def left(folder: Path) -> dict[str, object]:
+    """What must be equal after a resumed run and one that was not cut: every tensor, text and number but for times."""
+    found: dict[str, object] = {}
+    for path in folder.glob("*.safetensors"):
+        metadata = dict(read_metadata(path))
+        if "parnet_training" in metadata:  # its digest of the network is of bytes, which the order of texts changes
+            metadata["parnet_training"] = {**json.loads(metadata["parnet_training"]), "network": None}
+        found[path.name] = {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}, metadata
+    for name in ("steps.csv", "epochs.csv"):
+        with (folder / name).open() as file:
+            found[name] = [{**row, "images_per_second": 0, "seconds": 0} for row in csv.DictReader(file)]
+    return found
+
+
+HARD = {"randaugment": 9, "erase": 0.5, "dropout": 0.2, "accumulate": 2, "save_every": 1, "ema": 0.9}
+
+
+@pytest.mark.parametrize("more", [{}, {"ema": 0.0}, HARD], ids=["ema", "no ema", "everything random, parts"])
+def test_a_resumed_run_is_the_same_to_the_bit(more: dict, data: Path, tmp_path: Path) -> None:
+    """Cut after a step within an epoch; the checkpoint before it is of an epoch, or of a step."""
+    whole = tiny(data, tmp_path / "whole", **more)
+    trained(whole)
+    cut = tiny(data, tmp_path / "cut", **more)
+    with pytest.raises(KeyboardInterrupt):
+        trained(cut, stop_at=5)
+    assert len(list(csv.DictReader((tmp_path / "cut" / "steps.csv").open()))) == 5
+    run, _ = trained(cut, resume=True)
+    assert run.done == run.total == 9
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
+    assert trained(cut, resume=True)[1].rows == []  # complete: nothing happens
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
+def test_cut_at_any_file(n: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th file of the checkpoints is half written, and nothing after it runs."""
+    expected = tmp_path / "whole"
+    trained(tiny(data, expected, epochs=2))
+    count = 0
+
+    def cut(path: Path, content: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count == n:
+            path.with_name(f".{path.name}.1.part").write_bytes(content[: len(content) // 2])
+            raise KeyboardInterrupt
+        path.write_bytes(content)
+
+    chosen = tiny(data, tmp_path / "cut", epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write_whole", cut)
+        with pytest.raises(KeyboardInterrupt):
+            trained(chosen)
+    trained(chosen, resume=True)
+    assert left(tmp_path / "cut") == left(expected)
+    assert not list((tmp_path / "cut").glob(".*"))
+
+
+def test_killed_in_the_middle_of_writing(data: Path, tmp_path: Path) -> None:
+    """kill -9 while bytes of the second checkpoint are on their way into the file."""
+    trained(tiny(data, tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    arguments = ["train", str(data), "--config", str(tmp_path / "run.yaml")]
+    (tmp_path / "run.yaml").write_text(written(tiny(data, cut)))
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from parnet_kernels.app.cli import main\n"
+        "real, writes = pathlib.Path.write_bytes, []\n"
+        "def write(path, content):\n"
+        "    writes.append(path)\n"
+        "    if len([p for p in writes if 'last.s' in p.name]) == 4:\n"
+        "        real(path, content[:1000])\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(path, content)\n"
+        "pathlib.Path.write_bytes = write\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    assert list(cut.glob(".*.part"))
+    result = CliRunner().invoke(app, [*arguments, "--resume"])
+    assert result.exit_code == 0, result.output
+    assert "goes on from step 3" in result.output
+    assert left(cut) == left(tmp_path / "whole")
+
+
+def test_files_of_a_run(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    out = tmp_path / "out"
+    command = ["train", str(data), "--recipe", "cifar", "--width", "4", "--size", "12", "--pad", "1", "--batch", "8"]
+    command += [
+        "--epochs",
+        "12",
+        "--threads",
+        "1",
+        "--lr-base",
+        "1.0",
+        "--log-every",
+        "1",
+        "--out",
+        str(out),
+        "--deploy",
+        "--ema",
+        "0.8",
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "27 training and 9 validation pictures, 3 classes" in result.output
+    assert "epoch 12: loss" in result.output
+    assert "trained and deployed agree\t9 of 9" in result.output
+    for name in ("best", "last"):
+        network = load_checkpoint(out / f"{name}.safetensors")
+        assert network.class_names == ("class 0", "class 1", "class 2")
+        assert network.preprocessing == Preprocessing(size=12, crop=1.0)
+        assert len(list(out.glob(f"{name}.state-*.safetensors"))) == 1
+    assert load_deployed(out / "deployed.safetensors").class_names == network.class_names
+    rows = list(csv.DictReader((out / "epochs.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == [*range(1, 13)]
+    assert max(float(row["top1"]) for row in rows) >= 0.9
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert len(list(csv.DictReader((out / "steps.csv").open()))) == 36
+    assert Image.open(out / "curve.png").size == (1000, 400)
+    assert next((out / "tensorboard").iterdir()).stat().st_size > 1000
+    assert read_yaml(out / "run.yaml")["batch"] == 8
+    picture, network = str(data / "val" / "class 1" / "0.png"), str(out / "deployed.safetensors")
+    predicted = CliRunner().invoke(app, ["predict", picture, "--checkpoint", network])
+    assert "class 1" in predicted.stdout.splitlines()[1], predicted.output
+
+
+def test_folder_zip_and_tar_are_one_data_set(data: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z, tarfile.open(tmp_path / "a.tar", "w") as t:
+        for path in sorted(data.rglob("*.png"), reverse=True):
+            name = Path("around") / path.relative_to(data)  # a folder around all is passed over
+            z.write(path, name)
+            t.add(path, str(name))
+    found = {}
+    for source in (data, tmp_path / "a.zip", tmp_path / "a.tar"):
+        run = Run(tiny(source, tmp_path / source.suffix), ONE, Quiet())
+        feed = Feed(run._training._loader.dataset, workers=2 if source == data else 0)  # type: ignore[arg-type]
+        parts = training_parts(len(run.data.train), 0, 1, 0, 8, 0, 1, 1)
+        found[source] = [(b.x, b.y) for b in feed.read(parts)]
+        assert run.data.class_names == ("class 0", "class 1", "class 2")
+    first, *others = found.values()
+    for other in others:
+        for (x, y), (x2, y2) in zip(first, other, strict=True):
+            assert torch.equal(x, x2)
+            assert torch.equal(y, y2)
+
+
+def test_classes_without_parts_are_split(tmp_path: Path) -> None:
+    root = draw(tmp_path / "d", train=10) / "train"
+    found = pictures(str(root), 0.3, 0, seed=0)
+    assert (len(found.train), len(found.validation)) == (21, 9)
+    assert not {s.name for s in found.train} & {s.name for s in found.validation}
+    assert pictures(str(root), 0.3, 0, seed=0)[2:4] == found[2:4]
+    assert pictures(str(root), 0.3, 0, seed=1)[2:4] != found[2:4]
+    assert len(pictures(str(root), 0.3, 2, seed=0).train) == 6
+    assert pictures(str(root), 0.0, 0, seed=0).warnings[0].startswith("there are no pictures for validation")
+
+
+def test_ranks_share_the_batches_of_one() -> None:
+    """Of 2 ranks and of parts, every step has the pictures that one process takes; validation has each picture once."""
+    one = [numbers for _, numbers in training_parts(50, 3, 1, 2, 12, 0, 1, 1)]
+    for world, accumulate in ((2, 1), (1, 3), (2, 3)):
+        ranks = [[*training_parts(50, 3, 1, 2, 12, rank, world, accumulate)] for rank in range(world)]
+        for step, expected in enumerate(one):
+            parts = [r[step * accumulate + part][1] for part in range(accumulate) for r in ranks]
+            assert [n for part in parts for n in part] == expected
+    found = [n for rank in range(3) for _, numbers in validation_parts(20, 4, rank, 3) for n in numbers]
+    assert sorted(found) == [*range(20)]
+
+
+def test_other_weights_to_start_from(data: Path, tmp_path: Path) -> None:
+    """A published checkpoint has other classes: its classifier is replaced, the rest is trained on."""
+    theirs = ParNet(ParNetConfig((4, 6, 8, 8), (2, 2, 2), num_classes=7, activation="relu"))
+    torch.save(
+        {"state_dict": theirs.state_dict(), "args": {"additional_branches": [["swish"]]}}, tmp_path / "theirs.pth"
+    )
+    trained(tiny(data, tmp_path / "a", init=str(tmp_path / "theirs.pth"), lr_base=1e-6, lr_min=0.0, epochs=1))
+    network = load_checkpoint(tmp_path / "a" / "last.safetensors")
+    assert network.config == theirs.config.replace(num_classes=3)
+    before = theirs.state_dict()["streams.1.0.block.rbr_dense.conv.weight"]
+    after = network.state_dict()["streams.1.0.block.rbr_dense.conv.weight"]
+    assert 0 < (after - before).abs().max() < 1e-4
+    # Of a network with the same classes, the classifier is kept.
+    again, _ = trained(
+        tiny(data, tmp_path / "b", init=str(tmp_path / "a" / "last.safetensors"), lr_base=1e-6, epochs=1)
+    )
+    assert (again.model.head.fc.weight - network.head.fc.weight).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="`width` is that of the network that `init` names"):
+        settings({"data": str(data), "init": "x.pth", "width": 4})
+
+
+def test_preprocessing_of_other_weights_is_kept(data: Path, tmp_path: Path) -> None:
+    model = ParNet(ParNetConfig((4, 6), (2,), num_classes=2))
+    model.preprocessing = Preprocessing(64, 1.0, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5), color="bgr")
+    save(model, tmp_path / "a.safetensors")
+    run = Run(tiny(data, tmp_path / "out", init=str(tmp_path / "a.safetensors")), ONE, Quiet())
+    assert run.preprocessing == model.preprocessing.replace(size=12)
+    x = run._training._loader.dataset[0, [0]].x[0]  # type: ignore[index]
+    name = run.data.train[0].name
+    pixels = np.asarray(Image.open(data / name)).astype(float) / 255
+    assert name.startswith("train/class 0")
+    red = x[2] * 0.5 + 0.3  # bgr: the class's colour comes last
+    assert red[2:-2, 2:-2].mean() == pytest.approx(pixels[..., 0].mean(), abs=0.05)
+    with pytest.raises(ValueError, match="`color` gray makes 1 channels, the network takes 3"):
+        Run(tiny(data, tmp_path / "c", init=str(tmp_path / "a.safetensors"), color="gray"), ONE, Quiet())
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_numbers_of_streams(streams: int, data: Path, tmp_path: Path) -> None:
+    run, _ = trained(tiny(data, tmp_path / "out", streams=streams, epochs=1, deploy=True, activation="relu"))
+    network = load_deployed_of(run)
+    assert network.config.planes == (*(4, 8, 16, 32)[:streams], 64)
+    assert network.config.activation == "relu"
+
+
+def load_deployed_of(run: Run):
+    from parnet_kernels.train.finish import deploy
+
+    assert deploy(run.folder, run.data).passed
+    return load_deployed(run.folder / "deployed.safetensors")
+
+
+def test_weight_decay_is_of_weights_alone(data: Path, tmp_path: Path) -> None:
+    run = Run(tiny(data, tmp_path), ONE, Quiet())
+    decayed, others = run.optimizer.param_groups
+    assert decayed["weight_decay"] == 5e-4
+    assert others["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert {id(p) for p in others["params"]} == {
+        id(p) for name, p in run.model.named_parameters() if ".bn." in name or name.endswith("bias") or p.ndim <= 1
+    }
+
+
+def test_average_of_weights(data: Path, tmp_path: Path) -> None:
+    """After step t, the copy is d·copy + (1 − d)·weights, d = min(ema, (1 + t)/(10 + t)); statistics too."""
+    run = Run(tiny(data, tmp_path, ema=0.5, epochs=1, warmup=0.0), ONE, Quiet())
+    follow, expected = run._follow, {k: v.double().clone() for k, v in run.shadow.state_dict().items()}
+
+    def checked(decay: float | None) -> None:
+        follow(decay)
+        assert decay == min(0.5, (1 + run.done) / (10 + run.done))
+        for name, t in run.model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * t.double() if t.is_floating_point() else t.double()
+
+    run._follow = checked  # type: ignore[method-assign]
+    run()
+    for name, t in run.shadow.state_dict().items():
+        assert (t.double() - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max().clamp_min(1), name
+    assert not torch.equal(run.shadow.head.fc.weight, run.model.head.fc.weight)
+
+
+def test_learning_rate() -> None:
+    s = settings(
+        {"data": "x", "batch": 512, "lr_base": 0.1, "epochs": 10, "warmup": 2.0, "cooldown": 3, "lr_min": 1e-3}
+    )
+    rates = [s.rate(step, 5) for step in range(13 * 5)]
+    assert rates[:2] == pytest.approx([0.02, 0.04])
+    assert max(rates) == rates[10] == pytest.approx(0.2)
+    assert rates[10 + 20] == pytest.approx((0.2 + 1e-3) / 2)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:50]))
+    assert rates[50:] == [1e-3] * 15
+
+
+def test_recipes() -> None:
+    paper = settings({"data": "x"})
+    assert (paper.model, paper.epochs, paper.cooldown, paper.batch) == ("s", 120, 10, 1024)
+    assert (paper.momentum, paper.weight_decay, paper.label_smoothing, paper.ema) == (0.9, 1e-4, 0.1, 0.9999)
+    assert (paper.randaugment, paper.erase, paper.crop_scale, paper.lr_min) == (9, 0.2, 0.08, 1e-5)
+    large = settings({"data": "x", "model": "xl"})
+    assert (large.dropout, large.erase) == (0.1, 0.4)
+    assert settings({"data": "digits"}).recipe == "cifar"
+    assert settings({"data": "digits"}).network(10).in_chans == 1
+    assert settings({"data": "x", "recipe": "cifar"}).model == "cifar"
+    for recipe in RECIPES:
+        settings({"data": "x", "recipe": recipe}).network(10)
+
+
+def test_yaml_and_flags_are_equals(tmp_path: Path, data: Path) -> None:
+    """Each field from a file, each as a flag; what is written is read back."""
+    other = {"int": 3, "float": 0.25, "bool": True}
+    values = {name: other.get(str(f.type), f.default) for name, f in FIELDS.items()}
+    values |= {"size": 24, "batch": 6, "data": str(data), "init": "", "tensorboard": False, "warmup": 0.5}
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "".join(f"{name}: {str(v).lower() if isinstance(v, bool) else repr(v)}\n" for name, v in values.items())
+    )
+    assert read_yaml(path) == values
+    chosen = Settings(**values)
+    path.write_text(written(chosen))
+    assert Settings(**read_yaml(path)) == chosen
+    path.write_text("epochs: 2  # few\nlr_base: 1e-3\nout: 'an äöü folder'\n")
+    assert read_yaml(path) == {"epochs": 2, "lr_base": 1e-3, "out": "an äöü folder"}
+    help_text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    assert all(f"--{name.replace('_', '-')}" in help_text for name in FIELDS if name != "data")
+
+
+def test_a_lower_rate_after_divergence(data: Path, tmp_path: Path) -> None:
+    chosen = tiny(data, tmp_path / "out", lr_base=1e9, warmup=0.0, momentum=0.0, weight_decay=0.0, epochs=20)
+    with pytest.raises(Stopped, match=r"(the loss is (nan|inf)|a weight is not finite) in epoch \d+.*--lr-base"):
+        trained(chosen)
+    if (tmp_path / "out" / "last.safetensors").exists():
+        assert all(
+            t.isfinite().all() for t in load_checkpoint(tmp_path / "out" / "last.safetensors").state_dict().values()
+        )
+
+
+def test_the_last_good_checkpoint_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss becomes NaN in the second epoch."""
+    step = Run._step
+
+    def spoiled(run: Run, batches, rate: float):
+        return step(run, batches, rate) * (float("nan") if run.done == 4 else 1)
+
+    monkeypatch.setattr(Run, "_step", spoiled)
+    chosen = tiny(data, tmp_path / "out")
+    with pytest.raises(
+        Stopped, match=r"the loss is nan in epoch 2, before step 5: stopped; the last good checkpoint is .*last"
+    ):
+        trained(chosen)
+    point = state.read(tmp_path / "out", "last")
+    assert point is not None
+    assert point.progress["step"] == 3
+    monkeypatch.setattr(Run, "_step", step)
+    trained(chosen, resume=True)
+    trained(tiny(data, tmp_path / "whole"))
+    assert left(tmp_path / "out") == left(tmp_path / "whole")
+
+
+def test_autocast_trains(data: Path, tmp_path: Path) -> None:
+    _, quiet = trained(tiny(data, tmp_path, amp=True, epochs=1))
+    assert np.isfinite(quiet.rows[0]["loss"])
