@@ -1,5 +1,6 @@
 """README and docs/: every snippet runs, every command, link, path and figure is right."""
 
+import itertools
 import re
 import runpy
 import shlex
@@ -59,6 +60,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save(deployed, tmp_path / "net.safetensors")
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    for part, name in itertools.product(("train", "val"), ("cat", "dog")):
+        (tmp_path / "pictures" / part / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(pixels + i).save(tmp_path / "pictures" / part / name / f"{i}.jpg")
+    (tmp_path / "run.yaml").write_text("".join(text for _, text in fences("yaml")))
     (tmp_path / "photos").mkdir()
     Image.fromarray(pixels).save(tmp_path / "photos" / "a.jpg")
     monkeypatch.chdir(tmp_path)
@@ -82,6 +88,10 @@ def test_snippet(where: str, code: str, folder: Path) -> None:
 def test_parnet_command(where: str, command: str, folder: Path) -> None:
     skip_without_packages(command)
     _, *arguments = shlex.split(command)
+    if arguments[0] == "train":  # a step of it
+        pytest.importorskip("kornia")
+        arguments += shlex.split("--epochs 1 --cooldown 0 --warmup 0 --limit 2 --batch 4 --ema 0 --size 32 --threads 1")
+        arguments += [] if "--init" in arguments else ["--model", "cifar", "--width", "4"]
     program = [sys.executable, "-c", "from parnet_kernels.app.cli import main; main()"]
     done = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{where}: {command}\n{done.stdout}{done.stderr}"
@@ -98,6 +108,8 @@ def test_other_commands() -> None:
             assert words[0] in targets, f"{where}: {command}"
         elif program == "parnet":
             assert words[0] in subcommands, f"{where}: {command}"
+        elif program == "torchrun":
+            assert words[2:4] == ["-m", "parnet_kernels.train"], f"{where}: {command}"
         else:
             assert (program, words[0]) == ("pip", "install"), f"{where}: what is {command!r}?"
 
