@@ -19,11 +19,11 @@ from parnet_kernels import _native
 from parnet_kernels.config import Layer, ParNetConfig, layers
 from parnet_kernels.cpu import int8
 from parnet_kernels.cpu.int8 import Int8Layer, Packed
-from parnet_kernels.deployed_layer import DeployedLayer, module_name
+from parnet_kernels.deployed_layer import DeployedLayer, module_name, shapes_of, why_not_layer
 from parnet_kernels.preprocessing import Described
 from parnet_kernels.reference import ACTIVATIONS, gate, interleave, per_channel, shuffle
 from parnet_kernels.unchanged import AsMade, Remembered, Watch
-from parnet_kernels.whole import classify, why_not_now
+from parnet_kernels.whole import classify, why_not_now, why_not_tensors
 
 
 class QuantizedLayer(nn.Module):
@@ -187,11 +187,15 @@ class QuantizedParNet(Described, nn.Module):
                 return f"layers.{module_name(layer.name)}: {reason}"
         return None
 
-    def _pack(self) -> Packed | str:
+    def _why_not_values(self) -> str | None:
+        """Why the kernels cannot take the layers' values, or None."""
         for layer, m in self._quantized():
             if reason := m.plain().why_not():
                 return f"layers.{module_name(layer.name)}: {reason}"
-        return int8.pack(self._program(), self.config.activation, int8.choose(self._kernels))
+        return None
+
+    def _pack(self) -> Packed | str:
+        return self._why_not_values() or int8.pack(self._program(), self.config.activation, int8.choose(self._kernels))
 
     def _program(self) -> list[tuple[Int8Layer, tuple[int, int, int]]]:
         """The int8 layers as plain values, each with the numbers of its inputs (−1: no second one) and its output."""
@@ -211,6 +215,32 @@ class QuantizedParNet(Described, nn.Module):
             for layer in graph[1:]
         ]
         return [(layer, self.layers[module_name(layer.name)]) for layer in named]  # type: ignore[misc]
+
+    def plain_layers(self) -> dict[str, Int8Layer]:
+        """The int8 layers as plain values, by their names, in order of execution."""
+        return {layer.name: m.plain() for layer, m in self._quantized()}
+
+    def why_not_as_configured(self) -> str | None:
+        """Why the modules are not those that the configuration says, as they were made; or None."""
+        graph = layers(self.config)
+        modules = self._modules.get("layers")
+        names = [module_name(layer.name) for layer in graph[1:] if layer.kind != "pointwise"]
+        if type(modules) is not nn.ModuleDict or [*modules] != names:
+            return "layers were added, removed or reordered"
+        shapes = {"head_weight": (self.num_classes, self.num_features), "head_bias": (self.num_classes,)}
+        if reason := why_not_tensors(self, shapes, torch.empty(0, device="cpu")):
+            return reason
+        for layer, name in ((graph[0], "first"), (graph[-1], "pointwise")):
+            m, needed = self._modules.get(name), name == "first" or self.config.pointwise_head
+            if m is None or not needed:
+                if needed or m is not None:
+                    return f"{name} was {'removed' if needed else 'added'}"
+                continue
+            shapes = shapes_of(layer, False)
+            reason = why_not_layer(m, (layer.kind, layer.stride, self.config.activation, tuple(shapes)))
+            if reason := reason or why_not_tensors(m, shapes, self.head_weight):
+                return f"{name}: {reason}"
+        return AS_MADE.why_not_class() or self._why_not_layers() or self._why_not_values()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, float32 [N, P, ⌈H/32⌉, ⌈W/32⌉] in the ImageNet variants."""

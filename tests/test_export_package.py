@@ -14,8 +14,10 @@ import pytest
 import torch
 from oracle import randomize
 from torch import nn
+from typer.testing import CliRunner
 
-from parnet_kernels import ParNet, ParNetConfig, _native, export, parnet_cifar
+from parnet_kernels import ParNet, ParNetConfig, _native, export, parnet_cifar, save
+from parnet_kernels.app.cli import app
 from parnet_kernels.deployed import DeployedParNet
 
 pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
@@ -104,6 +106,17 @@ def test_two_packages_are_not_mixed_up() -> None:
         assert torch.equal(run(x, place, made.steps, classifier, True, 10, 32, seed), other(x))
         with pytest.raises(RuntimeError, match="`outputs` and `reduction` must be those of the network, got 11"):
             run(x, place, made.steps, classifier, True, 11, 32, seed)
+
+
+def test_int8_networks_are_refused(tmp_path: Path) -> None:
+    quantized = tiny().quantize(torch.randn(2, 3, 32, 32))
+    with pytest.raises(TypeError, match="a package holds no int8 network"):
+        export.package(quantized, tmp_path / "net.pt2")
+    save(quantized, tmp_path / "net.safetensors")
+    told = CliRunner().invoke(app, ["export", str(tmp_path / "net.safetensors"), str(tmp_path / "net.pt2")])
+    assert told.exit_code == 2
+    assert "a .pt2 holds no int8 network" in " ".join(told.output.replace("│", " ").split())
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
 
 @pytest.mark.slow

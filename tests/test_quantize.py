@@ -273,6 +273,14 @@ def test_modes() -> None:
     assert norm_error(torch.compile(quantized, backend="eager")(x), changed) < 5e-3
 
 
+def test_torch_export_takes_the_definitions() -> None:
+    quantized = deployed(CONFIGS["two streams"]).quantize(torch.randn(2, 3, 32, 32))
+    x = torch.randn(2, 3, 32, 40)
+    program = torch.export.export(quantized, (x,))
+    assert norm_error(program.module()(x), quantized(x)) < 5e-3
+    assert not any("parnet._cpu" in str(node.target) for node in program.graph.nodes)
+
+
 def test_threads_of_callers_do_not_disturb_each_other() -> None:
     quantized = deployed(CONFIGS["even"]).quantize(torch.randn(4, 3, 32, 32))
     images = [torch.randn(1, 3, 32 + i, 40) for i in range(3)]

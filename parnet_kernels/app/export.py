@@ -12,11 +12,13 @@ import typer
 
 from parnet_kernels import export as targets
 from parnet_kernels.app.console import shown
-from parnet_kernels.app.options import ActivationOption, CheckpointArgument, EmaOption
-from parnet_kernels.checkpoint import load_model
+from parnet_kernels.app.options import Activation, ActivationOption, CheckpointArgument, EmaOption
+from parnet_kernels.checkpoint import load_network
+from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.export import onnx_file
 from parnet_kernels.export.onnx_model import OPSET
 from parnet_kernels.files import check_target
+from parnet_kernels.quantized import QuantizedParNet
 
 
 class Dtype(StrEnum):
@@ -43,7 +45,9 @@ def export(
         if size is not None or one_image or opset != OPSET:
             raise typer.BadParameter("--size, --one-image and --opset are for .onnx: a .pt2 takes any images")
         check_target(output, "export")
-        network = load_model(checkpoint, ema, activation and activation.value).to(getattr(torch, dtype.value))
+        network = _loaded(checkpoint, dtype, ema, activation)
+        if isinstance(network, QuantizedParNet):
+            raise typer.BadParameter("a .pt2 holds no int8 network; export it as .onnx, or the float network")
         targets.package(network, output)
         typer.echo(f"{shown(output)}: AOTInductor package, {dtype.value}, any number of images of any size")
         return
@@ -52,12 +56,24 @@ def export(
     except ImportError as error:
         raise typer.BadParameter(str(error)) from error
     pixels = None if size is None else _pixels(size)
-    network = load_model(checkpoint, ema, activation and activation.value).to(getattr(torch, dtype.value))
+    network = _loaded(checkpoint, dtype, ema, activation)
     dynamic = [name for name, free in (("batch", not one_image), ("size", pixels is None)) if free]
     targets.onnx(network, output, pixels, dynamic, opset)
     images = "one image" if one_image else "any number of images"
     where = "of any size" if pixels is None else f"of {pixels[0]} x {pixels[1]} pixels"
-    typer.echo(f"{shown(output)}: ONNX, opset {opset}, {dtype.value}, {images} {where}")
+    form = "int8 (QDQ)" if isinstance(network, QuantizedParNet) else dtype.value
+    typer.echo(f"{shown(output)}: ONNX, opset {opset}, {form}, {images} {where}")
+
+
+def _loaded(
+    checkpoint: Path, dtype: Dtype, ema: bool, activation: Activation | None
+) -> DeployedParNet | QuantizedParNet:
+    network = load_network(checkpoint, ema, activation and activation.value)
+    if not isinstance(network, QuantizedParNet):
+        return network.to(getattr(torch, dtype.value))
+    if dtype is not Dtype.float32:
+        raise typer.BadParameter(f"--dtype must be float32 for an int8 network, got {dtype.value}")
+    return network
 
 
 def _pixels(text: str) -> tuple[int, int]:

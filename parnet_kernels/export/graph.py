@@ -11,6 +11,7 @@ from parnet_kernels import reference
 from parnet_kernels.config import layers
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.deployed_layer import DeployedLayer
+from parnet_kernels.quantized import QuantizedParNet
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Node:
     stride: int
     activation: str
     parameters: dict[str, Tensor]
+    #: Scale and zero of the bytes that the result is rounded to; None: it stays as it is.
+    range: tuple[float, int] | None = None
 
     def run(self, *inputs: Tensor) -> Tensor:
         """The operator's definition, in the dtype of `inputs`."""
@@ -71,4 +74,26 @@ def graph_of(network: DeployedParNet) -> Graph:
         module = network.layers[layer.name.replace(".", "_")]
         assert isinstance(module, DeployedLayer)
         nodes.append(Node(layer.name, layer.kind, tuple(inputs), layer.stride, module.activation, module.arguments()))
+    return Graph(("image",), tuple(nodes), (network.head_weight, network.head_bias))
+
+
+def int8_graph_of(network: QuantizedParNet) -> Graph:
+    """An int8 network as a graph, with its own tensors. Its nodes cannot be run: `QuantizedLayer` is what defines them.
+    Weights [K, C, …] are 8-bit integers, to be multiplied by `weight_scale` and `gate_scale` [K]; the gate reads the
+    means of the layer's input as it is, also where there is a skip.
+    """
+    graph = layers(network.config)
+    quantized = network.plain_layers()
+    entry = next(iter(quantized.values()))
+    nodes = []
+    for layer in graph:
+        if (a := quantized.get(layer.name)) is None:  # the first or the last
+            m = network.first if layer is graph[0] else network.pointwise
+            assert m is not None
+            parameters, range_ = m.arguments(), (entry.scale_in, entry.zero_in) if layer is graph[0] else None
+        else:
+            parameters = {name: t for name, t in vars(a).items() if isinstance(t, Tensor)}
+            range_ = None if a.last else (a.scale_out, a.zero_out)
+        activation = network.config.activation
+        nodes.append(Node(layer.name, layer.kind, layer.inputs, layer.stride, activation, parameters, range_))
     return Graph(("image",), tuple(nodes), (network.head_weight, network.head_bias))

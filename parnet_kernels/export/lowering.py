@@ -3,6 +3,8 @@
 What other engines would do at run time is folded here, exactly, so that they get their best form: the 2 of 2σ(·) goes
 into the convolution's weights, the skip's affine into the gate's, a fusion's interleaving and channel shuffle into the
 order of weights and of concatenated slices. So a result may be stored in another channel order: `Program.order`.
+
+A node may hold 8-bit weights, and the range of bytes that its result is rounded to: see `graph.int8_graph_of`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Conv(Step):
     bias: Tensor
     stride: int
     groups: int
+    scale: Tensor | None = None  # [K]: of 8-bit weights, what a row is multiplied by
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Gate(Step):
     weight: Tensor  # [K, C / groups]
     bias: Tensor
     groups: int
+    scale: Tensor | None = None  # as that of `Conv`
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,14 @@ class Affine(Step):
 
     scale: Tensor
     shift: Tensor
+
+
+@dataclass(frozen=True)
+class Round(Step):
+    """The nearest bytes q with x ≈ scale · (q − zero), and the values that these stand for."""
+
+    scale: float
+    zero: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,9 @@ def _runs(positions: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-class _Lowering:
+class Lowering:
+    """The program of a graph; `order`: of each map, which true channel each stored one is."""
+
     def __init__(self, graph: Graph, shapes: Sequence[Shape]) -> None:
         self.steps: list[Step] = []
         self.shapes = dict(zip(graph.inputs, shapes, strict=True))
@@ -155,16 +169,18 @@ class _Lowering:
         if node.kind == "pointwise":
             self.conv(node, node.inputs[0], p["weight"][:, order], p["bias"], 1, 1)
             return self.finish(node, f"{name}/conv", torch.arange(len(p["bias"])))
+        scale, gate_scale = p.get("weight_scale"), p.get("gate_scale")
         if node.kind == "repvgg_sse":  # stored in the order of its input: the skip adds them
             a, c = p["skip_scale"][order], p["skip_shift"][order]
-            weight = p["gate_weight"][order][:, order]
-            bias = weight.double() @ c.double()
-            if "gate_bias" in p:
-                bias += p["gate_bias"][order]
-            self.conv(node, node.inputs[0], p["weight"][order][:, order], p["bias"][order], 1, 1)
-            gate_weight = (weight.double() * a.double()).to(weight.dtype)
+            weight, gate_weight = (p[n][order][:, order] for n in ("weight", "gate_weight"))
+            gate_bias = p["gate_bias"][order] if "gate_bias" in p else torch.zeros_like(c)
+            if gate_scale is None:
+                gate_bias = (gate_weight.double() @ c.double() + gate_bias).to(gate_weight.dtype)
+                gate_weight = (gate_weight.double() * a.double()).to(gate_weight.dtype)
+            scale, gate_scale = (None if s is None else s[order] for s in (scale, gate_scale))
+            self.conv(node, node.inputs[0], weight, p["bias"][order], 1, 1, scale)
             self.steps += [
-                Gate(f"{name}/gate", node.inputs, gate_weight, bias.to(weight.dtype), 1),
+                Gate(f"{name}/gate", node.inputs, gate_weight, gate_bias, 1, gate_scale),
                 Skip(f"{name}/skip", (node.inputs[0], f"{name}/gate"), a, c),
                 Add(f"{name}/sum", (f"{name}/conv", f"{name}/skip")),
             ]
@@ -182,16 +198,27 @@ class _Lowering:
             )
         else:
             weight, gate_weight = weight[:, order], gate_weight[:, order]
-        self.conv(node, source, 2 * weight, 2 * p["bias"], node.stride, groups)
+        weight, scale = (2 * weight, None) if scale is None else (weight, 2 * scale)
+        self.conv(node, source, weight, 2 * p["bias"], node.stride, groups, scale)
+        gate_bias = p.get("gate_bias", torch.zeros_like(p["bias"]))
         self.steps += [
-            Gate(f"{name}/gate", (source,), gate_weight, p.get("gate_bias", weight.new_zeros(k)), groups),
+            Gate(f"{name}/gate", (source,), gate_weight, gate_bias, groups, gate_scale),
             Scale(f"{name}/scaled", (f"{name}/conv", f"{name}/gate")),
         ]
         true = torch.arange(k).view(k // groups, groups).t().flatten() if groups == 2 else torch.arange(k)
         return self.finish(node, f"{name}/scaled", true)
 
-    def conv(self, node: Node, source: str, weight: Tensor, bias: Tensor, stride: int, groups: int) -> None:
-        self.steps.append(Conv(f"{node.name}/conv", (source,), weight.contiguous(), bias, stride, groups))
+    def conv(
+        self,
+        node: Node,
+        source: str,
+        weight: Tensor,
+        bias: Tensor,
+        stride: int,
+        groups: int,
+        scale: Tensor | None = None,
+    ) -> None:
+        self.steps.append(Conv(f"{node.name}/conv", (source,), weight.contiguous(), bias, stride, groups, scale))
 
     def concat(self, node: Node, out: str) -> Tensor:
         """Gathers each group's channels of both inputs as slices; returns their places in the interleaved order."""
@@ -209,14 +236,17 @@ class _Lowering:
         return torch.cat(columns).view(2, c)
 
     def finish(self, node: Node, source: str, order: Tensor) -> None:
+        exact = node.name if node.range is None else f"{node.name}/exact"
         affine = "out_scale" in node.parameters
-        self.steps.append(Act(f"{node.name}/act" if affine else node.name, (source,), node.activation))
+        self.steps.append(Act(f"{node.name}/act" if affine else exact, (source,), node.activation))
         if affine:
             scale, shift = (node.parameters[n][order] for n in ("out_scale", "out_shift"))
-            self.steps.append(Affine(node.name, (f"{node.name}/act",), scale, shift))
+            self.steps.append(Affine(exact, (f"{node.name}/act",), scale, shift))
+        if node.range is not None:
+            self.steps.append(Round(node.name, (exact,), *node.range))
         self.order[node.name] = order
 
 
 def lower(graph: Graph, shapes: Sequence[Shape]) -> Program:
     """The steps of `graph` for inputs of these shapes; their numbers of channels must be known."""
-    return _Lowering(graph, shapes).program
+    return Lowering(graph, shapes).program

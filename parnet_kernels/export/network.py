@@ -11,6 +11,7 @@ from torch import nn
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.deployed_layer import AffineLayer
 from parnet_kernels.model import ParNet
+from parnet_kernels.quantized import QuantizedParNet
 from parnet_kernels.unchanged import HOOKS
 from parnet_kernels.whole import why_not_now, why_not_tensors
 
@@ -34,13 +35,25 @@ def deployed_form(network: Any, what: str) -> DeployedParNet:
     return network
 
 
-def metadata(network: DeployedParNet) -> dict[str, str]:
+def int8_form(network: QuantizedParNet, what: str) -> QuantizedParNet:
+    """`network`, as `quantize` made it.
+
+    Raises:
+        ValueError: something was done to it that a file of its configuration and weights would not hold.
+    """
+    reason = why_not_now() or _why_not_methods(network) or _why_not_hooks(network) or network.why_not_as_configured()
+    if reason:
+        raise ValueError(f"{what}: `network` cannot be exported as it is: {reason}")
+    return network
+
+
+def metadata(network: DeployedParNet | QuantizedParNet) -> dict[str, str]:
     """What an exported file tells about a network besides its function: JSON texts, named as in our own files."""
     return {"parnet_config": json.dumps(asdict(network.config)), **network.description()}
 
 
 def _why_not_methods(network: nn.Module) -> str | None:
-    base = ParNet if isinstance(network, ParNet) else DeployedParNet
+    base = next(form for form in (ParNet, DeployedParNet, QuantizedParNet) if isinstance(network, form))
     for name in _METHODS:
         if name in network.__dict__ or getattr(type(network), name) is not getattr(base, name):
             return f"it has a `{name}` of its own"

@@ -10,18 +10,19 @@ import torch
 
 from parnet_kernels._version import __version__
 from parnet_kernels.deployed import DeployedParNet
-from parnet_kernels.export.graph import graph_of
+from parnet_kernels.export.graph import graph_of, int8_graph_of
 from parnet_kernels.export.lowering import Shape, lower
-from parnet_kernels.export.network import deployed_form, metadata
+from parnet_kernels.export.network import deployed_form, int8_form, metadata
 from parnet_kernels.export.onnx_model import OLDEST_OPSET, OPSET, onnx_model
 from parnet_kernels.files import check_target, write_whole
 from parnet_kernels.model import ParNet
+from parnet_kernels.quantized import QuantizedParNet
 
 DYNAMIC = ("batch", "size")
 
 
 def onnx(
-    network: DeployedParNet | ParNet,
+    network: DeployedParNet | ParNet | QuantizedParNet,
     path: str | Path,
     size: tuple[int, int] | None = None,
     dynamic: Collection[str] = DYNAMIC,
@@ -30,11 +31,14 @@ def onnx(
     """Writes `network`, folded, as an ONNX model of standard operators, in the form that engines run fastest.
 
     The input is "image" [N, in_chans, H, W]; the output "logits" [N, num_classes], or without a classifier "pooled"
-    [N, P]; both in the network's dtype, float32 or float16. The model's metadata (`metadata_props`) hold
+    [N, P]; both in the network's dtype, float32 or float16. An int8 network's maps pass through QuantizeLinear and
+    DequantizeLinear with its scales, its weights are 8-bit integers behind a DequantizeLinear for each output channel,
+    input and output are float32: the same function, but that an engine sums products in its own order, so that
+    a value halfway between two bytes may round either way. The model's metadata (`metadata_props`) hold
     `parnet_config`, and `parnet_preprocessing` and `parnet_class_names` where the network has them, as JSON.
 
     Args:
-        network: of either form; a training form is folded with its running statistics.
+        network: of any form; a training form is folded with its running statistics.
         path: the file to write; it appears when it is complete.
         size: the one height and width that the model takes; None: any, if "size" is dynamic.
         dynamic: which sizes of the input are left open, of "batch" (else 1) and "size" (unless `size` is given).
@@ -52,12 +56,16 @@ def onnx(
     if type(opset) is not int or not OLDEST_OPSET <= opset <= newest:
         raise ValueError(f"export.onnx: `opset` must be from {OLDEST_OPSET} to {newest}, got {opset!r}")
     check_target(path, "export.onnx")
-    network = deployed_form(network, "export.onnx")
+    if isinstance(network, QuantizedParNet):
+        graph = int8_graph_of(int8_form(network, "export.onnx"))
+    else:
+        network = deployed_form(network, "export.onnx")
+        graph = graph_of(network)
     dtype = network.head_weight.dtype
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"export.onnx: `network` must be float32 or float16, got {dtype}: `network.float()` is")
     shape = _shape(network, size, dynamic)
-    program = lower(graph_of(network), [shape])
+    program = lower(graph, [shape])
     model = onnx_model(program, (shape[0], network.num_classes or network.num_features), opset=opset)
     model.producer_name, model.producer_version = "parnet_kernels", __version__
     library.helper.set_model_props(model, metadata(network))
@@ -77,7 +85,7 @@ def needed() -> Any:
     return library
 
 
-def _shape(network: DeployedParNet, size: Any, dynamic: Collection[str]) -> Shape:
+def _shape(network: DeployedParNet | QuantizedParNet, size: Any, dynamic: Collection[str]) -> Shape:
     if isinstance(dynamic, str) or not set(dynamic) <= set(DYNAMIC):
         raise ValueError(f"export.onnx: `dynamic` must be a subset of {DYNAMIC}, got {dynamic!r}")
     pixels: tuple[int | str, int | str] = ("height", "width")

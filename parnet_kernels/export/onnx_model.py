@@ -18,6 +18,7 @@ from parnet_kernels.export.lowering import (
     Head,
     Pool,
     Program,
+    Round,
     Scale,
     Skip,
     Step,
@@ -54,6 +55,13 @@ class _Builder:
         self.nodes.append(helper.make_node(op, inputs, [out], out, **attributes))
         return out
 
+    def weight(self, value: Tensor, scale: Tensor | None) -> str:
+        """Of a convolution; 8-bit integers are kept as such, with a scale for each output channel."""
+        if scale is None:
+            return self.constant(value)
+        zeros = torch.zeros(len(scale), dtype=torch.int8)
+        return self.add("DequantizeLinear", [*map(self.constant, (value, scale, zeros))], axis=0)
+
     def vector(self, value: Tensor) -> str:
         return self.constant(value[None, :, None, None])
 
@@ -63,13 +71,13 @@ class _Builder:
     def step(self, step: Step) -> None:
         i, out = list(step.inputs), step.out
         if isinstance(step, Conv):
-            self.dtype = step.weight.dtype
+            self.dtype = step.bias.dtype
             pads = [step.weight.shape[2] // 2] * 4
-            constants = [self.constant(step.weight), self.constant(step.bias)]
+            constants = [self.weight(step.weight, step.scale), self.constant(step.bias)]
             self.add("Conv", i + constants, out, pads=pads, strides=[step.stride] * 2, group=step.groups)
         elif isinstance(step, Gate):
             pooled = self.add("GlobalAveragePool", i)
-            constants = [self.constant(step.weight[:, :, None, None]), self.constant(step.bias)]
+            constants = [self.weight(step.weight[:, :, None, None], step.scale), self.constant(step.bias)]
             self.add("Sigmoid", [self.add("Conv", [pooled, *constants], group=step.groups)], out)
         elif isinstance(step, Skip) and self.skip == "affine":
             self.add("Mul", [self.affine(i[0], step.scale, step.shift), i[1]], out)
@@ -79,6 +87,9 @@ class _Builder:
             scale = self.add("Mul", [i[1], self.vector(step.scale)])
             shift = self.add("Mul", [i[1], self.vector(step.shift)])
             self.add("Add", [self.add("Mul", [i[0], scale]), shift], out)
+        elif isinstance(step, Round):
+            scale, zero = self.constant(torch.tensor(step.scale)), self.constant(torch.tensor(step.zero).byte())
+            self.add("DequantizeLinear", [self.add("QuantizeLinear", [*i, scale, zero]), scale, zero], out)
         elif isinstance(step, Affine):
             self.affine(i[0], step.scale, step.shift, out)
         elif isinstance(step, Add):

@@ -16,6 +16,7 @@ from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.export.network import deployed_form, metadata
 from parnet_kernels.files import check_target
 from parnet_kernels.model import ParNet
+from parnet_kernels.quantized import QuantizedParNet
 from parnet_kernels.whole import WholeNetwork
 
 _WHAT = "export.package"
@@ -44,12 +45,14 @@ def package(network: DeployedParNet | ParNet, path: str | Path, *, storage: str 
         RuntimeError: the native CPU kernels cannot run this network: the reason is named.
         ValueError: an argument that does not fit, named; or a network to which something was done that the file would
             not hold: hooks, patched or added layers.
-        TypeError: `network` is no ParNet.
+        TypeError: `network` is no ParNet, or an int8 network.
         OSError: the file cannot be written.
     """
     check_target(path, _WHAT)
     if Path(path).suffix != ".pt2":
         raise ValueError(f"{_WHAT}: `path` must end in .pt2, got {path}")
+    if isinstance(network, QuantizedParNet):
+        raise TypeError(f"{_WHAT}: a package holds no int8 network; export the float one, or this one as ONNX")
     network = deployed_form(network, _WHAT)
     module, example = _whole_network(network, storage)
     with torch.no_grad():
