@@ -22,6 +22,7 @@ from parnet_kernels import ParNetConfig, ops
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
 
+pytestmark = pytest.mark.usefixtures("inductor")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 where = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 

@@ -199,6 +199,7 @@ def test_gradient_of_the_input() -> None:
     assert error(found, expected) <= 1e-4
 
 
+@pytest.mark.usefixtures("inductor")
 @torch.no_grad()
 def test_compile_and_export() -> None:
     torch._dynamo.reset()

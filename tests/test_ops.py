@@ -201,6 +201,7 @@ def test_autocast(op: str) -> None:
 
 
 @each_operator
+@pytest.mark.usefixtures("inductor")
 def test_compile(op: str) -> None:
     """fullgraph, with dynamic sizes, forward and backward."""
     torch._dynamo.reset()
@@ -239,6 +240,7 @@ def test_export_with_dynamic_sizes(op: str) -> None:
     assert torch.allclose(exported.module()(*other), layer(*other), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("inductor")
 def test_ahead_of_time_compilation(tmp_path) -> None:
     layer = Layer("repvgg_sse").eval()
     maps = tuple(arguments("repvgg_sse", n=2, size=(8, 10))[0][:1])

@@ -41,6 +41,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @each_operator
+@pytest.mark.usefixtures("inductor")
 def test_compiled_forward_and_backward_call_the_backend(op: str, where: torch.device) -> None:
     positional, options = call(op, where)
     expected = gradients(getattr(reference, op), positional, options)
@@ -64,6 +65,7 @@ def test_exported(op: str, where: torch.device) -> None:
     same([program.module()(*positional)], [getattr(reference, op)(*positional, **options)])
 
 
+@pytest.mark.usefixtures("inductor")
 def test_packaged_by_aot_inductor(where: torch.device, tmp_path: Any) -> None:
     """The package calls this backend through the dispatcher."""
     positional, options = call("fusion_se", where)
