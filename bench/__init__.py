@@ -7,10 +7,11 @@
     python -m bench cpu --isa avx2          what processors without AVX-512 do, on one that has it
     python -m bench profile --variants s    our layers within a run
     python -m bench calls                   what public operators cost beside their kernels
+    python -m bench int8                    int8 and bfloat16 networks: see "How it measures"
     python -m bench gpu                     on a GPU: see bench/gpu/__init__.py
     pip install -e '.[peers]'               the other engines; a missing one is reported
 
-`cpu` and `gpu` write results.csv, results.json, results.md and plots to out/bench/<time>. Tables have
+`cpu`, `int8` and `gpu` write results.csv, results.json, results.md and plots to out/bench/<time>. Tables have
 80 columns at most; in a pipe they are tab-separated lines, and lines that begin with #.
 
 How it measures
@@ -22,6 +23,10 @@ How it measures
 * First an engine's result is compared with the float64 reference (`parnet_kernels.reference`): ‖y − r‖ / ‖r‖ must be at
   most 3e-6 for our layers, 5e-6 for our networks and 2e-3 for others. A wrong result gets no time. The error stands
   below every time: an engine may be fast because it computes less accurately.
+* `int8` compares engines within groups of the same numbers, int8 or bf16; our float32 network stands beside them. There
+  a result may be off by what rounding costs (0.2 and 0.05, norm-wise), and the error printed tells how much that is.
+  ONNX Runtime and OpenVINO are given our int8 numbers as a QDQ file and the float32 network to be quantised by
+  themselves (OpenVINO with NNCF), all calibrated on the same pictures; the faster one counts, "form" names it.
 * Then rounds A B C …, B C … A, … of short bursts, so that a change of the machine's speed meets all engines. Reported
   are the median of all runs and the 10th and 90th percentiles.
 * Single layers take turns with so many distinct weights that these are cold, as in a network where all other layers lie

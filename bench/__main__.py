@@ -1,4 +1,4 @@
-"""The command line: `python -m bench cpu | train | gpu | profile | calls`, `make bench`, `parnet bench`."""
+"""The command line: `python -m bench cpu | int8 | train | gpu | profile | calls`, `make bench`, `parnet bench`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench import machine as machines
 from bench import profile as layer_profile
 from bench import report, tables
 from bench import train as steps
-from bench.engines import ENGINES
+from bench.engines import ENGINES, LOW_PRECISION
 from bench.measure import Bench, Plan, Row
 from bench.workloads import BLOCKS, Workload, select
 from parnet_kernels.config import VARIANTS
@@ -32,6 +32,9 @@ Threads = Annotated[str, typer.Option(help="numbers of threads; default: 1 and t
 Size = Annotated[int, typer.Option(min=1, help="height and width of the images")]
 Rounds = Annotated[int, typer.Option(min=1, help="rounds over everything that is compared")]
 Minutes = Annotated[float, typer.Option(help="stop after this time, keeping what is measured")]
+Isa = Annotated[
+    str, typer.Option(help="native, or avx2: hide AVX-512 from all engines (on x86-64 Linux, where it can be)")
+]
 Out = Annotated[Path | None, typer.Option(help="folder; default out/bench/<time>")]
 
 app = typer.Typer(
@@ -131,9 +134,7 @@ def cpu(
         int | None, typer.Option(min=1, help="rounds over all engines; default 7, with --quick 3")
     ] = None,
     minutes: Minutes = 90,
-    isa: Annotated[
-        str, typer.Option(help="native, or avx2: hide AVX-512 from all engines (on x86-64 Linux, where it can be)")
-    ] = "native",
+    isa: Isa = "native",
     size: Size = 224,
     out: Out = None,
 ) -> None:
@@ -145,6 +146,53 @@ def cpu(
     layers.
     """
     suites = _suites(suite, list(SUITES)[1:])
+    wanted = _list("--engines", engines, list(ENGINES)) if engines else list(ENGINES)
+    _cpu(report.CPU, suites, variants, batch, threads, wanted, bool(engines), quick, rounds, minutes, isa, size, out)
+
+
+@app.command()
+def int8(
+    variants: Variants = "s,m",
+    batch: Batch = "1,8",
+    threads: Threads = "",
+    engines: Annotated[str, typer.Option(help=f"of {','.join(LOW_PRECISION)}; default: all")] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="ParNet-S, batch 1, all cores, no torch.compile: about two minutes")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="rounds over all engines; default 7, with --quick 3")
+    ] = None,
+    minutes: Minutes = 90,
+    isa: Isa = "native",
+    size: Size = 224,
+    out: Out = None,
+) -> None:
+    """Latency of whole networks in int8 and bfloat16 on the CPU, beside our float32 network.
+
+    Engines take turns, but are compared within their group only: int8 or bf16. The error is that against the float64
+    reference, quantisation included; an engine that has several ways takes its fastest. `peers` and NNCF, where they
+    are installed, are measured.
+    """
+    wanted = _list("--engines", engines, list(LOW_PRECISION)) if engines else list(LOW_PRECISION)
+    _cpu(report.LOW, ["net"], variants, batch, threads, wanted, bool(engines), quick, rounds, minutes, isa, size, out)
+
+
+def _cpu(
+    subject: report.Subject,
+    suites: list[str],
+    variants: str,
+    batch: str,
+    threads: str,
+    wanted: list[str],
+    chosen_engines: bool,
+    quick: bool,
+    rounds: int | None,
+    minutes: float,
+    isa: str,
+    size: int,
+    out: Path | None,
+) -> None:
+    """Options as `cpu` has them."""
     chosen = select(
         suites,
         _list("--variants", "s" if quick else variants, list(VARIANTS)),
@@ -153,10 +201,9 @@ def cpu(
     )
     counts = [machines.physical_cores()] if quick and not threads else _threads(threads)
     hidden = _list("--isa", isa, ["native", "avx2"]) == ["avx2"]
-    wanted = _list("--engines", engines, list(ENGINES)) if engines else list(ENGINES)
-    if quick and not engines:
+    if quick and not chosen_engines:
         wanted = [name for name in wanted if not name.startswith("compile")]
-    names = [name for name in ENGINES if name in wanted]
+    names = [name for name in subject.engines if name in wanted]
     console = Console()
     machine = machines.describe(hidden)
     plan = Plan(rounds=rounds or (3 if quick else 7), cold_bytes=machine.cold_bytes)
@@ -172,8 +219,8 @@ def cpu(
         raise typer.BadParameter(str(error), param_hint="--isa") from None
     if not rows:
         raise typer.Exit(1)
-    report.show(console, rows, machine)
-    paths = report.write(rows, machine, _folder(out))
+    report.show(console, rows, machine, subject)
+    paths = report.write(rows, machine, _folder(out), subject)
     notes = Console(stderr=True)
     for path in paths:
         notes.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)

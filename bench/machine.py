@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
+_X86_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+ISA_FLAGS = (*_X86_FLAGS, "asimd", "asimddp", "i8mm", "bf16", "sve")
 SOURCE = Path(__file__).with_name("ceilings.cpp")
 HIDER = Path(__file__).with_name("without_avx512.c")
 

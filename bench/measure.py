@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from bench.engines import ENGINES
+from bench.engines import ALL
 from bench.limits import gflop, limit_seconds
 from bench.machine import Machine
 from bench.process import Handle, WorkerError
@@ -40,6 +40,7 @@ class Row:
     engine: str
     status: str  # "ok", "wrong" (no time), "missing" or "failed"
     reason: str = ""
+    group: str = "float32"  # see `Kind`
     form: str = ""
     note: str = ""
     version: str = ""
@@ -47,6 +48,7 @@ class Row:
     median_ms: float = float("nan")
     p10_ms: float = float("nan")
     p90_ms: float = float("nan")
+    cpu_ms: float = float("nan")  # processor time of all threads, median
     runs: int = 0
     copies: int = 0
     first_call_ms: float = float("nan")
@@ -117,7 +119,7 @@ class Bench:
         if handle is None or not handle.alive:
             try:
                 handle = self.handles[name, threads] = self.start(name, threads, self.folder)
-                package = ENGINES[name].package or "parnet-kernels"
+                package = ALL[name].package or "parnet-kernels"
                 self.machine.versions[package] = handle.version
             except WorkerError as error:
                 self.missing[name] = str(error)
@@ -132,7 +134,7 @@ class Bench:
         rows = {name: self._row(workload, threads, name) for name in self.engines}
         ready: dict[str, Built] = {}
         for name, row in rows.items():
-            say(f"building {ENGINES[name].title}")
+            say(f"building {ALL[name].title}")
             handle = self._handle(name, threads)
             if handle is None:
                 row.status, row.reason = "missing", self.missing[name]
@@ -166,12 +168,12 @@ class Bench:
         ready: dict[str, Built],
         say: Callable[[str], None],
     ) -> None:
-        samples: dict[str, list[float]] = {name: [] for name in ready}
+        samples: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
         order = list(ready)
         rounds = self.plan.rounds_for([built.trial_s for built in ready.values()])
         for round_ in range(rounds):
             for name in order:
-                say(f"{ENGINES[name].title}, round {round_ + 1}/{rounds}")
+                say(f"{ALL[name].title}, round {round_ + 1}/{rounds}")
                 trial = ready[name].trial_s
                 warm = 1 if trial < SLOW_S else 0  # a slow run warms up by itself
                 handle = self.handles[name, threads]
@@ -195,12 +197,14 @@ class Bench:
             threads=threads,
             engine=engine,
             status="ok",
+            group=ALL[engine].group,
         )
 
-    def _fill(self, row: Row, workload: Workload, threads: int, seconds: list[float]) -> None:
-        median = row.set_times(seconds)
+    def _fill(self, row: Row, workload: Workload, threads: int, seconds: list[tuple[float, float]]) -> None:
+        median = row.set_times([wall for wall, _ in seconds])
+        row.cpu_ms = 1e3 * statistics.median(cpu for _, cpu in seconds)
         row.gflops = gflop(workload) / median
         ceilings = self.machine.ceilings.get(threads)
-        if ceilings is not None:
+        if ceilings is not None and row.group == "float32":
             row.of_direct_limit = limit_seconds(workload, ceilings, winograd=False) / median
             row.of_winograd_limit = limit_seconds(workload, ceilings, winograd=True) / median

@@ -24,6 +24,13 @@ COLOURS = {
     "tensorrt": "#4292c6",
     "ours-triton": "#fdae6b",
     "ours": "#e6550d",
+    "onnxruntime-int8": "#9ecae1",
+    "openvino-int8": "#6baed6",
+    "ours-int8": "#e6550d",
+    "autocast-bf16": "#c9ced6",
+    "compile-bf16": "#8f9bad",
+    "openvino-bf16": "#6baed6",
+    "ours-bf16": "#e6550d",
 }
 
 

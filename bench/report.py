@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from bench import tables
-from bench.engines import ENGINES
+from bench.engines import ENGINES, LOW_PRECISION
 from bench.machine import Machine
 from bench.measure import COLUMNS, Row
 
@@ -43,6 +43,8 @@ class Subject:
     about: str
     plotted: Callable[[Any], tuple[str, str]]
     limits: bool = True
+    cpu_time: bool = False  # whether tables have it
+    errors: bool = False  # whether the markdown has a line, with its error, for each engine
 
     def where(self, row: Row) -> str:
         return ", ".join(
@@ -62,6 +64,17 @@ CPU = Subject(
     COLUMNS,
     "float32",
     _plotted,
+)
+LOW = Subject(
+    LOW_PRECISION,
+    {"net": "Whole network"},
+    (("group", "group", lambda row: row.group), *CPU.conditions),
+    COLUMNS,
+    "each kind of numbers a group of its own",
+    lambda row: (f"net-{row.group}", _plotted(row)[1]),
+    limits=False,
+    cpu_time=True,
+    errors=True,
 )
 
 
@@ -111,21 +124,23 @@ def _best_of_ours(cell: dict[str, Row]) -> Row | None:
     return min(ours, key=lambda row: (row.status != "ok", row.median_ms), default=None)
 
 
-HEADER = ("engine", "median ms", "p10–p90", "error", "ours is")
+def _header(subject: Subject) -> list[str]:
+    return ["engine", "median ms", "p10–p90", *["CPU ms"] * subject.cpu_time, "error", "ours is"]
 
 
-def _lines(cell: dict[str, Row], subject: Subject) -> list[tuple[str, ...]]:
+def _lines(cell: dict[str, Row], subject: Subject) -> list[list[str]]:
     """A line for each engine; the last column says how many times as fast ours is."""
     ours = _best_of_ours(cell)
-    lines: list[tuple[str, ...]] = []
+    lines: list[list[str]] = []
     for name in (name for name in subject.engines if name in cell):
         row = cell[name]
         if row.status != "ok":
-            lines.append((subject.engines[name].title, row.status, "", "", ""))
+            lines.append([subject.engines[name].title, row.status, *[""] * (len(_header(subject)) - 2)])
             continue
         range_ = f"{number(row.p10_ms)}–{number(row.p90_ms)}"
         against = "" if ours is None or is_ours(name) else ratio(row.median_ms / ours.median_ms)
-        lines.append((subject.engines[name].title, number(row.median_ms), range_, f"{row.error:.0e}", against))
+        times = [number(row.median_ms), range_, *[number(row.cpu_ms)] * subject.cpu_time]
+        lines.append([subject.engines[name].title, *times, f"{row.error:.0e}", against])
     return lines
 
 
@@ -167,6 +182,9 @@ def markdown(rows: list[Row], machine: Machine, subject: Subject = CPU) -> str:
         cells = by_cell(rows, suite, subject)
         if not cells:
             continue
+        if subject.errors:
+            lines += [*_by_engine(heading, cells, subject), ""]
+            continue
         names = _engines(rows, subject)
         titles = [f"**{subject.engines[n].title}**" if is_ours(n) else subject.engines[n].title for n in names]
         headings = [long for _, long, _ in subject.conditions]
@@ -186,6 +204,16 @@ def markdown(rows: list[Row], machine: Machine, subject: Subject = CPU) -> str:
         lines.append("")
     lines += [f"* {remark}" for remark in remarks(rows, machine, subject)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _by_engine(heading: str, cells: dict[Cell, dict[str, Row]], subject: Subject) -> Iterator[str]:
+    """A markdown table with a line for each engine of each cell."""
+    columns = [heading, "batch", *(long for _, long, _ in subject.conditions), *_header(subject)]
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" + "|---:" * (len(columns) - 1) + "|"
+    for conditions, cell in cells.items():
+        for line in _lines(cell, subject):
+            yield "| " + " | ".join([*conditions, *line]) + " |"
 
 
 def write(rows: list[Row], machine: Machine, folder: Path, subject: Subject = CPU) -> list[Path]:
@@ -217,16 +245,16 @@ def show(console: Console, rows: list[Row], machine: Machine, subject: Subject =
         for suite, heading in subject.suites.items():
             for cell in by_cell(rows, suite, subject).values():
                 where = subject.where(next(iter(cell.values())))
-                tables.show(console, f"{heading}: {where}", HEADER, _lines(cell, subject))
+                tables.show(console, f"{heading}: {where}", _header(subject), _lines(cell, subject))
                 console.print(_limits(cell, subject), style="dim", highlight=False, markup=False)
     else:
         named = [long for _, long, _ in subject.conditions]
-        columns = ["workload", "suite", "batch", *named, "engine", "status", "median_ms", "p10_ms", "p90_ms", "error"]
+        numbers = ["median_ms", "p10_ms", "p90_ms", *["cpu_ms"] * subject.cpu_time, "error"]
+        columns = ["workload", "suite", "batch", *named, "engine", "status", *numbers]
         found = []
         for row in rows:
             place = (row.workload, row.suite, str(row.batch), *(value(row) for _, _, value in subject.conditions))
-            numbers = (f"{x:.6g}" for x in (row.median_ms, row.p10_ms, row.p90_ms, row.error))
-            found.append((*place, row.engine, row.status, *numbers))
+            found.append((*place, row.engine, row.status, *(f"{getattr(row, name):.6g}" for name in numbers)))
         tables.show(console, f"median latency in ms, {subject.about}", columns, found)
     mark = "• " if console.is_terminal else "# "
     for remark in remarks(rows, machine, subject):

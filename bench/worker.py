@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.engines import ENGINES, Engine, Runner, Task
+from bench.engines import ALL, Engine, Runner, Task
 from bench.workloads import Workload
 
 TRIAL_RUNS = 4
@@ -45,7 +45,7 @@ class Worker:
 
     def __init__(self, name: str, threads: int, folder: Path, engine: Engine | None = None) -> None:
         torch.set_num_threads(threads)
-        self.kind = ENGINES[name]
+        self.kind = ALL[name]
         self.engine = engine or self.kind.make()
         self.threads = threads
         self.folder = folder
@@ -96,13 +96,17 @@ class Worker:
         runner.run(copy)
         return time.perf_counter() - start
 
-    def time(self, warm: int, runs: int) -> list[float]:
-        """Seconds of each of `runs` runs, after `warm` untimed ones; copies take turns, also across calls."""
+    def time(self, warm: int, runs: int) -> list[tuple[float, float]]:
+        """Seconds, and seconds of processor time, of each of `runs` runs, after `warm` untimed ones; copies take turns,
+        also across calls.
+        """
         assert self.runner is not None, "nothing right was built"
         gc.disable()
         seconds = []
         for _ in range(warm + runs):
-            seconds.append(self._timed(self.runner, self.next))
+            before = time.process_time()
+            wall = self._timed(self.runner, self.next)
+            seconds.append((wall, time.process_time() - before))
             self.next = (self.next + 1) % self.copies
         gc.enable()
         return seconds[warm:]

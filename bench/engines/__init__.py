@@ -1,4 +1,5 @@
-"""The engines, each behind the same small protocol; `ENGINES` is the order of the tables."""
+"""The engines, each behind the same small protocol; `ENGINES` is the order of the tables, `LOW_PRECISION` that of
+`bench int8`."""
 
 from __future__ import annotations
 
@@ -77,12 +78,15 @@ class Kind:
     tolerance: float  # the largest norm-wise error of a right result, for single operators
     net_tolerance: float
     package: str | None = None
+    group: str = "float32"  # of the numbers that it calculates with
 
     def make(self) -> Engine:
         module, _, cls = self.where.partition(":")
         return getattr(importlib.import_module(f"bench.engines.{module}"), cls)()
 
 
+#: Of `bench int8`: a network is still the same one, whatever its numbers were rounded to.
+ROUNDED = {"int8": 0.2, "bf16": 0.05}
 PEER = 2e-3  # some peers trade accuracy for speed; the error printed beside the time tells
 ENGINES: dict[str, Kind] = {
     "eager": Kind("eager", "torch_eager:Eager", PEER, PEER, "torch"),
@@ -95,3 +99,21 @@ ENGINES: dict[str, Kind] = {
     "mnn": Kind("MNN", "mnn:Mnn", PEER, PEER, "MNN"),
     "ours": Kind("parnet-kernels", "ours:Ours", 3e-6, 5e-6),
 }
+
+
+def _rounded(title: str, where: str, group: str, package: str | None = None) -> Kind:
+    return Kind(title, where, 0, ROUNDED[group], package, group)
+
+
+#: Those of `bench int8`, whole networks only, by what they calculate with; float32 for comparison.
+LOW_PRECISION: dict[str, Kind] = {
+    "ours": ENGINES["ours"],
+    "onnxruntime-int8": _rounded("ONNX Runtime int8", "int8:OnnxRuntime", "int8", "onnxruntime"),
+    "openvino-int8": _rounded("OpenVINO int8", "int8:OpenVino", "int8", "openvino"),
+    "ours-int8": _rounded("parnet-kernels int8", "int8:Ours", "int8"),
+    "autocast-bf16": _rounded("eager bf16", "bf16:Eager", "bf16", "torch"),
+    "compile-bf16": _rounded("torch.compile bf16", "bf16:Compile", "bf16", "torch"),
+    "openvino-bf16": _rounded("OpenVINO bf16", "bf16:OpenVino", "bf16", "openvino"),
+    "ours-bf16": _rounded("parnet-kernels bf16", "bf16:Ours", "bf16"),
+}
+ALL = ENGINES | LOW_PRECISION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,23 +36,27 @@ def _share(threads: int) -> None:
         raise RuntimeError(f"the thread pool of this process has {_pool_threads} threads, not {threads}")
 
 
-class _Runner:
-    def __init__(self, task: Task, form: str) -> None:
+class OnnxRuntimeRunner:
+    """models: serialised, one for each graph of the task. Those of a process share threads, or each has its own."""
+
+    def __init__(self, task: Task, models: Iterable[bytes], shared: bool = True) -> None:
         import onnxruntime as ort
 
-        _share(task.threads)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.use_per_session_threads = False
-        options.add_session_config_entry("session.use_env_allocators", "1")
+        if shared:
+            _share(task.threads)
+            options.use_per_session_threads = False
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        else:
+            options.intra_op_num_threads = task.threads
         options.log_severity_level = 3
         self.program = task.programs[0]
         self.shape = task.result_shape
         self.calls: list[tuple[Any, Any]] = []
         self.result = np.empty(self.shape, np.float32)
         self.inputs = [x.contiguous().numpy() for x in task.inputs]
-        for program in task.programs:
-            model = onnx_model(program, self.shape, form).SerializeToString()
+        for program, model in zip(task.programs, models, strict=True):
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             binding = session.io_binding()
             for name, x in zip(program.inputs, self.inputs, strict=True):
@@ -70,6 +75,11 @@ class _Runner:
         return self.program.restore(torch.from_numpy(result)).numpy()
 
 
+def models(task: Task, form: str) -> Iterator[bytes]:
+    for program in task.programs:
+        yield onnx_model(program, task.result_shape, form).SerializeToString()
+
+
 class OnnxRuntime:
     max_copies = MAX_COPIES
 
@@ -82,8 +92,8 @@ class OnnxRuntime:
     def forms(self, task: Task) -> list[str]:
         return list(SKIP_FORMS) if task.has_skip else [SKIP_FORMS[0]]
 
-    def build(self, task: Task, form: str) -> _Runner:
-        return _Runner(task, form)
+    def build(self, task: Task, form: str) -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(task, models(task, form))
 
     def note(self, task: Task) -> str:
         return ""

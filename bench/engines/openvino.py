@@ -1,25 +1,29 @@
-"""OpenVINO: latency hint, one stream, float32 arithmetic."""
+"""OpenVINO: latency hint, one stream; float32 arithmetic unless it is told otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.engines import Task
+from bench.engines.onnxruntime import models
 from bench.workloads import MAX_COPIES
-from parnet_kernels.export.onnx_model import SKIP_FORMS, onnx_model
+from parnet_kernels.export.onnx_model import SKIP_FORMS
 
 
-class _Runner:
-    def __init__(self, task: Task, form: str) -> None:
+class OpenVinoRunner:
+    """models: as `Core.read_model` takes them, or made already, one for each graph of the task; precision: the hint."""
+
+    def __init__(self, task: Task, models: Iterable[Any], precision: str = "f32") -> None:
         import openvino as ov
 
         core = ov.Core()
         config = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": task.threads,
             "NUM_STREAMS": 1,
         }
@@ -28,9 +32,9 @@ class _Runner:
         self.inputs = [ov.Tensor(x.contiguous().numpy(), shared_memory=True) for x in task.inputs]
         self.result = np.empty(task.result_shape, np.float32)
         result = ov.Tensor(self.result, shared_memory=True)
-        for program in task.programs:
-            model = onnx_model(program, task.result_shape, form).SerializeToString()
-            request = core.compile_model(core.read_model(model), "CPU", config).create_infer_request()
+        for program, model in zip(task.programs, models, strict=True):
+            read = core.read_model(model) if isinstance(model, bytes) else model
+            request = core.compile_model(read, "CPU", config).create_infer_request()
             for name, x in zip(program.inputs, self.inputs, strict=True):
                 request.set_tensor(name, x)
             request.set_output_tensor(result)
@@ -57,8 +61,8 @@ class OpenVino:
     def forms(self, task: Task) -> list[str]:
         return list(SKIP_FORMS) if task.has_skip else [SKIP_FORMS[0]]
 
-    def build(self, task: Task, form: str) -> _Runner:
-        return _Runner(task, form)
+    def build(self, task: Task, form: str) -> OpenVinoRunner:
+        return OpenVinoRunner(task, models(task, form))
 
     def note(self, task: Task) -> str:
         return ""

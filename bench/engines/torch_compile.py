@@ -32,6 +32,7 @@ class Compile(Eager):
     # at most the time it takes to read them, 1-2 % of a layer.
     max_copies = FEW_COPIES
     mode = "default"
+    dtype = torch.float32
 
     def forms(self, task: Task) -> list[str]:
         return ["frozen NHWC"]  # freezing turns convolutions to channels_last whatever the input; this saves a copy
@@ -45,11 +46,11 @@ class Compile(Eager):
         inductor.compile_threads = 1
         torch._dynamo.reset()  # the caches would keep the frozen weights of all earlier tasks
         PyCodeCache.cache_clear()
-        inputs = [x.contiguous(memory_format=torch.channels_last) for x in task.inputs]
+        inputs = [x.contiguous(memory_format=torch.channels_last).to(self.dtype) for x in task.inputs]
         calls: list[Callable[..., Tensor]] = []
         with torch.no_grad():
             for program in task.programs:
-                module = TorchProgram(program, torch.channels_last).eval()
+                module = TorchProgram(program, torch.channels_last).to(self.dtype).eval()
                 compiled = torch.compile(_own_forward(module), mode=self.mode, fullgraph=True, dynamic=False)
                 compiled(*inputs)
                 calls.append(compiled)

@@ -89,7 +89,7 @@ class TorchRunner:
 
     def output(self, result: object) -> np.ndarray:
         assert isinstance(result, Tensor)
-        return self.program.restore(result.clone()).contiguous().numpy()
+        return self.program.restore(result.clone()).float().contiguous().numpy()
 
 
 class Eager:

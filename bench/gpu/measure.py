@@ -23,7 +23,7 @@ class GpuRow(Row):
     mode: str = ""
 
 
-LEFT_OUT = {"threads", "form", "copies", "first_call_ms", "of_direct_limit", "of_winograd_limit"}
+LEFT_OUT = {"threads", "group", "cpu_ms", "form", "copies", "first_call_ms", "of_direct_limit", "of_winograd_limit"}
 COLUMNS = [f.name for f in fields(GpuRow) if f.name not in LEFT_OUT]
 
 
