@@ -22,7 +22,7 @@ TIMEOUT = timedelta(minutes=10)
 _LOST = re.compile(r"gloo|nccl|connection|socket|broken pipe|timed? ?out|process ?group|peer", re.IGNORECASE)
 
 
-class LostRank(RuntimeError):
+class LostRank(ConnectionError):
     """Another process of the run is gone."""
 
 
@@ -91,7 +91,7 @@ def joined(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(share.rank, share.world, here)
     except RuntimeError as error:
-        if isinstance(error, LostRank) or not _LOST.search(str(error)):
+        if not _LOST.search(str(error)):
             raise
         raise LostRank(
             f"process {share.rank}: another process of the run is gone, so this one ends; --resume goes on from the "

@@ -210,9 +210,7 @@ def pictures(data: str, val_fraction: float, limit: int, seed: int) -> Pictures:
     if train is None:
         for parts, name in split:
             if len(parts) - depth < 2:
-                raise ValueError(
-                    f"{data}: {name} is in no class: expected <class>/<picture> or train/<class>/<picture>"
-                )
+                raise ValueError(f"{data}: {name} is in no class: expected <class>/<file> or train/<class>/<file>")
             found["train"].setdefault(parts[depth], []).append(name)
         found["validation"] = _held_out(found["train"], val_fraction, seed)
     else:
@@ -221,7 +219,7 @@ def pictures(data: str, val_fraction: float, limit: int, seed: int) -> Pictures:
             if parts[depth] not in (train, validation):
                 continue
             if len(parts) - depth < 3:
-                raise ValueError(f"{data}: {name} is in no class: expected {parts[depth]}/<class>/<picture>")
+                raise ValueError(f"{data}: {name} is in no class: expected {parts[depth]}/<class>/<file>")
             part = "train" if parts[depth] == train else "validation"
             found[part].setdefault(parts[depth + 1], []).append(name)
         if validation is None:

@@ -58,8 +58,8 @@ def write(folder: Path, name: str, point: Point) -> None:
 
 
 def exists(folder: Path) -> bool:
-    """Whether there is a run in `folder`."""
-    return any((folder / name).exists() for name in ("last.safetensors", "run.yaml"))
+    """Whether there is a run in `folder`, with something to lose."""
+    return any((folder / f"{name}.safetensors").exists() for name in ("last", "best"))
 
 
 def read(folder: Path, name: str) -> Point | None:
