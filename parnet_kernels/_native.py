@@ -1,4 +1,5 @@
-"""Loads the compiled libraries; without them, defines the operators' schemas so that the reference backend works."""
+"""Loads the compiled libraries; without them, or beside those of another version, defines the operators' schemas so that
+the reference backend works."""
 
 from __future__ import annotations
 
@@ -29,16 +30,32 @@ def _load(library: str) -> str | None:
     return None
 
 
-def _define_schemas() -> torch.library.Library:
-    definitions = torch.library.Library("parnet", "DEF")
-    for schema in _SCHEMA.findall((_PACKAGE / "schemas.inc").read_text()):
-        definitions.define(schema.replace('\\"', '"'))
+def _schemas() -> dict[str, str]:
+    """Of each operator, by its name."""
+    found = _SCHEMA.findall((_PACKAGE / "schemas.inc").read_text())
+    return {schema.split("(", 1)[0]: schema.replace('\\"', '"') for schema in found}
+
+
+def _why_stale(schemas: dict[str, str]) -> str | None:
+    """Why the loaded CPU library cannot be this Python code's: after an update without a build."""
+    for name, schema in schemas.items():
+        operator = getattr(torch.ops.parnet, name, None)
+        if operator is None or operator.default._schema != torch._C.parse_schema(f"parnet::{schema}"):
+            return f"_C.so is of another version, its operator {name} is missing or another: build or install it again"
+    return None
+
+
+def _define(schemas: dict[str, str]) -> torch.library.Library:
+    definitions = torch.library.Library("parnet", "FRAGMENT")
+    for name, schema in schemas.items():
+        if not hasattr(torch.ops.parnet, name):
+            definitions.define(schema)
     return definitions
 
 
 #: Why the CPU library is not there, or None.
-cpu_error: str | None = _load("_C.so")
-_definitions = _define_schemas() if cpu_error else None
+cpu_error: str | None = _load("_C.so") or _why_stale(_schemas())
+_definitions = _define(_schemas()) if cpu_error else None
 #: Why the CUDA library is not there, or None. It needs the schemas of the CPU library.
 cuda_error: str | None = "needs _C.so" if cpu_error else _load("_C_cuda.so")
 

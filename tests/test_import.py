@@ -43,6 +43,22 @@ def test_with_a_broken_library(tmp_path: Path) -> None:
     assert "_C.so did not load" in run("from parnet_kernels import _native; print(_native.cpu_error)", tmp_path)
 
 
+def test_with_a_library_of_another_version(tmp_path: Path) -> None:
+    """Python code newer than the library, as after an update without a build."""
+    shutil.copytree(PACKAGE, tmp_path / "parnet_kernels", ignore=shutil.ignore_patterns("_C_cuda.so", "__pycache__"))
+    with (tmp_path / "parnet_kernels" / "schemas.inc").open("a") as schemas:
+        schemas.write('PARNET_SCHEMA("newer(Tensor x) -> Tensor")\n')
+    out = run(
+        "import torch, parnet_kernels as p; from parnet_kernels import _native; print(_native.cpu_error); "
+        "print(p.ParNet(p.ParNetConfig((4, 4, 4), (2, 2))).deploy()(torch.zeros(1, 3, 32, 32)).shape); "
+        "print(torch.ops.parnet.newer)",
+        tmp_path,
+    )
+    assert "_C.so is of another version, its operator newer is missing" in out
+    assert "torch.Size([1, 1000])" in out
+    assert "parnet.newer" in out
+
+
 def test_without_optional_packages(tmp_path: Path) -> None:
     optional = ("triton", "sklearn", "matplotlib", "pybind11", "ninja", "hypothesis")
     run(

@@ -49,7 +49,7 @@ def run(
     return (y.permute(0, 3, 1, 2) if result == "features" else y).cpu(), results, lowered
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # XL's are a third of a gigabyte
 def published(name: str) -> cuda_network.Weights:
     """The packed weights, zero, of a published network in fp16."""
     return cuda_network.pack_network(DeployedParNet(VARIANTS[name]).half().whole(), "ieee")

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +84,20 @@ def decode(program: Tensor, buffers: Sequence[tuple[int, int]], error_at: int | 
     return found
 
 
-@functools.cache
+# Keys held weakly: a simulated device is one test's, and holds all the memory that its kernels have seen.
+_modules: weakref.WeakKeyDictionary[Device, dict[tuple[str, int], Any]] = weakref.WeakKeyDictionary()
+
+
 def module(device: Device, kernel: str, architecture: int) -> Any:
-    kind, math = kernel.split("_")[1:]
-    if kind == "hopper":
-        return device.cuda(CUDA / f"hopper_{math}.cu", f"compute_{architecture}a", ["-std=c++20"])
-    return device.cuda(CUDA / f"level_{math}.cu", f"compute_{architecture}", ["-std=c++20"])
+    """Compiled once a device."""
+    compiled = _modules.setdefault(device, {})
+    if (kernel, architecture) not in compiled:
+        kind, math = kernel.split("_")[1:]
+        source, suffix = ("hopper", "a") if kind == "hopper" else ("level", "")
+        compiled[kernel, architecture] = device.cuda(
+            CUDA / f"{source}_{math}.cu", f"compute_{architecture}{suffix}", ["-std=c++20"]
+        )
+    return compiled[kernel, architecture]
 
 
 def workspace(device: Device, size: int) -> Tensor:

@@ -1,13 +1,13 @@
 #include "network.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+
+#include "../waiting.h"
 
 namespace parnet::cpu::int8 {
 namespace {
@@ -67,6 +67,7 @@ void Network::plan_stages() {
   const auto add = [&](Stage::Work work, int step, int64_t images, int64_t rows, int64_t panels,
                        bool after_all) {
     stages_.push_back({work, step, images, rows, panels, items_, after_all});
+    if (after_all) barriers_.push_back(items_);
     items_ += images * rows * panels;
   };
   Value& x = values_[0];
@@ -151,7 +152,7 @@ Map Network::map_of(const Value& v, char* workspace, int64_t image) const {
 class Network::Run {
  public:
   Run(const Network& n, const float* x, float* result, char* workspace)
-      : n_(n), x_(x), result_(result), workspace_(workspace) {
+      : n_(n), x_(x), result_(result), workspace_(workspace), patience_(n.threads_) {
     const int64_t images = n.values_[0].shape[0];
     std::fill_n(reinterpret_cast<int32_t*>(workspace + n.finite_), images, 1);
   }
@@ -168,26 +169,14 @@ class Network::Run {
         stage++;
         if (n_.stages_[stage].after_all) needed = n_.stages_[stage].first_item;
       }
-      for (int spins = 0; done_.load(std::memory_order_acquire) < needed; spins++) {
-        if (spins < kPatience) {
-          pause();
-        } else {
-          sched_yield();
-        }
-      }
+      patience_.wait(done_, needed);
       execute(n_.stages_[stage], item - n_.stages_[stage].first_item, means);
-      done_.fetch_add(1, std::memory_order_acq_rel);
+      const int64_t done = done_.fetch_add(1, std::memory_order_acq_rel) + 1;
+      if (std::binary_search(n_.barriers_.begin(), n_.barriers_.end(), done)) done_.notify_all();
     }
   }
 
  private:
-  static constexpr int kPatience = 20000;
-  static void pause() {
-#ifdef __x86_64__
-    __builtin_ia32_pause();
-#endif
-  }
-
   void execute(const Stage& s, int64_t item, float* means) {
     const int64_t panel = item % s.panels, row = item / s.panels % s.rows, image = item / s.panels / s.rows;
     switch (s.work) {
@@ -281,6 +270,7 @@ class Network::Run {
   const float* x_;
   float* result_;
   char* workspace_;
+  Patience patience_;
   std::atomic<int> workers_{0};
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int64_t> done_{0};

@@ -58,7 +58,8 @@ class Network {
   std::vector<Step> steps_;  // by level
   std::vector<Value> values_;
   std::vector<Stage> stages_;
-  std::vector<int64_t> gates_;  // of each step, in the workspace: [image][3][panel][kPanel] floats
+  std::vector<int64_t> barriers_;  // numbers of items that stages wait for
+  std::vector<int64_t> gates_;     // of each step, in the workspace: [image][3][panel][kPanel] floats
   int threads_;
   const Kernels& kernels_;
   int64_t bytes_ = 0, items_ = 0, means_ = 0, means_bytes_ = 0, finite_ = 0;

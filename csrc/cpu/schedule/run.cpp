@@ -1,12 +1,11 @@
 // Execution of a planned network; the rules are in network.h.
-#include <sched.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
 
+#include "../waiting.h"
 #include "network.h"
 
 namespace parnet::cpu {
@@ -16,21 +15,6 @@ namespace {
 bool poisoned() {
   static const bool on = std::getenv("PARNET_CPU_POISON") && *std::getenv("PARNET_CPU_POISON") == '1';
   return on;
-}
-
-void pause() {
-#ifdef __x86_64__
-  __builtin_ia32_pause();
-#endif
-}
-
-int patience(int threads) {
-#ifdef __linux__
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0 && CPU_COUNT(&allowed) < threads)
-    return kPatienceCrowded;
-#endif
-  return kPatience;
 }
 
 }  // namespace
@@ -48,7 +32,7 @@ class NetworkRun {
         input_sums_(input_sums),
         outputs_(outputs),
         workspace_(workspace),
-        patience_(patience(plan.request_.threads)) {
+        patience_(plan.request_.threads) {
     workspace_.reset_counters();
     if (profiled) seconds_.resize(plan.request_.threads * plan.stages_.size() * 2);
     if (poisoned()) poison();
@@ -116,20 +100,7 @@ class NetworkRun {
     }
   }
 
-  void wait(int stage) {
-    const std::atomic<int64_t>& done = workspace_.counter(2 + stage).value;
-    const int64_t items = plan_.stages_[stage].items;
-    int spins = 0;
-    for (int64_t seen; (seen = done.load(std::memory_order_acquire)) < items;) {
-      if (spins++ < patience_.load(std::memory_order_relaxed)) {
-        pause();
-      } else {
-        // The thread that this one waits for has lost its processor: asleep, this one gives it its own.
-        patience_.store(kPatienceCrowded, std::memory_order_relaxed);
-        done.wait(seen, std::memory_order_acquire);
-      }
-    }
-  }
+  void wait(int stage) { patience_.wait(workspace_.counter(2 + stage).value, plan_.stages_[stage].items); }
 
   // For the items of one image, if not all images have a buffer.
   View view_of(int map, int64_t image) const {
@@ -374,7 +345,7 @@ class NetworkRun {
   const std::vector<Strided>& input_sums_;
   const std::vector<Strided>& outputs_;
   Workspace& workspace_;
-  std::atomic<int> patience_;  // how often a thread looks for others before it sleeps
+  Patience patience_;
   std::atomic<bool> finite_{true};
   std::vector<double> seconds_;  // of a profiled run: [worker][stage][waiting, working]
 };
