@@ -5,10 +5,8 @@
 #pragma once
 #include <string.h>
 
+#include "lanes.h"
 #include "layer.h"
-
-#define PARNET_INLINE inline __attribute__((always_inline))
-#define PARNET_UNROLL _Pragma("GCC unroll 16")
 
 namespace parnet::cpu::int8 {
 namespace {

@@ -7,29 +7,6 @@
 namespace parnet::cpu::int8 {
 namespace {
 
-constexpr int kLanes = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef int8_t SignedBytes __attribute__((vector_size(16)));
-
-// From and to any address.
-template <class T, class From>
-PARNET_INLINE T load(const From* from) {
-  T result;
-  memcpy(&result, from, sizeof(T));
-  return result;
-}
-template <class T, class To>
-PARNET_INLINE void store(To* to, T value) {
-  memcpy(to, &value, sizeof(T));
-}
-PARNET_INLINE Floats load_floats(const float* from) { return load<Floats>(from); }
-PARNET_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
-PARNET_INLINE Floats splat(float x) { return x - Floats{}; }
-PARNET_INLINE Floats least(Floats a, Floats b) { return a < b ? a : b; }
-PARNET_INLINE Floats most(Floats a, Floats b) { return a > b ? a : b; }
-
 // 1 + 2^t with t = -x/ln 2: 2^round(t) goes into the exponent bits, a polynomial does the rest.
 PARNET_INLINE Floats one_plus_exp_minus(Floats x) {
   const Floats t = least(most(-1.4426950408889634f * x, splat(-125.f)), splat(126.f));
@@ -71,8 +48,7 @@ void gate(const GateArgs& a, int first, int last) {
     Floats total[2] = {};
     for (int c = 0; c < l.gate_channels; c++, w += kPanel) {
       PARNET_UNROLL for (int i = 0; i < 2; i++) {
-        const SignedBytes bytes = load<SignedBytes>(w + i * kLanes);
-        total[i] = total[i] + mean[c] * __builtin_convertvector(bytes, Floats);
+        total[i] = total[i] + mean[c] * to_floats(widen(w + i * kLanes));
       }
     }
     PARNET_UNROLL for (int i = 0; i < 2; i++) {
@@ -107,8 +83,7 @@ PARNET_INLINE void finish(const ConvArgs& a, int panel, const uint8_t* skip, int
       int32_t* sum = sums + r * kPanel + i * kLanes;
       Floats y = to_floats(load<Ints>(sum)) * multiplier + offset;
       if (Skip) {
-        const Bytes q = load<Bytes>(skip + r * skip_step + i * kLanes);
-        y = y + __builtin_convertvector(q, Floats) * skip_scale;
+        y = y + to_floats(widen(skip + r * skip_step + i * kLanes)) * skip_scale;
       }
       y = activate(y, A) * scale + shift;
       store(sum, Last ? (Ints)y : to_byte(y));
@@ -116,7 +91,7 @@ PARNET_INLINE void finish(const ConvArgs& a, int panel, const uint8_t* skip, int
   }
 }
 
-// The bytes of one panel, or of the two panels of a pair of groups alternately, to memory, and their sums.
+// The lanes of one panel, or of the two panels of a pair of groups alternately, to memory, and their sums.
 PARNET_INLINE void leave(const ConvArgs& a, const int32_t* const* values, int groups, int channel, int rows,
                          int row, int col) {
   const Layer& l = *a.layer;
@@ -124,31 +99,44 @@ PARNET_INLINE void leave(const ConvArgs& a, const int32_t* const* values, int gr
   if (l.last) {
     for (int r = 0; r < rows; r++) {
       float* to = a.out_floats + (int64_t{row} * a.out_cols + col + r) * l.out_channels + channel;
-      for (int c = 0; c < count; c++) memcpy(to + c, values[c % groups] + r * kPanel + c / groups, 4);
+      if (groups == 1) {
+        memcpy(to, values[0] + r * kPanel, 4 * count);
+      } else {
+        for (int c = 0; c < count; c++) memcpy(to + c, values[c % groups] + r * kPanel + c / groups, 4);
+      }
     }
     return;
   }
   uint8_t* to = a.out.base + row * a.out.row + col * a.out.pixel + channel;
+  Ints totals[2][2] = {};
+  for (int r = 0; r < rows; r++, to += a.out.pixel) {
+    Bytes bytes[2][2];
+    for (int g = 0; g < groups; g++) {
+      PARNET_UNROLL for (int i = 0; i < 2; i++) {
+        const Ints q = load<Ints>(values[g] + r * kPanel + i * kLanes);
+        totals[g][i] += q;
+        bytes[g][i] = narrow(q);
+      }
+    }
+    uint8_t made[2 * kPanel];
+    PARNET_UNROLL for (int i = 0; i < 2; i++) {
+      if (groups == 1) {
+        store(made + i * kLanes, bytes[0][i]);
+      } else {
+        store(made + 2 * i * kLanes, alternate_low(bytes[0][i], bytes[1][i]));
+        store(made + (2 * i + 1) * kLanes, alternate_high(bytes[0][i], bytes[1][i]));
+      }
+    }
+    for (int c = 0; c < count; c += kPanel) copy(to + c, made + c, count - c < kPanel ? count - c : kPanel);
+  }
   int32_t* sums = a.sums + channel;
   if (groups == 1 && count == kPanel) {
-    for (int i = 0; i < kPanel; i += kLanes) {
-      Ints total = load<Ints>(sums + i);
-      for (int r = 0; r < rows; r++) {
-        const Ints q = load<Ints>(values[0] + r * kPanel + i);
-        total += q;
-        store(to + r * a.out.pixel + i, __builtin_convertvector(q, Bytes));
-      }
-      store(sums + i, total);
-    }
+    for (int i = 0; i < 2; i++) store(sums + i * kLanes, load<Ints>(sums + i * kLanes) + totals[0][i]);
     return;
   }
-  for (int r = 0; r < rows; r++, to += a.out.pixel) {
-    for (int c = 0; c < count; c++) {
-      const int32_t q = values[c % groups][r * kPanel + c / groups];
-      to[c] = static_cast<uint8_t>(q);
-      sums[c] += q;
-    }
-  }
+  int32_t lanes[2][kPanel];
+  memcpy(lanes, totals, sizeof(lanes));
+  for (int c = 0; c < count; c++) sums[c] += lanes[c % groups][c / groups];
 }
 
 // The border that the next layer's windows read: what stands for zero.
@@ -188,7 +176,11 @@ void convolve_rows(const ConvArgs& a, int first_row, int last_row, int first, in
           finish<A, Skip, Last>(a, k + g, skip, a.in[0].pixel, sums[g], rows);
         }
         const int32_t* values[2] = {sums[0], sums[1]};
-        leave(a, values, l.groups, k * kPanel, rows, row, col);
+        if (l.groups == 1) {
+          leave(a, values, 1, k * kPanel, rows, row, col);
+        } else {
+          leave(a, values, 2, k * kPanel, rows, row, col);
+        }
         col += rows;
       }
     }
@@ -222,7 +214,7 @@ bool enter(const EnterArgs& a) {
       const Floats x = load_floats(from + c);
       odd |= (x - x == 0.f) ^ -1;
       const Ints q = to_byte(x * a.inverse_scale + a.zero);
-      store(to + c, __builtin_convertvector(q, Bytes));
+      store(to + c, narrow(q));
       store(a.sums + c, load<Ints>(a.sums + c) + q);
     }
     for (int lane = 0; lane < kLanes; lane++) finite &= !odd[lane];
