@@ -1,5 +1,5 @@
-"""Loads the compiled libraries; without them, or beside those of another version, defines the operators' schemas so that
-the reference backend works."""
+"""Loads the compiled libraries; without them, or beside those of another version, defines the operators' schemas so
+that the reference backend works."""
 
 from __future__ import annotations
 

@@ -6,9 +6,11 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,8 @@ def test_a_reader_that_has_enough(folder: Path) -> None:
 
 
 def test_share_of_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # nobody waits for others that torchrun has not started
+    monkeypatch.setenv("MASTER_PORT", "1")
     assert Share.of_environment() == Share(0, 1)
     for rank, world in (("2", "2"), ("-1", "2"), ("a", "2"), ("0", ""), ("²", "3")):
         monkeypatch.setenv("RANK", rank)
@@ -233,6 +237,19 @@ def test_share_of_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert same(found, {k: v for k, v in found.items() if k in GOOD})
     assert sorted(found) == GOOD
     assert "several processes need --out" in predict("photos", code=2).stderr.replace("\n", " ")
+
+
+def test_others_that_do_not_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in {**environment, "TORCHELASTIC_RUN_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("parnet_kernels.app.predict.START", timedelta(seconds=2))
+    done = predict("photos", "--out", "out.jsonl", code=1)
+    assert isinstance(done.exception, OSError)
+    assert "not all 2 processes of torchrun started within 0:00:02" in str(done.exception)
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ from parnet_kernels.checkpoint import CheckpointError, load_network
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.quantized import QuantizedParNet
 
+START = timedelta(minutes=10)  # in which the processes of torchrun have to find each other
 FEW = 64  # pictures that are decoded faster than workers start
 
 
@@ -175,9 +176,14 @@ def classified(
 @contextmanager
 def _together(share: Share) -> Iterator[list[str]]:
     """For errors. Processes of torchrun end together: it would stop the others when the first ends with an error."""
-    joins = share.world > 1 and "MASTER_ADDR" in os.environ and dist.is_available()
+    joins = share.world > 1 and dist.is_available() and dist.is_torchelastic_launched()
     if joins:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        # The others start now, and end when their share is done.
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=START))
+        except dist.DistError as error:
+            raise OSError(f"not all {share.world} processes of torchrun started within {START}: {error}") from error
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
     yield []
     if joins:
         dist.barrier()
