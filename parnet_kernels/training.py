@@ -10,7 +10,7 @@ Both kinds of block are one elementwise map with coefficients for each image and
 
 Backward needs the sums of d_t and of d_t times each centred map, one reducing pass. Then the gradient of each map is
 
-    d_map = p·d_t + q·map + r, p and r for each image and channel, q for each channel
+    d_map = c·d_t + q·map + r, c of the forward pass, r for each image and channel, q for each channel
 
 since a BatchNorm's is a·(d − mean(d) − (map − μ)·i·mean(d·(map − μ)·i)): one writing pass, around the gradients of the
 two convolutions. What is kept from forward to backward: x, Y3, Y1, and vectors.
@@ -71,17 +71,19 @@ class Kernels(Protocol):
     def image_means(self, x: Tensor) -> Tensor: ...
     def convolve(self, x: Tensor, weight: Tensor, stride: int, groups: int) -> tuple[Tensor, Moments]: ...
     def pool(self, x: Tensor) -> Tensor: ...
-    def combine(self, maps: list[Tensor], scales: list[Tensor], shift: Tensor, activation: str) -> Tensor: ...
+    def combine(self, maps: list[Tensor], scales: Tensor, shift: Tensor, activation: str) -> Tensor: ...
     def reduce(
-        self, g: Tensor, maps: list[Tensor], scales: list[Tensor], shift: Tensor, means: list[Tensor], activation: str
-    ) -> list[Tensor]: ...
+        self, g: Tensor, maps: list[Tensor], scales: Tensor, shift: Tensor, means: Tensor, activation: str
+    ) -> Tensor: ...
     def spread(
         self,
         g: Tensor,
         maps: list[Tensor],
-        scales: list[Tensor],
+        scales: Tensor,
         shift: Tensor,
-        lines: list[tuple[Tensor, Tensor, Tensor]],
+        q: Tensor,
+        r: Tensor,
+        outputs: int,
         activation: str,
     ) -> list[Tensor]: ...
     def join(self, maps: Sequence[Tensor], scales: list[Tensor], shifts: list[Tensor]) -> Tensor: ...
@@ -112,31 +114,33 @@ class Plain:
     def pool(self, x: Tensor) -> Tensor:
         return pool(x)
 
-    def combine(self, maps: list[Tensor], scales: list[Tensor], shift: Tensor, activation: str) -> Tensor:
+    def combine(self, maps: list[Tensor], scales: Tensor, shift: Tensor, activation: str) -> Tensor:
         return ACTIVATIONS[activation](_before(maps, scales, shift))
 
     def reduce(
-        self, g: Tensor, maps: list[Tensor], scales: list[Tensor], shift: Tensor, means: list[Tensor], activation: str
-    ) -> list[Tensor]:
+        self, g: Tensor, maps: list[Tensor], scales: Tensor, shift: Tensor, means: Tensor, activation: str
+    ) -> Tensor:
         """Of each image and channel: the sum of d_t, and of d_t·(map − mean) for each map."""
         d_t = _slope(_before(maps, scales, shift), activation) * g
         centred = [map - mean[:, None, None] for map, mean in zip(maps, means, strict=True)]
-        return [d_t.sum((2, 3)), *((d_t * map).sum((2, 3)) for map in centred)]
+        return torch.stack([d_t.sum((2, 3)), *((d_t * map).sum((2, 3)) for map in centred)])
 
     def spread(
         self,
         g: Tensor,
         maps: list[Tensor],
-        scales: list[Tensor],
+        scales: Tensor,
         shift: Tensor,
-        lines: list[tuple[Tensor, Tensor, Tensor]],
+        q: Tensor,
+        r: Tensor,
+        outputs: int,
         activation: str,
     ) -> list[Tensor]:
-        """p·d_t + q·map + r for each map."""
+        """scale·d_t + q·map + r for each of the first maps."""
         d_t = _slope(_before(maps, scales, shift), activation) * g
         return [
-            (_wide(p) * d_t + _wide(q) * map + _wide(r)).contiguous(memory_format=torch.channels_last)
-            for map, (p, q, r) in zip(maps, lines, strict=True)
+            (_wide(scales[i]) * d_t + _wide(q[i]) * maps[i] + _wide(r[i])).contiguous(memory_format=torch.channels_last)
+            for i in range(outputs)
         ]
 
     def join(self, maps: Sequence[Tensor], scales: list[Tensor], shifts: list[Tensor]) -> Tensor:
@@ -204,7 +208,7 @@ def _filled(values: Tensor, size: Sequence[int]) -> Tensor:
     return _wide(values).expand(*values.shape, *size).contiguous(memory_format=torch.channels_last)
 
 
-def _before(maps: list[Tensor], scales: list[Tensor], shift: Tensor) -> Tensor:
+def _before(maps: list[Tensor], scales: Tensor, shift: Tensor) -> Tensor:
     t = _wide(shift)
     for map, scale in zip(maps, scales, strict=True):
         t = t + _wide(scale) * map
@@ -219,11 +223,15 @@ def _slope(t: Tensor, activation: str) -> Tensor:
 
 
 class _Coefficients(NamedTuple):
-    scales: list[Tensor]  # c3, c1 (, c0): [N, K]
-    shift: Tensor  # b
-    a: list[Tensor]  # γ·i: [K]
-    inverse: list[Tensor]  # i
-    mu: list[Tensor]
+    """One row a map: of Y3, Y1 (and x)."""
+
+    factors: Tensor  # f [m, N, K], what the gate makes of each BatchNorm: 1, 1, s with a skip, otherwise 2s, 2s
+    scales: Tensor  # a·f [m, N, K]: c3, c1 (, c0)
+    shift: Tensor  # b [N, K]
+    a: Tensor  # γ·i [m, K]
+    betas: Tensor  # [m, K]
+    inverse: Tensor  # i [m, K]
+    mu: Tensor  # [m, K]
     gate: Tensor  # s, or 2s without a skip: [N, K]
     squeezed: Tensor  # what the gate sees, [N, C]
 
@@ -232,21 +240,20 @@ def _coefficients(block: Block, statistics: Tensor, means: Tensor) -> _Coefficie
     gammas, betas = [block.gamma3, block.gamma1], [block.beta3, block.beta1]
     if block.gamma0 is not None and block.beta0 is not None:
         gammas, betas = [*gammas, block.gamma0], [*betas, block.beta0]
-    mu, variance = [*statistics[0::2].unbind()], [*statistics[1::2].unbind()]
-    inverse = [(v + e).rsqrt() for v, e in zip(variance, block.eps, strict=True)]
-    a = [g * i for g, i in zip(gammas, inverse, strict=True)]
-    b = [beta - scale * m for beta, scale, m in zip(betas, a, mu, strict=True)]
-    skip = len(a) == 3
-    squeezed = a[2] * (means - mu[2]) + betas[2] if skip else means
+    skip, offsets = len(gammas) == 3, torch.stack(betas)
+    mu, variance = statistics[0::2], statistics[1::2]
+    inverse = (variance + statistics.new_tensor(block.eps)[:, None]).rsqrt_()
+    a = torch.stack(gammas).mul_(inverse)
+    squeezed = a[2] * (means - mu[2]) + offsets[2] if skip else means
     s = _matrix(squeezed, block.gate_weight, block.groups).sigmoid()
     if skip:
-        return _Coefficients([*_expand(s, a[0], a[1]), a[2] * s], b[0] + b[1] + b[2] * s, a, inverse, mu, s, squeezed)
-    s = 2 * s
-    return _Coefficients([s * a[0], s * a[1]], s * (b[0] + b[1]), a, inverse, mu, s, squeezed)
-
-
-def _expand(like: Tensor, *vectors: Tensor) -> list[Tensor]:
-    return [v.expand_as(like) for v in vectors]
+        factors = s.new_ones(3, *s.shape)
+        factors[2] = s
+    else:
+        s = 2 * s
+        factors = s.expand(2, *s.shape)
+    shift = ((offsets - a * mu)[:, None] * factors).sum(0)
+    return _Coefficients(factors, a[:, None] * factors, shift, a, offsets, inverse, mu, s, squeezed)
 
 
 def _matrix(x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -285,58 +292,52 @@ def backward(
     c = _coefficients(block, statistics, means)
     skip = len(c.a) == 3
     maps = [y3, y1, x] if skip else [y3, y1]
-    d_sum, *d_centred = kernels.reduce(g, maps, c.scales, c.shift, c.mu, block.activation)
+    sums = kernels.reduce(g, maps, c.scales, c.shift, c.mu, block.activation)
+    d_sum, d_centred = sums[0], sums[1:]
     area = x.shape[2] * x.shape[3]
-    # Of each BatchNorm: its gradient is f·d_t, f [N, K] or 1, plus an offset for each image and channel.
-    if skip:
-        assert block.beta0 is not None
-        d_s = c.a[2] * d_centred[2] + block.beta0 * d_sum
-        d_logit = d_s * c.gate * (1 - c.gate)
-        factor = torch.ones_like(d_sum)
-    else:
-        d_s = c.a[0] * d_centred[0] + c.a[1] * d_centred[1] + (block.beta3 + block.beta1) * d_sum
-        d_logit = d_s * c.gate * (1 - c.gate / 2)
-        factor = c.gate
-    logits = d_logit.unflatten(1, (block.groups, -1))
+    d_factors = c.a[:, None] * d_centred + c.betas[:, None] * d_sum  # each BatchNorm times d_t, summed
+    d_s = d_factors[2] * (1 - c.gate) if skip else d_factors.sum(0) * (1 - c.gate / 2)
+    logits = (d_s * c.gate).unflatten(1, (block.groups, -1))
     d_gate = torch.einsum("ngk,ngc->gkc", logits, c.squeezed.unflatten(1, (block.groups, -1))).flatten(0, 1)
     weights = block.gate_weight.unflatten(0, (block.groups, -1))
     offset = torch.einsum("ngk,gkc->ngc", logits, weights).flatten(1) / area  # d_squeezed, for each pixel
 
-    d_norms, parts, lines = [], [], []
-    for i, (inverse, mu, centred) in enumerate(zip(c.inverse, c.mu, d_centred, strict=True)):
-        f, extra = (c.gate, offset) if i == 2 else (factor, None)
-        d_beta, d_gamma = (f * d_sum).sum(0), (f * centred).sum(0) * inverse
-        if extra is not None:
-            d_beta = d_beta + extra.sum(0) * area
-            d_gamma = d_gamma + (extra * (means - mu)).sum(0) * area * inverse
-        d_norms += [d_gamma, d_beta]
-        parts.append((f, extra))
-    every = training_sync.total(torch.stack(d_norms), block.group)
-    for i, (a, inverse, mu, (f, extra)) in enumerate(zip(c.a, c.inverse, c.mu, parts, strict=True)):
-        q = -a * inverse * every[2 * i] / count
-        r = -a * every[2 * i + 1] / count - q * mu
-        lines.append((a * f, q, r.expand_as(d_sum) if extra is None else r + a * extra))
+    # Of each BatchNorm: the gradient of its result is f·d_t and, of that of x, plus the offset.
+    d_gammas, d_betas = (c.factors * d_centred).sum(1), (c.factors * d_sum).sum(1)
+    if skip:
+        d_gammas[2].add_((offset * (means - c.mu[2])).sum(0), alpha=area)
+        d_betas[2].add_(offset.sum(0), alpha=area)
+    d_norms = torch.stack([d_gammas.mul_(c.inverse), d_betas])
+    every = training_sync.total(d_norms, block.group) / count
+    q = -c.a * c.inverse * every[0]
+    r = (-c.a * every[1] - q * c.mu)[:, None].expand(c.scales.shape)
+    if skip:
+        r = r.contiguous()
+        r[2].addcmul_(c.a[2], offset)
 
     need_x, need_weight3, need_weight1 = need[:3]
-    outputs = lines if need_x else lines[:2]
-    d_y3, d_y1, *rest = kernels.spread(g, maps, c.scales, c.shift, outputs, block.activation)
-    d_weight3 = kernels.weight_gradient(x, d_y3, block.weight3, block.stride, block.groups) if need_weight3 else None
-    d_weight1 = d_x = None
+    outputs = len(maps) if need_x else 2
+    d_y3, d_y1, *rest = kernels.spread(g, maps, c.scales, c.shift, q, r, outputs, block.activation)
+    d_weight3 = d_weight1 = d_x = None
     if need_weight1:
         pooled = kernels.pool(x) if block.stride == 2 else x
         d_weight1 = kernels.weight_gradient(pooled, d_y1, block.weight1, 1, block.groups)
+        del pooled
     if need_x:
         if block.stride == 2:
             d_pooled = _filled(torch.zeros_like(offset), y1.shape[2:])
             kernels.add_input_gradient(d_pooled, d_y1, block.weight1, 1, block.groups)
             d_x = kernels.unpool(d_pooled, offset, x.shape)
+            del d_pooled
         else:
             d_x = rest[0] if skip else _filled(offset, x.shape[2:])
             kernels.add_input_gradient(d_x, d_y1, block.weight1, 1, block.groups)
+        del d_y1
         kernels.add_input_gradient(d_x, d_y3, block.weight3, block.stride, block.groups)
-    d_gamma3, d_beta3, d_gamma1, d_beta1, *of_x = d_norms
-    d_gamma0, d_beta0 = of_x if skip else (None, None)
-    return [d_x, d_weight3, d_weight1, d_gamma3, d_beta3, d_gamma1, d_beta1, d_gamma0, d_beta0, d_gate]
+    if need_weight3:
+        d_weight3 = kernels.weight_gradient(x, d_y3, block.weight3, block.stride, block.groups)
+    vectors = [v for i in range(len(maps)) for v in (d_gammas[i], d_betas[i])]
+    return [d_x, d_weight3, d_weight1, *vectors, *[None] * (6 - len(vectors)), d_gate]
 
 
 def plain(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,9 @@ CASES = [
     (2, 40, 64, 16, 18, 2, 2, "relu"),
     (2, 36, 48, 9, 9, 1, 2, "silu"),
     (2, 17, 33, 6, 5, 1, 1, "silu"),
+    (3, 33, 20, 23, 29, 2, 1, "silu"),  # tiles of 4, 4 + 3 and single pixels of stride 2
+    (5, 20, 37, 25, 12, 2, 1, "silu"),
+    (1, 17, 18, 80, 79, 2, 1, "relu"),  # several sets of tiles in one image
 ]
 
 
@@ -143,6 +146,56 @@ def test_same_bits_for_any_number_of_threads(case: tuple[Any, ...]) -> None:
     # Matrix products are PyTorch's: their gradients may differ. Those of weight3 and the result are ours.
     for other in found[1:]:
         assert all(torch.equal(other[i], found[0][i]) for i in (3,))
+
+
+@native
+@pytest.mark.parametrize(
+    "shape", [(1, 40, 17, 33, 39), (5, 12, 130, 7, 4), (3, 3, 20, 1, 1), (2, 70, 92, 12, 13)], ids=str
+)
+def test_input_gradient_of_stride_2(shape: tuple[int, ...]) -> None:
+    """Against PyTorch in float64: added to what a map holds, in channels of a larger one; always the same bits."""
+    n, k, c, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    d = torch.randn(n, k, (height + 1) // 2, (width + 1) // 2, generator=generator)
+    d = d.contiguous(memory_format=torch.channels_last)
+    weight, x = torch.randn(k, c, 3, 3, generator=generator), torch.randn(n, c, height, width, generator=generator)
+    settings = [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+    expected, *_ = torch.ops.aten.convolution_backward(d.double(), x.double(), weight.double(), None, *settings)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        wide = torch.cat([torch.ones_like(x), x, torch.ones_like(x)], 1).contiguous(memory_format=torch.channels_last)
+        cpu.CpuKernels().add_input_gradient(wide[:, c : 2 * c], d, weight, 2, 1)
+        assert (wide[:, :c] == 1).all()
+        assert (wide[:, 2 * c :] == 1).all()
+        results.append(wide[:, c : 2 * c])
+    assert error(results[0], expected + x.double()) < 3e-6
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@native
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 40, 1, 1), (3, 17, 8, 6), (0, 4, 3, 3)], ids=str)
+def test_pool(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    for map in (x, x.contiguous(memory_format=torch.channels_last), x.expand(*shape).flip(3)):
+        assert torch.allclose(cpu.CpuKernels().pool(map), training.pool(map), atol=1e-6)
+
+
+@native
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7, 4), (1, 130, 33, 20, 15), (3, 1, 1, 17, 16), (2, 48, 64, 16, 16)], ids=str
+)
+def test_weight_gradient_of_1x1(shape: tuple[int, ...]) -> None:
+    n, c, k, height, width = shape
+    x, d = torch.randn(n, c, height, width), torch.randn(n, k, height, width)
+    x, d = (t.contiguous(memory_format=torch.channels_last) for t in (x, d))
+    expected = torch.einsum("nchw,nkhw->kc", x.double(), d.double())[:, :, None, None]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu.CpuKernels().weight_gradient(x, d, torch.empty(k, c, 1, 1), 1, 1))
+    assert error(results[0], expected) < 2e-6
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @native

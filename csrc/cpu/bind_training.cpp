@@ -80,15 +80,18 @@ int64_t taps_of(const Tensor& weight, int64_t stride) {
 Tensor convolve(const Tensor& x, const Tensor& weight, int64_t stride, bool adjoint, bool add, bool moments,
                 const Tensor& out) {
   const PixelMap in = pixels(x, "x"), to = pixels(out, "out");
-  check_convolution(in, to, stride);
-  STD_TORCH_CHECK(!adjoint || stride == 1, "`adjoint` goes with `stride` 1 only");
+  const bool strided_adjoint = adjoint && stride == 2;
+  strided_adjoint ? check_convolution(to, in, stride) : check_convolution(in, to, stride);
+  STD_TORCH_CHECK(!strided_adjoint || (add && !moments), "`adjoint` at `stride` 2 adds, without moments");
   const int64_t taps = taps_of(weight, stride);
   const float* w = floats(weight, "weight", int64_t{in.channels} * to.channels * taps);
   Tensor result = torch::stable::new_empty(weight, {moments ? 2 : 0, to.channels}, ScalarType::Float);
   float* mean = moments ? mutable_floats(result, "moments", 2 * to.channels) : nullptr;
   float* variance = mean ? mean + to.channels : nullptr;
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
-  if (taps == 9) {
+  if (strided_adjoint) {
+    parnet::cpu::add_strided_input_gradient(in, w, to, k, threads());
+  } else if (taps == 9) {
     parnet::cpu::convolve_map(in, w, stride, adjoint, add, to, mean, variance, k, threads());
   } else {
     check_float(in), check_float(to);
@@ -108,6 +111,14 @@ void weight_gradient(const Tensor& x, const Tensor& g, int64_t stride, const Ten
   parnet::cpu::point_weight_gradient(in, gradient, to, k, threads());
 }
 
+void pool(const Tensor& x, const Tensor& out) {
+  const PixelMap in = pixels(x, "x"), to = pixels(out, "out");
+  check_convolution(in, to, 2);
+  STD_TORCH_CHECK(in.channels == to.channels && in.dtype == to.dtype,
+                  "maps must have one number of channels and dtype");
+  parnet::cpu::pool_map(in, to, parnet::cpu::kernels(), threads());
+}
+
 Tensor moments(const Tensor& x, bool variance) {
   const PixelMap map = pixels(x, "x");
   Tensor result =
@@ -119,62 +130,54 @@ Tensor moments(const Tensor& x, bool variance) {
   return result;
 }
 
-PassArgs pass(const std::vector<Tensor>& maps, const std::vector<Tensor>& scales, const Tensor& shift,
+// scales: [map][image][channel].
+PassArgs pass(const std::vector<Tensor>& maps, const Tensor& scales, const Tensor& shift,
               int64_t activation) {
-  STD_TORCH_CHECK((maps.size() == 2 || maps.size() == 3) && scales.size() == maps.size(),
-                  "`maps` must be 2 or 3, with as many `scales`");
+  STD_TORCH_CHECK(maps.size() == 2 || maps.size() == 3, "`maps` must be 2 or 3");
   STD_TORCH_CHECK(0 <= activation && activation < 2, "`activation` must be 0 or 1, got ", activation);
   PassArgs a{};
   a.activation = static_cast<parnet::cpu::Activation>(activation);
   a.maps = maps.size();
-  for (size_t i = 0; i < maps.size(); i++) {
-    a.map[i] = pixels(maps[i], "maps");
-    same_shape(a.map[i], a.map[0]);
-    a.scale[i] = floats(scales[i], "scales", int64_t{a.map[0].images} * a.map[0].channels);
-  }
-  a.shift = floats(shift, "shift", int64_t{a.map[0].images} * a.map[0].channels);
+  for (int i = 0; i < a.maps; i++) same_shape(a.map[i] = pixels(maps[i], "maps"), a.map[0]);
+  const int64_t values = int64_t{a.map[0].images} * a.map[0].channels;
+  const float* scale = floats(scales, "scales", a.maps * values);
+  for (int i = 0; i < a.maps; i++) a.scale[i] = scale + i * values;
+  a.shift = floats(shift, "shift", values);
   return a;
 }
 
-void combine(const std::vector<Tensor>& maps, const std::vector<Tensor>& scales, const Tensor& shift,
-             int64_t activation, const Tensor& out) {
+void combine(const std::vector<Tensor>& maps, const Tensor& scales, const Tensor& shift, int64_t activation,
+             const Tensor& out) {
   PassArgs a = pass(maps, scales, shift, activation);
   a.outputs = 1;
-  a.out[0] = pixels(out, "out");
-  same_shape(a.out[0], a.map[0]);
+  same_shape(a.out[0] = pixels(out, "out"), a.map[0]);
   parnet::cpu::combine_maps(a, parnet::cpu::kernels(), threads());
 }
 
-Tensor reduce(const Tensor& g, const std::vector<Tensor>& maps, const std::vector<Tensor>& scales,
-              const Tensor& shift, const std::vector<Tensor>& means, int64_t activation) {
+Tensor reduce(const Tensor& g, const std::vector<Tensor>& maps, const Tensor& scales, const Tensor& shift,
+              const Tensor& means, int64_t activation) {
   PassArgs a = pass(maps, scales, shift, activation);
-  a.g = pixels(g, "g");
-  same_shape(a.g, a.map[0]);
-  STD_TORCH_CHECK(means.size() == maps.size(), "`means` must be as many as `maps`");
-  for (size_t i = 0; i < means.size(); i++) a.mean[i] = floats(means[i], "means", a.g.channels);
+  same_shape(a.g = pixels(g, "g"), a.map[0]);
+  const float* mean = floats(means, "means", int64_t{a.maps} * a.g.channels);
+  for (int i = 0; i < a.maps; i++) a.mean[i] = mean + int64_t{i} * a.g.channels;
   Tensor result = torch::stable::new_empty(g, {1 + a.maps, a.g.images, a.g.channels}, ScalarType::Float);
   parnet::cpu::reduce_maps(a, static_cast<float*>(result.mutable_data_ptr()), parnet::cpu::kernels(),
                            threads());
   return result;
 }
 
-void spread(const Tensor& g, const std::vector<Tensor>& maps, const std::vector<Tensor>& scales,
-            const Tensor& shift, const std::vector<Tensor>& p, const std::vector<Tensor>& q,
-            const std::vector<Tensor>& r, int64_t activation, const std::vector<Tensor>& out) {
+void spread(const Tensor& g, const std::vector<Tensor>& maps, const Tensor& scales, const Tensor& shift,
+            const Tensor& q, const Tensor& r, int64_t activation, const std::vector<Tensor>& out) {
   PassArgs a = pass(maps, scales, shift, activation);
-  a.g = pixels(g, "g");
-  same_shape(a.g, a.map[0]);
+  same_shape(a.g = pixels(g, "g"), a.map[0]);
+  STD_TORCH_CHECK(out.size() <= maps.size(), "`out` must be at most as many as `maps`");
   a.outputs = out.size();
-  STD_TORCH_CHECK(
-      out.size() <= maps.size() && p.size() == out.size() && q.size() == out.size() && r.size() == out.size(),
-      "`out` must be at most as many as `maps`, with as many `p`, `q` and `r`");
-  const int64_t values = int64_t{a.g.images} * a.g.channels;
-  for (size_t i = 0; i < out.size(); i++) {
-    a.out[i] = pixels(out[i], "out");
-    same_shape(a.out[i], a.g);
-    a.p[i] = floats(p[i], "p", values);
-    a.q[i] = floats(q[i], "q", a.g.channels);
-    a.r[i] = floats(r[i], "r", values);
+  const int64_t channels = a.g.channels, values = a.g.images * channels;
+  const float *slope = floats(q, "q", a.maps * channels), *constant = floats(r, "r", a.maps * values);
+  for (int i = 0; i < a.outputs; i++) {
+    same_shape(a.out[i] = pixels(out[i], "out"), a.g);
+    a.q[i] = slope + i * channels;
+    a.r[i] = constant + i * values;
   }
   parnet::cpu::spread_maps(a, parnet::cpu::kernels(), threads());
 }
@@ -228,6 +231,7 @@ void separate(const Tensor& d, const std::vector<Tensor>& maps, const std::vecto
 STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) {
   m.impl("_cpu_train_convolve", TORCH_BOX(&convolve));
   m.impl("_cpu_train_weight_gradient", TORCH_BOX(&weight_gradient));
+  m.impl("_cpu_train_pool", TORCH_BOX(&pool));
   m.impl("_cpu_train_moments", TORCH_BOX(&moments));
   m.impl("_cpu_train_combine", TORCH_BOX(&combine));
   m.impl("_cpu_train_reduce", TORCH_BOX(&reduce));

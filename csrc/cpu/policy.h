@@ -129,6 +129,8 @@ constexpr int64_t kPassPixels = 256;
 // Gradients of transformed weights that a thread accumulates together should stay in L2; items for each
 // thread.
 constexpr int64_t kGradientBytes = int64_t{1} << 20, kGradientItems = 2;
+// Pixels that the gradient of a 1x1 convolution multiplies at a time: those of one panel fit L1.
+constexpr int kPointPixels = 128;
 // Of the gradient of a 1x1 convolution, parts that are summed apart. The bits of a result depend on it.
 constexpr int64_t kGradientSlices = 8;
 // Transformed inputs that are kept for them: they should stay in L3.

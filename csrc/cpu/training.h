@@ -42,10 +42,10 @@ struct PassArgs {
   Activation activation;
   int32_t maps, outputs;
   PixelMap map[kMaxMaps], g;
-  PixelMap out[kMaxMaps];                                // y; or the gradients of the maps
-  const float *scale[kMaxMaps], *shift;                  // [image][channel]
-  const float* mean[kMaxMaps];                           // [channel], of sums
-  const float *p[kMaxMaps], *q[kMaxMaps], *r[kMaxMaps];  // d_map = p*d_t + q*map + r; q is [channel]
+  PixelMap out[kMaxMaps];                  // y; or the gradients of the maps
+  const float *scale[kMaxMaps], *shift;    // [image][channel]
+  const float* mean[kMaxMaps];             // [channel], of sums
+  const float *q[kMaxMaps], *r[kMaxMaps];  // d_map = scale*d_t + q*map + r; q is [channel]
 };
 
 // Two maps as one: channel 2c + j of `joined` belongs to channel c of map[j]. Coefficients are [channel].
@@ -59,6 +59,12 @@ struct TrainingKernels {
   void (*transform)(const PlainArgs&, const TileSet&, int first, int last, float* v);
   // Products and output transform of all panels.
   void (*convolve)(const PlainArgs&, const TileSet&, const float* v, float* m, float* u);
+  // The gradient of the input at stride 2: `in` is that of the result, `out`, which is added to, of the
+  // input.
+  void (*transform_strided_gradient)(const PlainArgs&, const TileSet&, int first, int last, float* v);
+  // Panels [first, last).
+  void (*add_strided_gradient)(const PlainArgs&, const TileSet&, const float* v, int first, int last,
+                               float* m, float* u);
   void (*transform_input)(const GradientArgs&, const TileSet&, int first, int last, float* v);
   // The transpose of the output transform, of the gradients of panel `panel` to m.
   void (*spread_tiles)(const GradientArgs&, const TileSet&, int panel, float* m);
@@ -72,8 +78,12 @@ struct TrainingKernels {
                         int last, float* to);
   // On `count` pixels of one image from `first` on.
   void (*pointwise)(const PointArgs&, int image, int64_t first, int count);
-  // Adds to (or, if `fresh`, overwrites) [panel][input channel][2*lanes].
-  void (*point_gradient)(const PointArgs&, int image, int64_t first, int count, float* to, bool fresh);
+  // Adds to (or, if `fresh`, overwrites) [panel][input channel][2*lanes]. `scratch`: kPointPixels pixels of
+  // `in` in whole blocks, and of one panel.
+  void (*point_gradient)(const PointArgs&, int image, int64_t first, int count, float* to, bool fresh,
+                         float* scratch);
+  // Averages of 2x2 pixels of `in`, zeros beyond it.
+  void (*pool)(const PointArgs&, int image, int64_t first, int count);
   void (*moments)(const PixelMap&, int image, int64_t first, int count, float* sums, float* squares);
   void (*combine)(const PassArgs&, int image, int64_t first, int count);
   void (*reduce)(const PassArgs&, int image, int64_t first, int count, float* sums);  // [1 + maps][channel]

@@ -81,39 +81,41 @@ class CpuKernels(training.Plain):
         return y, Moments(*(found[0] if groups == 1 else torch.cat(found, 1)))
 
     def pool(self, x: Tensor) -> Tensor:
-        return training.pool(as_pixels(x))
+        n, c, h, w = x.shape
+        size = n, c, (h + 1) // 2, (w + 1) // 2
+        pooled = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        _ops._cpu_train_pool.default(as_pixels(x), pooled)
+        return pooled
 
-    def combine(self, maps: list[Tensor], scales: list[Tensor], shift: Tensor, activation: str) -> Tensor:
+    def combine(self, maps: list[Tensor], scales: Tensor, shift: Tensor, activation: str) -> Tensor:
         y = torch.empty_like(maps[0])
-        maps = [*map(as_pixels, maps)]
         code = CODES["activation"].index(activation)
-        _ops._cpu_train_combine.default(maps, _dense(scales), shift.contiguous(), code, y)
+        _ops._cpu_train_combine.default([*map(as_pixels, maps)], scales.contiguous(), shift.contiguous(), code, y)
         return y
 
     def reduce(
-        self, g: Tensor, maps: list[Tensor], scales: list[Tensor], shift: Tensor, means: list[Tensor], activation: str
-    ) -> list[Tensor]:
-        maps = [*map(as_pixels, maps)]
+        self, g: Tensor, maps: list[Tensor], scales: Tensor, shift: Tensor, means: Tensor, activation: str
+    ) -> Tensor:
+        coefficients = scales.contiguous(), shift.contiguous(), means.contiguous()
         code = CODES["activation"].index(activation)
-        sums = _ops._cpu_train_reduce.default(
-            as_pixels(g), maps, _dense(scales), shift.contiguous(), _dense(means), code
-        )
-        return [*sums.unbind()]
+        sums: Tensor = _ops._cpu_train_reduce.default(as_pixels(g), [*map(as_pixels, maps)], *coefficients, code)
+        return sums
 
     def spread(
         self,
         g: Tensor,
         maps: list[Tensor],
-        scales: list[Tensor],
+        scales: Tensor,
         shift: Tensor,
-        lines: list[tuple[Tensor, Tensor, Tensor]],
+        q: Tensor,
+        r: Tensor,
+        outputs: int,
         activation: str,
     ) -> list[Tensor]:
-        found = [torch.empty_like(maps[0]) for _ in lines]
-        maps = [*map(as_pixels, maps)]
-        p, q, r = (_dense([line[i] for line in lines]) for i in range(3))
+        found = [torch.empty_like(maps[0]) for _ in range(outputs)]
+        coefficients = [t.contiguous() for t in (scales, shift, q, r)]
         code = CODES["activation"].index(activation)
-        _ops._cpu_train_spread.default(as_pixels(g), maps, _dense(scales), shift.contiguous(), p, q, r, code, found)
+        _ops._cpu_train_spread.default(as_pixels(g), [*map(as_pixels, maps)], *coefficients, code, found)
         return found
 
     def join(self, maps: Sequence[Tensor], scales: list[Tensor], shifts: list[Tensor]) -> Tensor:
@@ -144,10 +146,7 @@ class CpuKernels(training.Plain):
 
     def add_input_gradient(self, d_x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> None:
         for c, k, w in _groups(weight, groups):
-            if stride == 1:
-                _ops._cpu_train_convolve.default(d[:, k], w.contiguous(), 1, True, True, False, d_x[:, c])
-            else:
-                super().add_input_gradient(d_x[:, c], d[:, k], w, stride, 1)
+            _ops._cpu_train_convolve.default(d[:, k], w.contiguous(), stride, True, True, False, d_x[:, c])
 
     def weight_gradient(self, x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor:
         result, x = torch.empty_like(weight, memory_format=torch.contiguous_format), as_pixels(x)

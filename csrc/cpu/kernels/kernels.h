@@ -5,10 +5,30 @@
 #include "convolution.h"
 #include "gate.h"
 #include "stem.h"
+#include "strided_gradient.h"
 #include "training.h"
 
 namespace parnet::cpu {
 namespace {
+
+constexpr TrainingKernels kTraining = {.transform = transform_plain,
+                                       .convolve = convolve_plain,
+                                       .transform_strided_gradient = transform_strided_gradient,
+                                       .add_strided_gradient = add_strided_gradient,
+                                       .transform_input = transform_gradient_input,
+                                       .spread_tiles = spread_tiles,
+                                       .multiply_transposed = multiply_transposed,
+                                       .fold_gradient = fold_gradient,
+                                       .pointwise = pointwise,
+                                       .point_gradient = point_gradient,
+                                       .pool = pool,
+                                       .moments = moments,
+                                       .combine = combine,
+                                       .reduce = reduce,
+                                       .spread = spread,
+                                       .join = join,
+                                       .join_sums = join_sums,
+                                       .separate = separate};
 
 constexpr Kernels table_of(const char* name) {
   return {name,        kLanes,         kMaxRows,  kIntel ? kMinPixels6Intel : kMinPixels6,

@@ -150,7 +150,8 @@ void spread_as(const PassArgs& a, int image, int64_t first, int count) {
       PARNET_UNROLL for (int m = 0; m < Maps; m++) {
         if (m >= a.outputs) break;
         const Vec line = fma(read<Whole>(a.q[m] + c, lanes), x[m], read<Whole>(a.r[m] + at, lanes));
-        write<Whole>(to[m] + i * a.out[m].pixel + c, fma(read<Whole>(a.p[m] + at, lanes), d, line), lanes);
+        write<Whole>(to[m] + i * a.out[m].pixel + c, fma(read<Whole>(a.scale[m] + at, lanes), d, line),
+                     lanes);
       }
     });
   }

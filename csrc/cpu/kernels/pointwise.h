@@ -68,45 +68,79 @@ void pointwise(const PointArgs& a, int image, int64_t first, int count) {
   }
 }
 
-// Channels of x times a panel of the gradient's, summed over pixels.
-template <bool Whole>
-PARNET_INLINE void multiply_point_gradient(const float* x, int64_t x_pitch, int channels, const float* g,
-                                           int64_t g_pitch, int outputs, int count, float* to, bool fresh) {
-  constexpr int kAtOnce = kLanes == 16 ? 8 : 4;
-  for (int c = 0; c < channels; c += kAtOnce) {
-    const int some = least(kAtOnce, channels - c);
-    int64_t offset[kAtOnce];  // channels beyond the last are read as the last
-    PARNET_UNROLL for (int i = 0; i < kAtOnce; i++) offset[i] = c + least(i, some - 1);
-    Vec low[kAtOnce], high[kAtOnce];
-    PARNET_UNROLL for (int i = 0; i < kAtOnce; i++) low[i] = high[i] = zero();
-    for (int p = 0; p < count; p++) {
-      const float *left = x + p * x_pitch, *right = g + p * g_pitch;
-      const Vec r0 = Whole ? load_unaligned(right) : load_first(right, least(outputs, kLanes));
-      const Vec r1 = Whole              ? load_unaligned(right + kLanes)
-                     : outputs > kLanes ? load_first(right + kLanes, outputs - kLanes)
-                                        : zero();
-      PARNET_UNROLL for (int i = 0; i < kAtOnce; i++) {
-        const Vec value = splat(left[offset[i]]);
-        accumulate(low[i], value, r0);
-        accumulate(high[i], value, r1);
-      }
+// `count` pixels of one block, or the first `channels` lanes of it, to [pixel][pitch]; zeros in other lanes.
+PARNET_INLINE void copy_block(const float* from, int64_t from_pitch, int channels, int count, float* to,
+                              int pitch) {
+  for (int p = 0; p < count; p++, from += from_pitch, to += pitch) {
+    store(to, channels == kLanes ? load_unaligned(from) : load_first(from, channels < 0 ? 0 : channels));
+  }
+}
+
+// Some channels of x, [pixel][kLanes], times a panel of the gradient's, [pixel][kPanel], summed over pixels.
+constexpr int kPointChannels = kLanes == 16 ? 8 : 4;
+void multiply_points(const float* left, const float* right, int count, float* to, int some, bool fresh) {
+  Vec low[kPointChannels], high[kPointChannels];
+  PARNET_UNROLL for (int i = 0; i < kPointChannels; i++) low[i] = high[i] = zero();
+  for (int p = 0; p < count; p++, left += kLanes, right += kPanel) {
+    const Vec r0 = load(right), r1 = load(right + kLanes);
+    PARNET_UNROLL for (int i = 0; i < kPointChannels; i++) {
+      const Vec value = splat(left[i]);
+      accumulate(low[i], value, r0);
+      accumulate(high[i], value, r1);
     }
-    for (int i = 0; i < some; i++) {
-      float* at = to + (c + i) * kPanel;
-      store(at, fresh ? low[i] : low[i] + load(at));
-      store(at + kLanes, fresh ? high[i] : high[i] + load(at + kLanes));
+  }
+  PARNET_UNROLL for (int i = 0; i < kPointChannels; i++, to += kPanel) {
+    if (i == some) break;
+    store(to, fresh ? low[i] : low[i] + load(to));
+    store(to + kLanes, fresh ? high[i] : high[i] + load(to + kLanes));
+  }
+}
+
+void point_gradient(const PointArgs& a, int image, int64_t first, int count, float* to, bool fresh,
+                    float* scratch) {
+  const int channels = a.in.channels, outputs = a.out.channels;
+  float *left = scratch, *right = scratch + div_up(channels, kLanes) * kLanes * kPointPixels;
+  for (int start = 0; start < count; start += kPointPixels, fresh = false) {
+    const int some = least(kPointPixels, count - start);
+    const float* x = pixels_of<float>(a.in, image, first + start);
+    const float* g = pixels_of<float>(a.out, image, first + start);
+    for (int c = 0; c < channels; c += kLanes) {
+      copy_block(x + c, a.in.pixel, least(kLanes, channels - c), some, left + int64_t{c} * some, kLanes);
+    }
+    float* panel = to;
+    for (int k = 0; k < outputs; k += kPanel) {
+      copy_block(g + k, a.out.pixel, least(kLanes, outputs - k), some, right, kPanel);
+      copy_block(g + k + kLanes, a.out.pixel, least(kLanes, outputs - k - kLanes), some, right + kLanes,
+                 kPanel);
+      for (int c = 0; c < channels; c += kPointChannels, panel += kPointChannels * kPanel) {
+        multiply_points(left + int64_t{c / kLanes} * kLanes * some + c % kLanes, right, some, panel,
+                        least(kPointChannels, channels - c), fresh);
+      }
+      panel = to + (k / kPanel + 1) * int64_t{channels} * kPanel;
     }
   }
 }
 
-void point_gradient(const PointArgs& a, int image, int64_t first, int count, float* to, bool fresh) {
-  const float* x = pixels_of<float>(a.in, image, first);
-  const float* g = pixels_of<float>(a.out, image, first);
-  for (int k = 0; k < a.out.channels; k += kPanel, to += a.in.channels * kPanel) {
-    const int outputs = least(kPanel, a.out.channels - k);
-    const auto multiply = outputs == kPanel ? multiply_point_gradient<true> : multiply_point_gradient<false>;
-    multiply(x, a.in.pixel, a.in.channels, g + k, a.out.pixel, outputs, count, to, fresh);
+template <class T>
+void pool_in(const PointArgs& a, int image, int64_t first, int count) {
+  const PixelMap& in = a.in;
+  T* to = pixels_of<T>(a.out, image, first);
+  for (int i = 0; i < count; i++, to += a.out.pixel) {
+    const int row = 2 * ((first + i) / a.out.cols), col = 2 * ((first + i) % a.out.cols);
+    const bool below = row + 1 < in.rows, beside = col + 1 < in.cols;
+    const T* from = pixels_of<T>(in, image, int64_t{row} * in.cols + col);
+    const T* next = from + in.cols * in.pixel;
+    each_block(in.channels, [&]<bool Whole>(int c, int lanes) PARNET_INLINE_LAMBDA {
+      Vec sum = read<Whole>(from + c, lanes);
+      if (beside) sum = sum + read<Whole>(from + in.pixel + c, lanes);
+      if (below) sum = sum + read<Whole>(next + c, lanes);
+      if (below && beside) sum = sum + read<Whole>(next + in.pixel + c, lanes);
+      write<Whole>(to + c, .25f * sum, lanes);
+    });
   }
+}
+void pool(const PointArgs& a, int image, int64_t first, int count) {
+  PARNET_BY_DTYPE(a.in.dtype, pool_in, a, image, first, count)
 }
 
 }  // namespace

@@ -288,21 +288,5 @@ void fold_gradient(const GradientArgs& a, const float* du, const uint8_t* used, 
                         : fold_gradient_of<2>(a, du, used, panel, first, last, to);
 }
 
-constexpr TrainingKernels kTraining = {transform_plain,
-                                       convolve_plain,
-                                       transform_gradient_input,
-                                       spread_tiles,
-                                       multiply_transposed,
-                                       fold_gradient,
-                                       pointwise,
-                                       point_gradient,
-                                       moments,
-                                       combine,
-                                       reduce,
-                                       spread,
-                                       join,
-                                       join_sums,
-                                       separate};
-
 }  // namespace
 }  // namespace parnet::cpu

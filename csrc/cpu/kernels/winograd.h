@@ -171,6 +171,27 @@ struct Polyphase {
     }
     PARNET_UNROLL for (int i = 0; i < Outputs; i++) m[Outputs + 1 + i] = y[i];
   }
+  // The transpose of `forward`: gradients of transformed inputs to gradients of inputs.
+  static PARNET_INLINE void adjoint(const Vec* o, Vec* d) {
+    d[0] = o[0];
+    if constexpr (Outputs == 1) {
+      d[2] = o[1];
+    } else if constexpr (Outputs == 2) {
+      d[2] = o[1] - (o[0] + o[2]);
+      d[4] = o[2];
+    } else if constexpr (Outputs == 3) {
+      d[2] = fma(.5f, o[1] - o[2], zero() - o[3]);
+      d[4] = fma(.5f, o[1] + o[2], zero() - o[0]);
+      d[6] = o[3];
+    } else {
+      const Vec outer = fma(2.f, o[4], (-1 / 6.f) * o[3]);
+      d[2] = fma(-.5f, o[0], o[1]) + fma(-1 / 3.f, o[2], outer);
+      d[4] = fma(.5f, o[1] + o[2], zero() - (o[0] + o[4]));
+      d[6] = fma(.5f, o[0] - o[1], fma(-1 / 6.f, o[2], zero() - outer));
+      d[8] = o[4];
+    }
+    PARNET_UNROLL for (int i = 0; i < Outputs; i++) d[2 * i + 1] = o[Outputs + 1 + i];
+  }
 };
 
 template <int Stride, int Kind>

@@ -143,7 +143,7 @@ void pack(const LayerParameters& p, const Kernels& k, const PackedHeader& h, voi
                                                  : (output + i) * p.weight_channels + source[c]) *
                                           9;
           for (int tap = 0; tap < 9; tap++) {
-            to[((c - begin) * 9 + tap) * panel + i] = w[p.adjoint ? 8 - tap : tap];
+            to[((c - begin) * 9 + tap) * panel + i] = w[p.adjoint && p.stride == 1 ? 8 - tap : tap];
           }
         }
       }

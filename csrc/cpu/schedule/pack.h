@@ -19,7 +19,8 @@ struct LayerParameters {
   int64_t out_channels, weight_channels;  // weight is [out_channels, weight_channels, 3, 3]
   const float *weight, *bias, *gate_weight, *gate_bias, *skip_scale, *skip_shift, *out_scale, *out_shift;
   // kPlain: `weight` is that of the convolution whose input gradient this is, [weight_channels, out_channels,
-  // 3, 3], and its taps are turned around.
+  // 3, 3]. At stride 1 that is a convolution again, with its taps turned around; at stride 2 the transposed
+  // algorithm, with the taps as they are.
   bool adjoint = false;
 };
 

@@ -1,114 +1,12 @@
 #include "training.h"
 
 #include <algorithm>
-#include <list>
-#include <memory>
-#include <mutex>
-#include <tuple>
 
 #include "../policy.h"
-#include "../process_value.h"
-#include "plan.h"
-#include "workspace.h"
+#include "training_parts.h"
 
 namespace parnet::cpu {
 namespace {
-
-constexpr size_t kPlans = 128;
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// ---- Scratch memory: buffers of finished items serve later ones. At most as many are kept as ran at once.
-
-class Buffers {
- public:
-  std::unique_ptr<Workspace> take(int64_t floats) {
-    {
-      const std::lock_guard lock(mutex_);
-      const auto fits = [&](const auto& idle) { return idle.floats >= floats; };
-      const auto found = std::find_if(idle_.begin(), idle_.end(), fits);
-      if (found != idle_.end()) {
-        auto buffer = std::move(found->buffer);
-        idle_.erase(found);
-        return buffer;
-      }
-      if (!idle_.empty()) idle_.pop_back();  // the largest that is too small
-    }
-    return std::make_unique<Workspace>(floats, 0);
-  }
-  void put(std::unique_ptr<Workspace> buffer, int64_t floats) {
-    const std::lock_guard lock(mutex_);
-    const auto larger = [&](const auto& idle) { return idle.floats >= floats; };
-    idle_.insert(std::find_if(idle_.begin(), idle_.end(), larger), {floats, std::move(buffer)});
-  }
-
- private:
-  struct Idle {
-    int64_t floats;
-    std::unique_ptr<Workspace> buffer;
-  };
-  std::mutex mutex_;
-  std::vector<Idle> idle_;  // by size
-};
-
-Buffers& buffers() { return *process_value<Buffers>; }
-
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : floats_(floats), buffer_(buffers().take(floats)) {}
-  ~Scratch() { buffers().put(std::move(buffer_), floats_); }
-  Scratch(const Scratch&) = delete;
-  float* at(int64_t offset) const { return buffer_->at(offset); }
-
- private:
-  int64_t floats_;
-  std::unique_ptr<Workspace> buffer_;
-};
-
-// ---- Plans of tiles, the most recently used ones.
-
-struct PlanKey {
-  Geometry geometry;
-  int images, rows, cols, threads;
-  bool operator==(const PlanKey&) const = default;
-};
-
-struct Plans {
-  std::mutex mutex;
-  std::list<std::pair<PlanKey, std::shared_ptr<const TilePlan>>> all;
-};
-
-std::shared_ptr<const TilePlan> tiles_for(const PlanKey& key, const Kernels& k) {
-  auto& [mutex, plans] = *process_value<Plans>;
-  const auto known = [&]() -> std::shared_ptr<const TilePlan> {
-    const auto found =
-        std::find_if(plans.begin(), plans.end(), [&](const auto& p) { return p.first == key; });
-    if (found == plans.end()) return nullptr;
-    plans.splice(plans.begin(), plans, found);
-    return found->second;
-  };
-  {
-    const std::lock_guard lock(mutex);
-    if (auto plan = known()) return plan;
-  }
-  // Planned without the lock, so that a new shape in one thread does not stop the others.
-  auto made = std::make_shared<TilePlan>(key.geometry, k, key.images, key.rows, key.cols, key.threads);
-  const std::lock_guard lock(mutex);
-  if (auto plan = known()) return plan;  // of another thread that was faster
-  plans.emplace_front(key, made);
-  if (plans.size() > kPlans) plans.pop_back();
-  return made;
-}
-
-LayerParameters plain_layer(Storage storage, int stride, int64_t outputs, int64_t channels) {
-  LayerParameters p{};
-  p.kind = Kind::kPlain;
-  p.storage = storage;
-  p.stride = stride;
-  p.out_channels = outputs;
-  p.weight_channels = channels;
-  return p;
-}
 
 // Means and variances of parts: [part][pitch] sums and squared distances from the part's mean; count(part).
 template <class Count>
@@ -296,9 +194,11 @@ void point_weight_gradient(const PixelMap& in, const PixelMap& gradient, float* 
   const PointArgs a{in, gradient, nullptr, false};
   threads.parallel(slices, [&](int64_t s) {
     const int64_t from = chunks.count * s / slices, end = chunks.count * (s + 1) / slices;
+    const Scratch scratch((div_up(in.channels, k.lanes) * k.lanes + panel) * kPointPixels);
     for (int64_t i = from; i < end; i++) {
       const Chunk c = chunks.at(i);
-      k.training->point_gradient(a, c.image, c.first, c.count, parts.at(s * floats), i == from);
+      k.training->point_gradient(a, c.image, c.first, c.count, parts.at(s * floats), i == from,
+                                 scratch.at(0));
     }
   });
   threads.parallel(gradient.channels, [&](int64_t row) {
@@ -308,6 +208,15 @@ void point_weight_gradient(const PixelMap& in, const PixelMap& gradient, float* 
       for (int64_t s = 0; s < slices; s++) sum += *parts.at(s * floats + at + c * panel);
       to[row * in.channels + c] = sum;
     }
+  });
+}
+
+void pool_map(const PixelMap& in, const PixelMap& out, const Kernels& k, const Threads& threads) {
+  const Chunks chunks(out);
+  const PointArgs a{in, out, nullptr, false};
+  threads.parallel(chunks.count, [&](int64_t i) {
+    const Chunk c = chunks.at(i);
+    k.training->pool(a, c.image, c.first, c.count);
   });
 }
 

@@ -17,6 +17,9 @@ struct Threads {
 // gradient this is.
 void convolve_map(const PixelMap& in, const float* weight, int stride, bool adjoint, bool add,
                   const PixelMap& out, float* mean, float* variance, const Kernels&, const Threads&);
+// The input gradient of a convolution of stride 2, added to `to`; weight: [K, C, 3, 3].
+void add_strided_input_gradient(const PixelMap& gradient, const float* weight, const PixelMap& to,
+                                const Kernels&, const Threads&);
 // to: [K, C, 3, 3], overwritten.
 void weight_gradient(const PixelMap& in, const PixelMap& gradient, int stride, float* to, const Kernels&,
                      const Threads&);
@@ -25,6 +28,8 @@ void convolve_points(const PixelMap& in, const float* weight, bool adjoint, bool
                      float* mean, float* variance, const Kernels&, const Threads&);
 void point_weight_gradient(const PixelMap& in, const PixelMap& gradient, float* to, const Kernels&,
                            const Threads&);
+// 2x2 averages of `in`, with zeros beyond it.
+void pool_map(const PixelMap& in, const PixelMap& out, const Kernels&, const Threads&);
 // image_means: [image][channel]; mean and variance: [channel], or null.
 void map_moments(const PixelMap&, float* image_means, float* mean, float* variance, const Kernels&,
                  const Threads&);
