@@ -23,6 +23,7 @@ from parnet_kernels.app.cli import app
 from parnet_kernels.checkpoint import read_metadata
 from parnet_kernels.train import state
 from parnet_kernels.train.batches import Feed, training_parts, validation_parts
+from parnet_kernels.train.learner import Learner
 from parnet_kernels.train.logs import Logs
 from parnet_kernels.train.loop import Run, Stopped
 from parnet_kernels.train.ranks import Ranks
@@ -274,7 +275,7 @@ def test_other_weights_to_start_from(data: Path, tmp_path: Path) -> None:
     again, _ = trained(
         tiny(data, tmp_path / "b", init=str(tmp_path / "a" / "last.safetensors"), lr_base=1e-6, epochs=1)
     )
-    assert (again.model.head.fc.weight - network.head.fc.weight).abs().max() < 1e-4
+    assert (again.learner.model.head.fc.weight - network.head.fc.weight).abs().max() < 1e-4
     with pytest.raises(ValueError, match="`width` is that of the network that `init` names"):
         settings({"data": str(data), "init": "x.pth", "width": 4})
 
@@ -312,31 +313,33 @@ def load_deployed_of(run: Run):
 
 def test_weight_decay_is_of_weights_alone(data: Path, tmp_path: Path) -> None:
     run = Run(tiny(data, tmp_path), ONE, Quiet())
-    decayed, others = run.optimizer.param_groups
+    decayed, others = run.learner.optimizer.param_groups
     assert decayed["weight_decay"] == 5e-4
     assert others["weight_decay"] == 0
     assert all(p.ndim > 1 for p in decayed["params"])
     assert {id(p) for p in others["params"]} == {
-        id(p) for name, p in run.model.named_parameters() if ".bn." in name or name.endswith("bias") or p.ndim <= 1
+        id(p)
+        for name, p in run.learner.model.named_parameters()
+        if ".bn." in name or name.endswith("bias") or p.ndim <= 1
     }
 
 
 def test_average_of_weights(data: Path, tmp_path: Path) -> None:
     """After step t, the copy is d·copy + (1 − d)·weights, d = min(ema, (1 + t)/(10 + t)); statistics too."""
     run = Run(tiny(data, tmp_path, ema=0.5, epochs=1, warmup=0.0), ONE, Quiet())
-    follow, expected = run._follow, {k: v.double().clone() for k, v in run.shadow.state_dict().items()}
+    follow, expected = run.learner.follow, {k: v.double().clone() for k, v in run.learner.shadow.state_dict().items()}
 
-    def checked(decay: float | None) -> None:
+    def checked(decay: float) -> None:
         follow(decay)
         assert decay == min(0.5, (1 + run.done) / (10 + run.done))
-        for name, t in run.model.state_dict().items():
+        for name, t in run.learner.model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * t.double() if t.is_floating_point() else t.double()
 
-    run._follow = checked  # type: ignore[method-assign]
+    run.learner.follow = checked  # type: ignore[method-assign]
     run()
-    for name, t in run.shadow.state_dict().items():
+    for name, t in run.learner.shadow.state_dict().items():
         assert (t.double() - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max().clamp_min(1), name
-    assert not torch.equal(run.shadow.head.fc.weight, run.model.head.fc.weight)
+    assert not torch.equal(run.learner.shadow.head.fc.weight, run.learner.model.head.fc.weight)
 
 
 def test_learning_rate() -> None:
@@ -396,12 +399,12 @@ def test_a_lower_rate_after_divergence(data: Path, tmp_path: Path) -> None:
 
 def test_the_last_good_checkpoint_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss becomes NaN in the second epoch."""
-    step = Run._step
+    step = Learner.step
 
-    def spoiled(run: Run, batches, rate: float):
-        return step(run, batches, rate) * (float("nan") if run.done == 4 else 1)
+    def spoiled(learner: Learner, batches, done: int, rate: float):
+        return step(learner, batches, done, rate) * (float("nan") if done == 4 else 1)
 
-    monkeypatch.setattr(Run, "_step", spoiled)
+    monkeypatch.setattr(Learner, "step", spoiled)
     chosen = tiny(data, tmp_path / "out")
     with pytest.raises(
         Stopped, match=r"the loss is nan in epoch 2, before step 5: stopped; the last good checkpoint is .*last"
@@ -410,7 +413,7 @@ def test_the_last_good_checkpoint_is_named(data: Path, tmp_path: Path, monkeypat
     point = state.read(tmp_path / "out", "last")
     assert point is not None
     assert point.progress["step"] == 3
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(Learner, "step", step)
     trained(chosen, resume=True)
     trained(tiny(data, tmp_path / "whole"))
     assert left(tmp_path / "out") == left(tmp_path / "whole")

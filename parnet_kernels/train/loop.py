@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from parnet_kernels import training_sync
 from parnet_kernels.checkpoint import load_checkpoint
 from parnet_kernels.distributed.cut import sizes
 from parnet_kernels.files import write_whole
@@ -23,7 +18,8 @@ from parnet_kernels.model import ParNet
 from parnet_kernels.preprocessing import COLORS, Preprocessing
 from parnet_kernels.train import state
 from parnet_kernels.train.augmentation import Augmentation
-from parnet_kernels.train.batches import Batch, Feed, Training, Validation, mixed, training_parts, validation_parts
+from parnet_kernels.train.batches import Batch, Feed, Training, Validation, training_parts, validation_parts
+from parnet_kernels.train.learner import Learner, Scores
 from parnet_kernels.train.logs import Logs
 from parnet_kernels.train.ranks import Ranks
 from parnet_kernels.train.settings import Settings, written
@@ -45,35 +41,6 @@ class Watcher(Protocol):
     def say(self, text: str) -> None: ...
     def step(self, done: int, total: int, epoch: int, loss: float, rate: float) -> None: ...
     def epoch(self, row: dict[str, float]) -> None: ...
-
-
-class Scores(NamedTuple):
-    loss: float  # cross-entropy without smoothing
-    top1: float
-    top5: float
-    pictures: int
-
-    @classmethod
-    def of(cls, sums: list[float]) -> Scores:
-        loss, top1, top5, count = sums
-        n = count or math.nan
-        return cls(loss / n, top1 / n, top5 / n, int(count))
-
-
-@torch.inference_mode()
-def evaluate(network: nn.Module, batches: Iterator[Batch], device: torch.device) -> list[float]:
-    """[sum of losses, right first answers, right among five, pictures]."""
-    sums = [0.0, 0.0, 0.0, 0.0]
-    for x, y, *_ in batches:
-        if not len(y):
-            continue
-        logits, y = network(x.to(device)).float(), y.to(device)
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == y[:, None]
-        sums[0] += F.cross_entropy(logits, y, reduction="sum").double().item()
-        sums[1] += best[:, 0].sum().item()
-        sums[2] += best.any(1).sum().item()
-        sums[3] += len(y)
-    return sums
 
 
 class Run:
@@ -104,7 +71,8 @@ class Run:
         self._validation = Feed(Validation(self.data.reader, self.data.validation, p), s.workers)
         self.steps = len(self.data.train) // s.batch  # an epoch
         self.total = self.steps * (s.epochs + s.cooldown)
-        self._prepare(point)
+        self.done, self.best, self._sums = 0, -math.inf, [0.0, 0.0]
+        self.learner = self._begin(point)
         self._logs = Logs(self.folder, self.done, s.tensorboard) if r.first else None
 
     def _point(self, resume: bool) -> state.Point | None:
@@ -173,47 +141,16 @@ class Run:
                 "pixel: no variance; take larger batches, fewer parts or larger pictures"
             )
 
-    def _prepare(self, point: state.Point | None) -> None:
-        s, device = self.settings, self.ranks.device
-        self.done, self.best, self._sums = 0, -math.inf, [0.0, 0.0]
-        #: What is validated and saved: a copy, averaged over the steps if `ema`.
-        self.shadow = self.network
-        model = copy.deepcopy(self.network)
-        if point is not None:
-            progress = point.progress
-            self.done, self.best, self._sums = progress["step"], progress["best"], progress["sums"]
-            weights = {k.removeprefix("weight."): t for k, t in point.tensors.items() if k.startswith("weight.")}
-            model.load_state_dict(weights, strict=False)
-        self.model = model.to(device).train()
-        self.shadow = self.shadow.to(device).eval().requires_grad_(False)
-        if device.type == "cuda":
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if s.sync_bn and self.ranks.world > 1:
-            training_sync.convert(self.model)
-        self._names = {p: name for name, p in self.model.named_parameters()}
-        groups = [[p for p in self._names if p.ndim > 1], [p for p in self._names if p.ndim <= 1]]
-        self.optimizer = torch.optim.SGD(
-            [{"params": groups[0], "weight_decay": s.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
-            lr=1.0,
-            momentum=s.momentum,
-            nesterov=s.momentum > 0,
+    def _begin(self, point: state.Point | None) -> Learner:
+        if point is None:
+            return Learner(self.network, self.settings, self.ranks)
+        progress, named = point.progress, point.tensors.items()
+        self.done, self.best, self._sums = progress["step"], progress["best"], progress["sums"]
+        weights, momentum = (
+            {name.removeprefix(kind): t for name, t in named if name.startswith(kind)}
+            for kind in ("weight.", "momentum.")
         )
-        if point is not None:
-            state.give_momentum(self.optimizer, self._names, point.tensors)
-            self._follow(None)
-        self._parallel: Any = self.model
-        if self.ranks.world > 1:
-            self._parallel = nn.parallel.DistributedDataParallel(self.model)
-
-    @torch.no_grad()
-    def _follow(self, decay: float | None) -> None:
-        """Moves the copy by 1 − decay of the way to the weights; None: only its counters."""
-        own, trained = self.shadow.state_dict(), self.model.state_dict()
-        floats = [name for name, t in own.items() if t.is_floating_point()]
-        for name in own.keys() - set(floats):
-            own[name].copy_(trained[name])
-        if decay is not None:
-            torch._foreach_lerp_([own[name] for name in floats], [trained[name] for name in floats], 1 - decay)
+        return Learner(self.network, self.settings, self.ranks, weights, momentum)
 
     def __call__(self) -> Scores | None:
         """Trains to the end. Returns the scores of the last validation; None if there was nothing left to do.
@@ -253,7 +190,7 @@ class Run:
         recent, logged = torch.zeros((), dtype=torch.float64, device=r.device), self.done
         for _ in range(first, self.steps):
             rate = s.rate(self.done, self.steps)
-            recent += self._step(batches, rate)
+            recent += self.learner.step(batches, self.done, rate)
             self.done += 1
             due = self.done % s.log_every == 0 or self.done % self.steps == 0
             save = bool(s.save_every) and self.done % s.save_every == 0 and self.done % self.steps != 0
@@ -272,40 +209,11 @@ class Run:
             if save:
                 self._save(["last"], epoch)
 
-    def _step(self, batches: Iterator[Batch], rate: float) -> Tensor:
-        """One step of the optimizer. Returns the loss: the mean over this process's pictures."""
-        s, device = self.settings, self.ranks.device
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        for part in range(s.accumulate):
-            x, y, *_ = next(batches)
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            torch.manual_seed(mixed(s.seed, self.done, part, self.ranks.rank))  # of dropout
-            waits: AbstractContextManager[Any] = nullcontext()
-            if self.ranks.world > 1 and part + 1 < s.accumulate:
-                waits = self._parallel.no_sync()
-            with waits:
-                with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                    logits = self._parallel(x)
-                part_loss = F.cross_entropy(logits.float(), y, label_smoothing=s.label_smoothing) / s.accumulate
-                part_loss.backward()
-            loss += part_loss.detach()
-        self.optimizer.step()
-        if s.ema:
-            self._follow(min(s.ema, (1 + self.done) / (10 + self.done)))  # early averages forget faster
-        return loss
-
     def _end_of_epoch(self, epoch: int, start: float, first: int) -> Scores:
         s, r = self.settings, self.ranks
-        if not s.ema:
-            self._follow(0.0)
         seconds = time.perf_counter() - start
-        network = self.shadow.deploy() if r.device.type == "cpu" else self.shadow
         parts = validation_parts(len(self.data.validation), min(s.batch, VALIDATED), r.rank, r.world)
-        sums = evaluate(network, self._read(self._validation.read(parts)), r.device)
-        scores = Scores.of(r.sums(*sums))
+        scores = self.learner.scores(self._read(self._validation.read(parts)))
         better = not scores.pictures or scores.top1 > self.best
         if better and scores.pictures:
             self.best = scores.top1
@@ -322,22 +230,21 @@ class Run:
 
     def _save(self, names: list[str], epoch: int) -> None:
         """`last` comes last: where a run was cut before it, the steps that lead to the others are done again."""
-        if not self.settings.ema:
-            self._follow(0.0)
-        problem = ""
+        problem, shadow = "", self.learner.shadow
+        self.learner.settle()
         if self.ranks.first:
             # Counters of BatchNorms are not what a file of weights is read for: loading starts them anew.
-            trained = self.model.state_dict().items()
+            trained = self.learner.model.state_dict().items()
             weights = {f"weight.{k}": t for k, t in trained if self.settings.ema or not t.is_floating_point()}
-            tensors = {**weights, **state.momentum(self.optimizer, self._names)}
+            tensors = weights | {f"momentum.{k}": t for k, t in self.learner.momentum().items()}
             progress = {
                 "step": self.done, "best": self.best, "sums": self._sums,
                 "settings": self.settings.learned(), "pictures": self.data.fingerprint(),
             }  # fmt: skip
             try:
-                if all(bool(t.isfinite().all()) for t in self.shadow.state_dict().values()):
+                if all(bool(t.isfinite().all()) for t in shadow.state_dict().values()):
                     for name in names:
-                        state.write(self.folder, name, state.Point(self.shadow, tensors, progress))
+                        state.write(self.folder, name, state.Point(shadow, tensors, progress))
                 else:
                     problem = self._diverged("a weight is not finite", epoch)
             except OSError as error:

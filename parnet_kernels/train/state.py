@@ -11,11 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -85,15 +83,3 @@ def read(folder: Path, name: str) -> Point | None:
     raise CheckpointError(
         f"{path} has no state to go on from ({name}.state-….safetensors): --init starts from its weights"
     )
-
-
-def momentum(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """The buffers of SGD, by name."""
-    found = {f"momentum.{names[p]}": s["momentum_buffer"] for p, s in optimizer.state.items() if "momentum_buffer" in s}
-    return {name: buffer for name, buffer in found.items() if buffer is not None}
-
-
-def give_momentum(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], tensors: dict[str, Tensor]) -> None:
-    for p, name in names.items():
-        if (buffer := tensors.get(f"momentum.{name}")) is not None:
-            optimizer.state[p]["momentum_buffer"] = buffer.to(p.device, copy=True)
