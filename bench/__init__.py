@@ -8,6 +8,7 @@
     python -m bench profile --variants s    our layers within a run
     python -m bench calls                   what public operators cost beside their kernels
     python -m bench int8                    int8 and bfloat16 networks: see "How it measures"
+    python -m bench ablation                what ParNet's parts are worth: see bench/ablation.py
     python -m bench gpu                     on a GPU: see bench/gpu/__init__.py
     pip install -e '.[peers]'               the other engines; a missing one is reported
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m bench cpu | int8 | train | gpu | profile | calls`, `make bench`, `parnet bench`."""
+"""The command line: `python -m bench cpu | int8 | train | ablation | gpu | …`, `make bench`, `parnet bench`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from bench import train as steps
 from bench.engines import ENGINES, LOW_PRECISION
 from bench.measure import Bench, Plan, Row
 from bench.workloads import BLOCKS, Workload, select
+from parnet_kernels.app.console import print_table
 from parnet_kernels.config import VARIANTS
 
 SUITES = {"": ["net", "blocks"], "net": ["net"], "blocks": ["blocks"], "ops": ["ops"], "all": ["net", "ops"]}
@@ -249,6 +250,53 @@ def train(
             rows = steps.cell(net, batch or (128 if small else 8), 32 if small else size, count, names, rounds)
             for line in steps.lines(rows):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def ablation(
+    data: Annotated[str, typer.Argument(help="pictures, as for parnet train; digits")] = "digits",
+    rows: Annotated[str, typer.Option(help="numbers of rows, such as 0,3; default: all")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each row")] = 3,
+    width: Annotated[int, typer.Option(min=2, help="of the first stream of the base")] = 16,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch: Annotated[int, typer.Option(min=2)] = 64,
+    lr_base: Annotated[float, typer.Option(help="peak learning rate of a batch of 256")] = 0.4,
+    limit: Annotated[int, typer.Option(help="training pictures of each class; 0: all")] = 500,
+    validation: Annotated[int, typer.Option(help="validation pictures, spread over all; 0: all")] = 2000,
+    size: Annotated[int, typer.Option(min=1, help="of the pictures")] = 32,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    minutes: Minutes = 600,
+    out: Out = None,
+) -> None:
+    """Accuracy of ParNets that differ in one thing, trained alike; and of a ResNet. See bench/ablation.py."""
+    from bench import ablation as what
+    from parnet_kernels.train.settings import settings
+    from parnet_kernels.train.sources import pictures
+
+    names = list(what.ROWS)
+    if rows:
+        names = [names[int(i)] for i in _list("--rows", rows, [str(i) for i in range(len(names))])]
+    chosen = settings({
+        "data": data, "recipe": "cifar", "width": width, "epochs": epochs, "batch": batch, "lr_base": lr_base,
+        "limit": limit, "size": size, "threads": threads, "pad": size // 8,
+    })  # fmt: skip
+    found = pictures(data, chosen.val_fraction, limit, 0)
+    if validation:
+        found = found._replace(validation=found.validation[:: max(1, len(found.validation) // validation)][:validation])
+    folder, console = _folder(out), Console()
+    with tables.progress() as bar:
+        task = bar.add_task("starting", total=len(names) * seeds, left="")
+
+        def tell(text: str) -> None:
+            bar.update(task, description=text)
+
+        results = []
+        for result in what.run(chosen, found, names, seeds, minutes, folder, tell):
+            results.append(result)
+            bar.update(task, advance=1)
+    print_table(console, what.HEADER, what.table(results))
+    told = f"# {len(found.train)} training and {len(found.validation)} validation pictures of {data}, {epochs} epochs"
+    console.print(f"{told}, batch {batch}, width {width}; {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
