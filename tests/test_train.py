@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 
 from parnet_kernels import ParNet, ParNetConfig, Preprocessing, load_checkpoint, load_deployed, save
 from parnet_kernels.app.cli import app
+from parnet_kernels.app.images import fitted, normalised, pixels_of
 from parnet_kernels.checkpoint import read_metadata
-from parnet_kernels.train import state
+from parnet_kernels.train import augmentation, state
+from parnet_kernels.train.augmentation import Augmentation
 from parnet_kernels.train.batches import Feed, training_parts, validation_parts
 from parnet_kernels.train.learner import Learner
 from parnet_kernels.train.logs import Logs
@@ -104,7 +106,11 @@ def left(folder: Path) -> dict[str, object]:
 HARD = {"randaugment": 9, "erase": 0.5, "dropout": 0.2, "accumulate": 2, "save_every": 1, "ema": 0.9}
 
 
-@pytest.mark.parametrize("more", [{}, {"ema": 0.0}, HARD], ids=["ema", "no ema", "everything random, parts"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param({}, marks=pytest.mark.slow), {"ema": 0.0}, HARD],
+    ids=["ema", "no ema", "everything random, parts"],
+)
 def test_a_resumed_run_is_the_same_to_the_bit(more: dict, data: Path, tmp_path: Path) -> None:
     """Cut after a step within an epoch; the checkpoint before it is of an epoch, or of a step."""
     whole = tiny(data, tmp_path / "whole", **more)
@@ -120,7 +126,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(more: dict, data: Path, tmp_path: 
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "n", [pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow), 6]
+)
 def test_cut_at_any_file(n: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The n-th file of the checkpoints is half written, and nothing after it runs."""
     expected = tmp_path / "whole"
@@ -296,7 +304,45 @@ def test_preprocessing_of_other_weights_is_kept(data: Path, tmp_path: Path) -> N
         Run(tiny(data, tmp_path / "c", init=str(tmp_path / "a.safetensors"), color="gray"), ONE, Quiet())
 
 
-@pytest.mark.parametrize("streams", [1, 2, 4])
+@pytest.mark.parametrize("which", ["kornia", "torchvision"])
+def test_augmentation(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By both libraries: without random steps it is what `predict` does; a flip is one; colours stay in their range."""
+    if which == "torchvision" and augmentation.library() != which:
+        pytest.skip("torchvision does not import")
+    monkeypatch.setattr(augmentation, "library", lambda: which)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+    image, p = Image.fromarray(pixels), Preprocessing(32, 1.0)
+    plain = {"data": "x", "size": 32, "crop_scale": 0.0, "randaugment": 0, "erase": 0.0}
+
+    def made(picture: Image.Image = image, of: Preprocessing = p, **more: object) -> torch.Tensor:
+        torch.manual_seed(0)
+        return Augmentation(settings({**plain, **more}), of)(picture, "x")
+
+    whole = normalised([fitted(pixels_of(image, p), p, "x")], p)[0]
+    assert torch.allclose(made(flip=0.0), whole, atol=1e-5)
+    assert torch.allclose(made(flip=1.0), whole.flip(2), atol=1e-5)
+    crop = made(flip=0.0, pad=4)
+    zero = -torch.tensor(p.mean) / torch.tensor(p.std)
+    padded = zero[:, None, None].expand(3, 40, 40).clone()
+    padded[:, 4:36, 4:36] = whole
+    assert any(torch.allclose(crop, padded[:, i : i + 32, j : j + 32], atol=1e-5) for i in range(9) for j in range(9))
+    low, high = (torch.tensor([v - m for m in p.mean]) / torch.tensor(p.std) for v in (0, 1))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = Augmentation(settings({"data": "x", "size": 32, "erase": 0.0}), p)(image, "x")
+        assert x.shape == (3, 32, 32)
+        assert (x.amin((1, 2)) >= low - 1e-5).all()
+        assert (x.amax((1, 2)) <= high + 1e-5).all()
+    erased = made(flip=0.0, erase=1.0)
+    share = ((erased - whole).abs() > 1e-3).any(0).float().mean()
+    assert 0.01 < share < 0.5
+    grey = Preprocessing(32, 1.0, mean=(0.0,), std=(1.0,), color="gray")
+    x = made(image.convert("L"), grey, color="gray", randaugment=9, crop_scale=0.5)
+    assert x.shape == (1, 32, 32)
+    assert 0 <= x.min() <= x.max() <= 1
+
+
+@pytest.mark.parametrize("streams", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_numbers_of_streams(streams: int, data: Path, tmp_path: Path) -> None:
     run, _ = trained(tiny(data, tmp_path / "out", streams=streams, epochs=1, deploy=True, activation="relu"))
     network = load_deployed_of(run)

@@ -158,6 +158,19 @@ def test_forms_of_data_sets(tmp_path: Path) -> None:
     assert pictures(str(root), 0.1, 0, 0).warnings == ["1 of 3 classes have no pictures for validation: 'class 1'"]
     root = draw(tmp_path / "h", train=1)
     assert pictures(str(root), 0.1, 0, 0).warnings == ["3 of 3 classes have one training picture, such as 'class 0'"]
+    root = draw(tmp_path / "i")
+    shutil.move(root / "train", root / "test")
+    assert "there is a folder 'val', but none of training: 'train'" in said(root)
+    root = draw(tmp_path / "j")
+    shutil.copytree(root / "train", root / "unlabelled")
+    (root / "train" / "class 1" / "loop").symlink_to(root / "train")
+    os.makedirs(os.fsencode(root) + b"/train/caf\xe9")
+    shutil.copy(root / "val" / "class 0" / "0.png", os.fsencode(root) + b"/train/caf\xe9/\xff.png")
+    found = pictures(str(root), 0.1, 0, 0)
+    assert found.warnings[0] == "not used, beside 'train' and 'val': 'unlabelled'"
+    assert (len(found.train), found.class_names[0]) == (28, "caf\udce9")
+    assert found.reader.read(found.train[0].name)
+    assert len(found.fingerprint()) == 32
     os.mkfifo(tmp_path / "pipe")
     assert "must be a folder, a zip or a tar file" in said(tmp_path / "pipe")
     (tmp_path / "text.zip").write_text("no archive")

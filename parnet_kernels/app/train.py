@@ -77,8 +77,12 @@ def _run(given: dict[str, Any], resume: bool) -> int:
             run = Run(chosen, ranks, screen, resume)
             if ranks.first:
                 _tell(console, run)
-            with screen.watching():
-                scores = run()
+            try:
+                with screen.watching():
+                    scores = run()
+            except KeyboardInterrupt:
+                screen.say(f"stopped after step {run.done} of {run.total}; --resume goes on from the last checkpoint")
+                raise
         if not ranks.first:
             return 0
         if scores is None:

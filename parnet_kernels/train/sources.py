@@ -36,10 +36,10 @@ class Folder:
 
     def names(self) -> Iterator[str]:
         for place, folders, files in os.walk(self._root, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            here = Path(place).resolve()
+            above = {here, *here.parents}  # a link to one of them would be followed for ever
+            folders[:] = [n for n in folders if not n.startswith(".") and Path(place, n).resolve() not in above]
             inner = os.path.relpath(place, self._root)
-            if inner.count(os.sep) > 64:
-                raise ValueError(f"{place}: folders more than 64 deep (a link to itself?)")
             for name in files:
                 yield PurePosixPath(inner, name).as_posix()
 
@@ -205,6 +205,9 @@ def pictures(data: str, val_fraction: float, limit: int, seed: int) -> Pictures:
         depth += 1  # a folder around the data set
     tops = {parts[depth].lower(): parts[depth] for parts, _ in split}
     train = next((tops[name] for name in TRAIN if name in tops), None)
+    parts_of = [tops[name] for name in VALIDATION if name in tops]
+    if train is None and parts_of and all(len(parts) > depth + 2 for parts, _ in split):
+        raise ValueError(f"{data}: there is a folder {parts_of[0]!r}, but none of training: 'train'")
     found: dict[str, dict[str, list[str]]] = {"train": {}, "validation": {}}
     warnings: list[str] = []
     if train is None:
@@ -214,7 +217,9 @@ def pictures(data: str, val_fraction: float, limit: int, seed: int) -> Pictures:
             found["train"].setdefault(parts[depth], []).append(name)
         found["validation"] = _held_out(found["train"], val_fraction, seed)
     else:
-        validation = next((tops[name] for name in VALIDATION if name in tops), None)
+        validation = parts_of[0] if parts_of else None
+        if others := sorted(set(tops.values()) - {train, validation}):
+            warnings.append(f"not used, beside {train!r} and {validation!r}: {', '.join(map(repr, others))}")
         for parts, name in split:
             if parts[depth] not in (train, validation):
                 continue
