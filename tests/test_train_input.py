@@ -1,11 +1,15 @@
 """`parnet train` with bad pictures, settings, folders and files: one clear message each, and nothing is lost."""
 
+import multiprocessing
 import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -21,7 +25,7 @@ from parnet_kernels.app.cli import app
 from parnet_kernels.archive import CheckpointError
 from parnet_kernels.train import augmentation
 from parnet_kernels.train.loop import Run, Stopped
-from parnet_kernels.train.settings import read_yaml, settings
+from parnet_kernels.train.settings import read_yaml, settings, written
 from parnet_kernels.train.sources import pictures
 
 YAML = {
@@ -294,6 +298,46 @@ def test_a_full_disk(data: Path, tmp_path: Path) -> None:  # noqa: F811
     trained(chosen, resume=True)
     trained(tiny(data, tmp_path / "whole"))
     assert left(out) == left(tmp_path / "whole")
+
+
+def test_a_killed_reader(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """One of the processes that read pictures is killed, as the system does when memory is short."""
+    run = Run(tiny(data, tmp_path / "out", workers=1), ONE, quiet := Quiet())
+    step = run.learner.step
+
+    def killed(batches, done: int, rate: float):
+        if done == 4:
+            for child in multiprocessing.active_children():
+                child.kill()
+                child.join()
+        return step(batches, done, rate)
+
+    run.learner.step = killed  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="a process that reads pictures was killed"):
+        run()  # after the batches that were read before
+    assert quiet.rows
+    trained(tiny(data, tmp_path / "out"), resume=True)
+    trained(tiny(data, tmp_path / "whole"))
+    assert left(tmp_path / "out") == left(tmp_path / "whole")
+
+
+def test_interrupted_by_hand(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Ctrl-C: says how to go on."""
+    (tmp_path / "run.yaml").write_text(written(tiny(data, tmp_path / "out", epochs=200)))
+    command = [sys.executable, "-m", "parnet_kernels.train", "--config", str(tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while not (tmp_path / "out" / "last.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode not in (0, -signal.SIGINT)
+    assert re.search(r"stopped after step \d+ of 600; --resume goes on from the last checkpoint", output), output
+    assert "Traceback" not in output
 
 
 def test_missing_packages(data: Path, tmp_path: Path) -> None:  # noqa: F811

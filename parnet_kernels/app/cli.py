@@ -211,7 +211,7 @@ def main(*first: str) -> None:
     before those of the command line.
     """
     try:
-        app([*first, *sys.argv[1:]])
+        app([*first, *sys.argv[1:]], prog_name="parnet")
     except (CheckpointError, OSError, ValueError) as error:
         print(f"parnet: {shown(error)}", file=sys.stderr)
         sys.exit(1)

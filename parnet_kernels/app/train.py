@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from parnet_kernels.app.console import print_table, shown
-from parnet_kernels.train.settings import FIELDS, Settings, read_yaml, settings
+from parnet_kernels.train.settings import FIELDS, RECIPES, read_yaml, settings
 
 NEEDS = "training needs `pip install parnet-kernels[train]`"
 TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
@@ -139,6 +139,14 @@ def train(**options: Any) -> None:
         raise typer.Exit(status)
 
 
+def _help(name: str) -> str:
+    """What an option does, with its default and what each recipe has instead."""
+    f = FIELDS[name]
+    others = [f"{recipe}: {values[name]}" for recipe, values in RECIPES.items() if name in values]
+    default = "" if f.default == "" or f.default is False else f" (default {', '.join([str(f.default), *others])})"
+    return f.metadata["help"] + default
+
+
 def _options() -> Callable[..., None]:
     """`train` with an option for each field of `Settings`."""
     found = {
@@ -150,8 +158,7 @@ def _options() -> Callable[..., None]:
         if name != "data":
             flag = f"--{name.replace('_', '-')}"
             flag += f"/--no-{name.replace('_', '-')}" if f.type == "bool" else ""
-            text = f"{f.metadata['help']} [default: {f.default}]".replace(" [default: ]", "")
-            found[name] = Annotated[TYPES[str(f.type)] | None, typer.Option(flag, help=text)]
+            found[name] = Annotated[TYPES[str(f.type)] | None, typer.Option(flag, help=_help(name))]
     kind = inspect.Parameter.KEYWORD_ONLY
     defaults: dict[str, Any] = {"resume": False}
     train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -162,4 +169,3 @@ def _options() -> Callable[..., None]:
 
 
 command = _options()
-__all__ = ["Settings", "command"]

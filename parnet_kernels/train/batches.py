@@ -187,11 +187,22 @@ class Feed:
         return len(self._parts)
 
     def read(self, parts: Iterable[Part]) -> Iterator[Batch]:
-        """Raises:
-        OSError: too many pictures cannot be read.
+        """Batches of the parts, in their order.
+
+        Raises:
+            OSError: too many pictures cannot be read, or a process was killed.
         """
         self._parts[:] = parts
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise OSError(f"a process that reads pictures was killed ({error}): is memory short?") from error
             if batch.fatal:
                 raise OSError(batch.fatal)
             yield batch._replace(x=torch.from_numpy(batch.x), y=torch.from_numpy(batch.y))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from parnet_kernels.app.sources import Share
 
 #: How long the others wait for a process that lives and does not answer. One that dies is noticed at once.
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)
 _LOST = re.compile(r"gloo|nccl|connection|socket|broken pipe|timed? ?out|process ?group|peer", re.IGNORECASE)
 
 

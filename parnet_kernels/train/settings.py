@@ -20,7 +20,7 @@ Check = Callable[[Any], bool]
 
 
 def _field(default: Any, help: str, requirement: str = "", check: Check | None = None, run: bool = False) -> Any:
-    """run: says where and how it runs, not what is learned; may differ when a run is resumed."""
+    """run: says where and how it runs, not what is learned; may differ when a run is resumed (of data, the path)."""
     return field(default=default, metadata={"help": help, "requirement": requirement, "check": check, "run": run})
 
 
@@ -48,8 +48,10 @@ class Settings:
         ValueError: a field is not possible; the text names it.
     """
 
-    data: str = _field("", "Pictures: a folder in torchvision's layout, a zip or tar of one, or digits.")
-    recipe: str = _field("imagenet", "Where the other settings come from.", *_one_of("imagenet", "cifar"))
+    data: str = _field("", "Pictures: a folder in torchvision's layout, a zip or tar of one, or digits.", run=True)
+    recipe: str = _field(
+        "imagenet", "Where the other settings come from: imagenet or cifar.", *_one_of("imagenet", "cifar")
+    )
     out: str = _field("out/train", "Folder for checkpoints and logs.", run=True)
 
     model: str = _field("s", "The network: s, m, l, xl, or cifar (for 32×32 pixels).", *_one_of(*MODELS))
@@ -63,7 +65,9 @@ class Settings:
 
     size: int = _field(224, "Pixels of the square that the network sees.", *_between(1, 8192))
     crop: float = _field(0.875, "That square's share of the resized picture, in validation.", *_between(0.01, 1))
-    interpolation: str = _field("bilinear", "Filter that resizes.", *_one_of(*INTERPOLATIONS))
+    interpolation: str = _field(
+        "bilinear", f"Filter that resizes: {', '.join(INTERPOLATIONS)}.", *_one_of(*INTERPOLATIONS)
+    )
     color: str = _field("auto", "rgb, bgr, gray, or auto: that of --init, else rgb.", *_one_of("auto", *COLORS))
     val_fraction: float = _field(0.1, "Share of each class for validation, if the data has no such part.",
                                  "be in [0, 1)", lambda v: 0 <= v < 1)  # fmt: skip
@@ -88,7 +92,7 @@ class Settings:
     ema: float = _field(0.9999, "Decay of the average of weights, which is validated; 0: none.",
                         "be in [0, 1)", lambda v: 0 <= v < 1)  # fmt: skip
     seed: int = _field(0, "Of weights, order and augmentation.", *_between(0, 2**31 - 1))
-    sync_bn: bool = _field(False, "BatchNorm over the pictures of all processes .")
+    sync_bn: bool = _field(False, "BatchNorm over the pictures of all processes.")
     amp: bool = _field(False, "bfloat16 where PyTorch's autocast has it.")
 
     device: str = _field("auto", "cpu, cuda, or auto: cuda if there is one.", *_one_of("auto", "cpu", "cuda"), run=True)
