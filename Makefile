@@ -70,7 +70,7 @@ test-integrations: setup ## the wheel beside timm, ONNX engines, Ray and the new
 		"$$(echo build/wheel/*.whl)[test,onnx,timm,hub,ray]"
 	.venv-integrations/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
 	cd tests && ../.venv-integrations/bin/python -P -m pytest -m 'not slow' integrations test_pretrained.py test_ops.py \
-		test_export_package.py test_docs.py $(PYTEST_ARGS)
+		test_export_package.py test_train.py test_docs.py $(PYTEST_ARGS)
 	cd tests && ../.venv-integrations/bin/python -P -m pytest -m slow integrations/test_ray.py $(PYTEST_ARGS)
 
 dist: setup ## the packages in dist, each tried in an environment of its own (15 minutes with nvcc; DIST_ARGS=--quick: 4)

@@ -190,19 +190,11 @@ class Feed:
         """Batches of the parts, in their order.
 
         Raises:
-            OSError: too many pictures cannot be read, or a process was killed.
+            OSError: too many pictures cannot be read.
+            RuntimeError: a process was killed, as PyTorch says it.
         """
         self._parts[:] = parts
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise OSError(f"a process that reads pictures was killed ({error}): is memory short?") from error
+        for batch in self._loader:
             if batch.fatal:
                 raise OSError(batch.fatal)
             yield batch._replace(x=torch.from_numpy(batch.x), y=torch.from_numpy(batch.y))

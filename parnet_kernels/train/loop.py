@@ -157,7 +157,7 @@ class Run:
 
         Raises:
             Stopped: it cannot go on.
-            OSError: pictures cannot be read, or logs not written.
+            OSError: pictures cannot be read, logs not written, or a process that reads was killed.
         """
         scores = None
         try:
@@ -165,6 +165,10 @@ class Run:
                 start, first = time.perf_counter(), self.done % self.steps
                 self._epoch(epoch, first)
                 scores = self._end_of_epoch(epoch, start, first)
+        except RuntimeError as error:  # PyTorch raises this one wherever the program is then
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(f"a process that reads pictures was killed ({error}): is memory short?") from error
         finally:
             if self._logs is not None:
                 self._logs.close()
