@@ -340,6 +340,29 @@ def test_interrupted_by_hand(data: Path, tmp_path: Path) -> None:  # noqa: F811
     assert "Traceback" not in output
 
 
+def test_no_room_for_logs(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    out, chosen = tmp_path / "out", tiny(data, tmp_path / "out")
+    run, limits = Run(chosen, ONE, Quiet()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    step = run.learner.step
+
+    def full(batches, done: int, rate: float):
+        if done == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "steps.csv").stat().st_size + 20, limits[1]))
+        return step(batches, done, rate)
+
+    run.learner.step = full  # type: ignore[method-assign]
+    try:
+        with pytest.raises(
+            Stopped, match=r"cannot write .*steps\.csv.*the last good checkpoint is .*last\.safetensors"
+        ):
+            run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    trained(chosen, resume=True)
+    trained(tiny(data, tmp_path / "whole"))
+    assert left(out) == left(tmp_path / "whole")
+
+
 def test_missing_packages(data: Path, tmp_path: Path) -> None:  # noqa: F811
     """Each is named by the command that brings it; TensorBoard's and matplotlib's are not needed."""
     program = (

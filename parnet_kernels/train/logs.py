@@ -35,8 +35,11 @@ class Table:
 
     def add(self, **values: float) -> None:
         self.rows.append(values)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(self._text(values))
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(self._text(values))
+        except OSError as error:
+            raise OSError(f"cannot write {self._path}: {error}") from error
 
     def _text(self, row: dict[str, float]) -> str:
         def shown(v: float) -> str:
@@ -84,7 +87,7 @@ class Logs:
                     self._board.add_scalar(f"{group}/{name}", value, int(values["step"]))
 
     def draw(self) -> bool:
-        """The learning curve, `curve.png`; whether matplotlib is there."""
+        """The learning curve, `curve.png`; whether it was drawn. No reason to stop if it was not."""
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
@@ -109,7 +112,10 @@ class Logs:
         right.legend()
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=100)
-        write_whole(self._folder / "curve.png", content.getvalue())
+        try:
+            write_whole(self._folder / "curve.png", content.getvalue())
+        except OSError:
+            return False
         return True
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -208,7 +208,8 @@ class Run:
                 self._sums = [self._sums[0] + total, self._sums[1] + count]
                 if self._logs is not None:
                     speed = count * s.batch / seconds
-                    self._logs.step(step=self.done, epoch=epoch + 1, lr=rate, loss=loss, images_per_second=speed)
+                    row = {"step": self.done, "epoch": epoch + 1, "lr": rate, "loss": loss, "images_per_second": speed}
+                    self._log(self._logs.step, row)
                     self._watcher.step(self.done, self.total, epoch, loss, speed)
             if save:
                 self._save(["last"], epoch)
@@ -228,9 +229,15 @@ class Run:
         }  # fmt: skip
         self._save(["best", "last"] if better else ["last"], epoch)
         if self._logs is not None:
-            self._logs.epoch(**row)
+            self._log(self._logs.epoch, row)
             self._watcher.epoch(row)
         return scores
+
+    def _log(self, write: Callable[..., None], row: dict[str, float]) -> None:
+        try:
+            write(**row)
+        except OSError as error:
+            raise Stopped(f"{error}; {self._good()}") from error
 
     def _save(self, names: list[str], epoch: int) -> None:
         """`last` comes last: where a run was cut before it, the steps that lead to the others are done again."""
