@@ -4,6 +4,9 @@ BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp $(foreach d,csrc/*/ csrc/*/*/,$(addprefix $(d),*.cpp *.h *.cu *.cuh))) parnet_kernels/schemas.inc
 CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.h' 'tests/*.cu' 'examples/*.cpp')
 
+# Files of tests side by side. A thread watches the clock, so that a test that hangs in native code ends too.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile --timeout-method thread
+
 .PHONY: help setup build demo test test-all test-oldest test-integrations dist gpu-check bench asan lint format docs clean
 
 help:
@@ -46,10 +49,10 @@ demo: .venv/ready ## train on handwritten digits, deploy, compare, time; writes 
 	$(BIN)/parnet demo
 
 test: setup ## the test suite (10 to 15 minutes)
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-all: setup ## the test suite with the long sweeps
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # The wheel that the pinned torch built, beside the oldest. NumPy: Triton 3.6's interpreter fails with a newer one.
 test-oldest: setup ## the test suite beside torch 2.11 and Triton 3.6 (takes what `make test` takes)
@@ -59,7 +62,7 @@ test-oldest: setup ## the test suite beside torch 2.11 and Triton 3.6 (takes wha
 	.venv-oldest/bin/python -m pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4' 'setuptools>=77,<82' \
 		"$$(echo build/wheel/*.whl)[test]"
 	.venv-oldest/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	.venv-oldest/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	.venv-oldest/bin/python $(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 # The newest torch that torchvision, and so timm, supports. From tests/, so that the wheel is tested, not the checkout.
 test-integrations: setup ## the wheel beside timm, ONNX engines, Ray and the newest torch of torchvision (15 minutes, 6 GB)
@@ -69,7 +72,7 @@ test-integrations: setup ## the wheel beside timm, ONNX engines, Ray and the new
 	.venv-integrations/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 onnxruntime openvino \
 		"$$(echo build/wheel/*.whl)[test,onnx,timm,hub,ray]"
 	.venv-integrations/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	cd tests && ../.venv-integrations/bin/python -P -m pytest -m 'not slow' integrations test_pretrained.py test_ops.py \
+	cd tests && ../.venv-integrations/bin/python -P $(PYTEST) -m 'not slow' integrations test_pretrained.py test_ops.py \
 		test_export_package.py test_train.py test_docs.py $(PYTEST_ARGS)
 	cd tests && ../.venv-integrations/bin/python -P -m pytest -m slow integrations/test_ray.py $(PYTEST_ARGS)
 

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from oracle import randomize
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from parnet_kernels import ParNet, ParNetConfig, _native, export, parnet_cifar, save
+from parnet_kernels import ParNet, ParNetConfig, Preprocessing, _native, export, parnet_cifar, save
 from parnet_kernels.app.cli import app
+from parnet_kernels.app.images import load_image
 from parnet_kernels.deployed import DeployedParNet
 
 pytestmark = pytest.mark.skipif(_native.cpu_error is not None, reason=str(_native.cpu_error))
@@ -41,6 +43,7 @@ def tiny() -> DeployedParNet:
     torch.manual_seed(0)
     network = randomize(ParNet(TINY)).eval().deploy()
     network.class_names = [f"Name {i}" for i in range(10)]
+    network.preprocessing = Preprocessing(size=40, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
     return network
 
 
@@ -135,21 +138,33 @@ def test_cifar_form_and_float16(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+@pytest.mark.skipif(not list(Path("/usr").glob("**/nlohmann/json.hpp")), reason="no nlohmann-json3-dev")
 def test_cpp_program(package: Path, tmp_path: Path) -> None:
+    """It reads the preprocessing and the names of classes from the package; its logits are Python's, bit for bit."""
     where = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     subprocess.run(["cmake", "-S", ROOT / "examples" / "cpp", "-B", tmp_path, where], check=True)
     subprocess.run(["cmake", "--build", tmp_path], check=True)
     assert len((ROOT / "examples" / "cpp" / "main.cpp").read_text().splitlines()) <= 80
-    x = torch.randn(3, 3, 33, 40)
-    x.numpy().tofile(tmp_path / "images.bin")
-    shape = [*map(str, x.shape)]
-    call = [tmp_path / "classify", package, LIBRARY, *shape, tmp_path / "images.bin", tmp_path / "logits.bin"]
-    told = subprocess.run(call, capture_output=True, text=True, check=True)
-    assert "packed for " in told.stdout
-    found = torch.from_numpy(np.fromfile(tmp_path / "logits.bin", np.float32)).view(3, 10)
-    assert torch.equal(found, tiny()(x))
-    told = subprocess.run([*call[:2], tmp_path / "none.so"], capture_output=True, text=True)
-    assert (told.returncode, "none.so" in told.stderr) == (1, True)
+    network = tiny()
+    preprocessing = network.preprocessing
+    assert preprocessing is not None
+    for size in ((90, 61), (33, 47), (40, 40)):
+        picture = tmp_path / "picture.ppm"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)).save(picture)
+        call = [tmp_path / "classify", package, LIBRARY, picture, tmp_path / "logits.bin"]
+        told = subprocess.run(call, capture_output=True, text=True, check=True)
+        expected = network(load_image(picture, preprocessing))
+        assert torch.equal(torch.from_numpy(np.fromfile(tmp_path / "logits.bin", np.float32)).view(1, 10), expected)
+        best = expected[0].softmax(0).max()
+        assert told.stdout.splitlines()[0] == f"{100 * best:5.1f} %  Name {expected.argmax()}"
+        assert f"{_native.cpu_info()['isa']}, " in told.stdout
+    (tmp_path / "short.ppm").write_bytes(b"P6 9 9 255 few")
+    for bad, message in (
+        ([tmp_path / "none.so", picture], "none.so"),
+        ([LIBRARY, tmp_path / "short.ppm"], "ends early"),
+    ):
+        told = subprocess.run([*call[:2], *bad], capture_output=True, text=True)
+        assert (told.returncode, message in told.stderr) == (1, True)
 
 
 # ------------------------------------------------------------------ what is refused

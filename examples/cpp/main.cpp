@@ -1,62 +1,76 @@
-// Runs a package of `parnet export net.safetensors net.pt2` without Python:
-//   ./classify net.pt2 path/to/_C.so [N C H W images.bin logits.bin]
-// images.bin: float32 numbers [N, C, H, W]. Without it, an image of zeros, 224 x 224.
+// Says what is in a picture, without Python: runs a package of `parnet export net.safetensors net.pt2`.
+//   ./classify net.pt2 path/to/_C.so picture.ppm [logits.bin]
+// Size and normalisation of pictures and the names of classes are read from the package.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
-#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <fstream>
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <nlohmann/json.hpp>
 
-torch::Tensor read_images(char** arguments) {
-  std::vector<int64_t> shape;
-  for (int i = 0; i < 4; i++) shape.push_back(std::atoll(arguments[i]));
-  torch::Tensor images = torch::empty(shape);
-  std::ifstream file(arguments[4], std::ios::binary);
-  if (!file.read(static_cast<char*>(images.data_ptr()), images.nbytes())) {
-    throw std::runtime_error(std::string("cannot read so many numbers from ") + arguments[4]);
-  }
-  return images;
+using nlohmann::json;
+using Numbers = std::vector<double>;
+namespace F = torch::nn::functional;
+
+// uint8 [1, 3, H, W] of a binary PPM file with 8 bits a colour.
+torch::Tensor read_ppm(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::string magic;
+  int64_t width = 0, height = 0, largest = 0;
+  file >> magic >> width >> height >> largest;
+  if (magic != "P6" || largest != 255 || std::min(width, height) < 1 || std::max(width, height) > 1 << 14)
+    throw std::runtime_error(path + " is no P6 file of 8-bit colours");
+  torch::Tensor pixels = torch::empty({1, height, width, 3}, torch::kUInt8);
+  file.get();  // one blank before the pixels
+  file.read(static_cast<char*>(pixels.data_ptr()), pixels.nbytes());
+  return file ? pixels.permute({0, 3, 1, 2}) : throw std::runtime_error(path + " ends early");
 }
 
-double median_ms(torch::inductor::AOTIModelPackageLoader& network, const torch::Tensor& images) {
-  std::vector<double> times;
-  for (int i = 0; i < 50; i++) {
-    const auto start = std::chrono::steady_clock::now();
-    network.run({images});
-    const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
-    times.push_back(taken.count());
-  }
-  std::nth_element(times.begin(), times.begin() + 25, times.end());
-  return times[25];
+// A network's input, as `parnet_kernels.Preprocessing` describes it: resized, cut, normalised.
+torch::Tensor prepared(const torch::Tensor& x, const json& p) {
+  if (p.at("interpolation") != "bilinear" || p.at("color") != "rgb")
+    throw std::runtime_error("the network wants other pictures: " + p.dump());
+  const int64_t size = p.at("size");
+  const double scale = size / p.at("crop").get<double>() / std::min(x.size(2), x.size(3));
+  const auto side = [&](int d) { return std::max<int64_t>(size, std::nearbyint(x.size(d) * scale)); };
+  auto how = F::InterpolateFuncOptions().mode(torch::kBilinear).align_corners(false).antialias(true);
+  torch::Tensor y = F::interpolate(x, how.size(std::vector<int64_t>{side(2), side(3)}));
+  for (int d : {2, 3}) y = y.narrow(d, (side(d) - size) / 2, size);
+  const torch::Tensor mean = torch::tensor(p.at("mean").get<Numbers>(), torch::kFloat64).view({3, 1, 1});
+  const torch::Tensor std = torch::tensor(p.at("std").get<Numbers>(), torch::kFloat64).view({3, 1, 1});
+  y = y.to(torch::kFloat32).sub((255 * mean).to(torch::kFloat32)).mul((1 / (255 * std)).to(torch::kFloat32));
+  return y.contiguous();
 }
 
 int main(int count, char** arguments) try {
-  if (count != 3 && count != 9) {
-    std::fprintf(stderr, "usage: classify net.pt2 _C.so [N C H W images.bin logits.bin]\n");
-    return 2;
-  }
+  if (count < 4) throw std::runtime_error("usage: classify net.pt2 _C.so picture.ppm [logits.bin]");
   if (!dlopen(arguments[2], RTLD_NOW | RTLD_GLOBAL)) throw std::runtime_error(dlerror());  // the kernels
   const c10::InferenceMode no_gradients;
   torch::inductor::AOTIModelPackageLoader network(arguments[1]);
-  std::printf("packed for %s\n", network.get_metadata().at("parnet_isa").c_str());
+  auto said = network.get_metadata();
+  if (!said.count("parnet_preprocessing")) throw std::runtime_error("the package says nothing of pictures");
+  const torch::Tensor x = prepared(read_ppm(arguments[3]), json::parse(said["parnet_preprocessing"]));
+  const torch::Tensor logits = network.run({x})[0].contiguous();
+  if (count > 4) std::ofstream(arguments[4]).write(static_cast<char*>(logits.data_ptr()), logits.nbytes());
 
-  const torch::Tensor images = count == 9 ? read_images(arguments + 3) : torch::zeros({1, 3, 224, 224});
-  const torch::Tensor logits = network.run({images})[0].contiguous();
-  if (count == 9) {
-    std::ofstream file(arguments[8], std::ios::binary);
-    file.write(static_cast<const char*>(logits.data_ptr()), logits.nbytes());
-    if (!file.flush()) throw std::runtime_error(std::string("cannot write ") + arguments[8]);
+  const json names = json::parse(said.count("parnet_class_names") ? said["parnet_class_names"] : "[]");
+  const auto [probabilities, classes] = logits[0].softmax(0).topk(std::min<int64_t>(3, logits.size(1)));
+  for (int64_t i = 0; i < classes.size(0); i++) {
+    const size_t k = classes[i].item<int64_t>();
+    const std::string name = k < names.size() ? names[k].get<std::string>() : "class " + std::to_string(k);
+    std::printf("%5.1f %%  %s\n", 100 * probabilities[i].item<double>(), name.c_str());
   }
-  std::printf("best class of image 0: %ld\n", static_cast<long>(logits[0].argmax().item<int64_t>()));
-  std::printf("%d threads, median of 50: %.3f ms\n", at::get_num_threads(), median_ms(network, images));
-  return 0;
+  Numbers ms(51);
+  for (double& taken : ms) {
+    const auto start = std::chrono::steady_clock::now();
+    network.run({x});
+    taken = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  }
+  std::sort(ms.begin(), ms.end());
+  std::printf("%s, %d threads: %.3f ms\n", said["parnet_isa"].c_str(), at::get_num_threads(), ms[25]);
 } catch (const std::exception& error) {
   std::fprintf(stderr, "classify: %s\n", error.what());
   return 1;

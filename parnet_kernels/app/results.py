@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -45,7 +46,7 @@ class Result(NamedTuple):
     top: list[dict[str, Any]]
 
 
-class Writer:
+class Writer(ABC):
     """Takes results in batches; each is in the file, or on the way through the pipe, when `write` returns."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -58,8 +59,9 @@ class Writer:
     def close(self) -> None:
         """Writes what stands after all results."""
 
+    @abstractmethod
     def _text(self, result: Result) -> str:
-        raise NotImplementedError
+        """One picture's part of the file."""
 
     def _put(self, text: str) -> None:
         # Names of files that are not UTF-8 get back the bytes they have.
