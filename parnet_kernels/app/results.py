@@ -58,6 +58,7 @@ class Writer(ABC):
 
     def close(self) -> None:
         """Writes what stands after all results."""
+        self._stream.flush()
 
     @abstractmethod
     def _text(self, result: Result) -> str:
