@@ -43,7 +43,7 @@ COMMANDS = [
 ]
 CALLS = [
     (where, command)
-    for where, command in dict.fromkeys(COMMANDS)
+    for command, where in {command: where for where, command in reversed(COMMANDS)}.items()
     if command.startswith("parnet ") and command.split()[1] not in ("demo", "bench")
 ]
 

@@ -77,6 +77,7 @@ def test_two_processes_are_one_and_a_killed_one_ends_the_run(killed: int, data: 
         assert len(losses(tmp_path / "two", name)) == len(losses(tmp_path / "one", name))
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_first_process_ends_all(data: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last.safetensors").touch()
