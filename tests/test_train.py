@@ -153,6 +153,27 @@ def test_cut_at_any_file(n: int, data: Path, tmp_path: Path, monkeypatch: pytest
     assert not list((tmp_path / "cut").glob(".*"))
 
 
+@pytest.mark.parametrize("written_first", [False, True])
+def test_cut_beside_the_log(written_first: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before or after the row of the second epoch is in the table: it is there once in the end."""
+    trained(tiny(data, tmp_path / "whole"))
+    epoch = Logs.epoch
+
+    def cut(logs: Logs, **row: float) -> None:
+        if written_first or row["epoch"] != 2:
+            epoch(logs, **row)
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    chosen = tiny(data, tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(Logs, "epoch", cut)
+        with pytest.raises(KeyboardInterrupt):
+            trained(chosen)
+    trained(chosen, resume=True)
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
+
+
 def test_killed_in_the_middle_of_writing(data: Path, tmp_path: Path) -> None:
     """kill -9 while bytes of the second checkpoint are on their way into the file."""
     trained(tiny(data, tmp_path / "whole"))

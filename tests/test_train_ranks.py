@@ -21,9 +21,9 @@ pytestmark = [
 ]
 
 
-def torchrun(chosen: Settings, folder: Path, ranks: int) -> subprocess.Popen[str]:
+def torchrun(chosen: Settings, folder: Path, ranks: int, *more: str) -> subprocess.Popen[str]:
     (folder / "run.yaml").write_text(written(chosen))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *more]
     command += ["-m", "parnet_kernels.train", "--config", str(folder / "run.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -75,6 +75,25 @@ def test_two_processes_are_one_and_a_killed_one_ends_the_run(killed: int, data: 
     assert losses(tmp_path / "two") == pytest.approx(expected, rel=2e-2)
     for name in ("epochs", "steps"):
         assert len(losses(tmp_path / "two", name)) == len(losses(tmp_path / "one", name))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    more = {"sync_bn": True, "epochs": 10, "save_every": 2}
+    trained(tiny(data, tmp_path / "one", **more))
+    expected = losses(tmp_path / "one")
+    process = torchrun(tiny(data, tmp_path / "two", **more), tmp_path, 2, "--max-restarts", "1")
+    try:
+        while len(losses(tmp_path / "two")) < 4:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        os.kill(child(process.pid, 1), signal.SIGKILL)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, output
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=2e-2)
 
 
 @pytest.mark.slow

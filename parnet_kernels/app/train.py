@@ -68,13 +68,13 @@ def _run(given: dict[str, Any], resume: bool) -> int:
     try:
         from parnet_kernels.train.finish import deploy
         from parnet_kernels.train.loop import Run
-        from parnet_kernels.train.ranks import joined
+        from parnet_kernels.train.ranks import joined, restarts
 
         chosen = settings(given)
         console = Console()
         with joined(chosen.device) as ranks:
             screen = _Screen(console if ranks.first else Console(stderr=True), ranks.first)
-            run = Run(chosen, ranks, screen, resume)
+            run = Run(chosen, ranks, screen, resume or restarts() > 0)
             if ranks.first:
                 _tell(console, run)
             try:

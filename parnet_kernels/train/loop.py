@@ -58,6 +58,7 @@ class Run:
             torch.set_num_threads(s.threads)
         self.folder = Path(s.out)
         self.data = pictures(s.data, s.val_fraction, s.limit, s.seed)
+        self._fingerprint = self.data.fingerprint()
         point = self._point(resume)
         self.network, self.preprocessing = self._make(point)
         self._check()
@@ -92,13 +93,11 @@ class Run:
         self.ranks.wait(problem)
         point = state.read(self.folder, "last") if resume else None
         if point is not None:
-            before, now = point.progress.get("settings"), s.learned()
-            if not isinstance(before, dict):
-                before = {}
+            before, now = point.progress["settings"], s.learned()
             others = [f"{k} is {v!r}, was {before.get(k)!r}" for k, v in now.items() if before.get(k) != v]
             if others:
                 raise ValueError(f"the run in {self.folder} has other settings: {'; '.join(others)}")
-            if point.progress.get("pictures") != self.data.fingerprint():
+            if point.progress.get("pictures") != self._fingerprint:
                 raise ValueError(f"the pictures in {s.data} are not those of the run in {self.folder}")
         elif self.ranks.first:
             write_whole(self.folder / "run.yaml", written(s).encode("utf-8", "backslashreplace"))
@@ -227,9 +226,10 @@ class Run:
             "loss": self._sums[0] / self._sums[1], "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5,
             "images_per_second": (self.steps - first) * s.batch / seconds, "seconds": time.perf_counter() - start,
         }  # fmt: skip
+        if self._logs is not None:  # before the checkpoint: rows after it are cut off when a run goes on, none is added
+            self._log(self._logs.epoch, row)
         self._save(["best", "last"] if better else ["last"], epoch)
         if self._logs is not None:
-            self._log(self._logs.epoch, row)
             self._watcher.epoch(row)
         return scores
 
@@ -250,7 +250,7 @@ class Run:
             tensors = weights | {f"momentum.{k}": t for k, t in self.learner.momentum().items()}
             progress = {
                 "step": self.done, "best": self.best, "sums": self._sums,
-                "settings": self.settings.learned(), "pictures": self.data.fingerprint(),
+                "settings": self.settings.learned(), "pictures": self._fingerprint,
             }  # fmt: skip
             try:
                 if all(bool(t.isfinite().all()) for t in shadow.state_dict().values()):

@@ -60,6 +60,12 @@ class Ranks(NamedTuple):
             raise ValueError(told[0])
 
 
+def restarts() -> int:
+    """How often torchrun has started the processes again, after one died."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return int(count) if count.isascii() and count.isdigit() else 0
+
+
 def _device(asked: str, share: Share) -> torch.device:
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -87,7 +93,11 @@ def joined(device: str) -> Iterator[Ranks]:
         yield Ranks(0, 1, here)
         return
     _leave_when_told(share.rank)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+    # torchrun keeps its store when it starts processes again: the addresses of those that are gone must not be found.
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(f"start {restarts()}", store)
+    backend = "nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         yield Ranks(share.rank, share.world, here)
     except RuntimeError as error:

@@ -76,6 +76,9 @@ def read(folder: Path, name: str) -> Point | None:
                 progress = json.loads((file.metadata() or {}).get("parnet_training", "{}"))
                 if progress.get("network") != digest:
                     continue
+                kinds = {"step": int, "best": float, "sums": list, "settings": dict}
+                if wrong := [key for key, kind in kinds.items() if not isinstance(progress.get(key), kind)]:
+                    raise ValueError(f"its {wrong[0]!r} is {progress.get(wrong[0])!r}")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         except (SafetensorError, ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot read {state}: truncated, or not a state of training ({error})") from error
