@@ -30,6 +30,7 @@ X86_FLAGS = {
     "isa_avx2.cpp": AVX2,
     "isa_avx512.cpp": AVX512,
     "isa_avx512_intel.cpp": AVX512,
+    "int8_avx2.cpp": AVX2,
     "int8_avx_vnni.cpp": f"{AVX2} -mavxvnni",
     "int8_avx512_vnni.cpp": f"{AVX512} -mavx512vnni",
     "int8_amx.cpp": f"{AVX512} -mamx-tile -mamx-int8",

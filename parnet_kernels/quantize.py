@@ -147,7 +147,10 @@ def quantize(
             channels.
     """
     if dtype != "int8":
-        raise ValueError(f"quantize: `dtype` must be 'int8', got {dtype!r}")
+        raise ValueError(
+            f"quantize: `dtype` must be 'int8', got {dtype!r}; 16-bit networks are `network.half()` and "
+            "`network.bfloat16()`, which need no pictures"
+        )
     if range not in RANGES:
         raise ValueError(f"quantize: `range` must be one of {RANGES}, got {range!r}")
     config = network.config

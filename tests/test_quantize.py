@@ -167,6 +167,16 @@ def test_bias_takes_back_what_rounding_shifts_the_mean_by(monkeypatch: pytest.Mo
     assert corrected_error < 0.75 * error
 
 
+def test_the_least_slow_kernels_run_where_none_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [able for able, _ in int8.info()[1]] == [name in int8.supported() for name in int8.KERNELS]
+    every = int8.info()[1]
+    monkeypatch.setattr(int8, "info", lambda: (-1, every))
+    assert int8.KERNELS[int8.choose(None)] == ("avx2" if "avx2" in int8.supported() else "portable")
+    assert "no instructions" in str(int8.why_not())
+    monkeypatch.setattr(int8, "info", lambda: (-1, [(name == "portable", 1) for name in int8.KERNELS]))
+    assert int8.KERNELS[int8.choose(None)] == "portable"
+
+
 def test_not_finite_images_give_nan_and_leave_the_others_alone() -> None:
     network = deployed(CONFIGS["even"])
     quantized = network.quantize(torch.randn(4, 3, 32, 32))

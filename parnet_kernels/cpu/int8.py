@@ -13,7 +13,7 @@ from parnet_kernels import _native
 from parnet_kernels.locks import Lock
 
 #: The kernels by number, in the order of csrc/cpu/int8/dispatch.cpp.
-KERNELS = ("portable", "tiles", "avx_vnni", "avx512_vnni", "amx")
+KERNELS = ("portable", "tiles", "avx2", "avx_vnni", "avx512_vnni", "amx")
 PANEL = 32  # output channels that one call multiplies
 KINDS = ("repvgg_sse", "downsample_se", "fusion_se")
 ACTIVATIONS = ("silu", "relu")
@@ -118,13 +118,16 @@ def why_not() -> str | None:
 
 
 def choose(name: str | None) -> int:
-    """The number of the kernels `name`; None: of the best, or of the portable ones.
+    """The number of the kernels `name`; None: of the best ones.
 
     Raises:
         ValueError: this processor cannot run them.
     """
     if name is None:
-        return max(info()[0], 0)
+        best = info()[0]
+        if best < 0:  # float32 is faster; the least slow ones
+            best = KERNELS.index("avx2" if "avx2" in supported() else "portable")
+        return best
     if name not in supported():
         raise ValueError(f"parnet_kernels: `kernels` must be one of {supported()} on this processor, got {name!r}")
     return KERNELS.index(name)

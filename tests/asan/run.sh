@@ -26,6 +26,7 @@ compile() {
       int8_*)
         flags="$flags -ffp-contract=off -Wno-psabi"
         [ "$(uname -m)" = x86_64 ] && case $name in
+          int8_avx2) flags="$flags -mavx2 -mfma -mf16c" ;;
           int8_avx_vnni) flags="$flags -mavx2 -mfma -mf16c -mavxvnni" ;;
           int8_avx512_vnni) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mavx512vnni" ;;
           int8_amx) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mamx-tile -mamx-int8" ;;

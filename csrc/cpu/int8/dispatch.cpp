@@ -15,7 +15,7 @@ namespace parnet::cpu::int8 {
 
 extern const Kernels kernels_portable, kernels_tiles;
 #ifdef __x86_64__
-extern const Kernels kernels_avx_vnni, kernels_avx512_vnni, kernels_amx;
+extern const Kernels kernels_avx2, kernels_avx_vnni, kernels_avx512_vnni, kernels_amx;
 #endif
 
 namespace {
@@ -23,7 +23,7 @@ namespace {
 struct Level {
   const Kernels* kernels;
   bool supported;
-  bool chosen;  // unless a later one is
+  bool chosen;  // unless a later one is; others are not worth it
 };
 
 #ifdef __x86_64__
@@ -50,14 +50,15 @@ const Level* levels(int64_t* count) {
   static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"),
                     vnni = avx512 && __builtin_cpu_supports("avx512vnni"),
-                    avx_vnni =
-                        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has(1, 0, 4),
+                    avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+                    avx_vnni = avx2 && has(1, 0, 4),
                     amx = avx512 && has(0, 3, 24) && has(0, 3, 25) && may_use_tiles();
 #endif
   static const Level all[] = {
-      {&kernels_portable, true, false},    {&kernels_tiles, true, false},
+      {&kernels_portable, true, false},   {&kernels_tiles, true, false},
 #ifdef __x86_64__
-      {&kernels_avx_vnni, avx_vnni, true}, {&kernels_avx512_vnni, vnni, true}, {&kernels_amx, amx, true},
+      {&kernels_avx2, avx2, false},       {&kernels_avx_vnni, avx_vnni, true},
+      {&kernels_avx512_vnni, vnni, true}, {&kernels_amx, amx, true},
 #endif
   };
   *count = std::size(all);
