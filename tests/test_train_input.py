@@ -1,5 +1,6 @@
 """`parnet train` with bad pictures, settings, folders and files: one clear message each, and nothing is lost."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -13,9 +14,12 @@ import time
 import zipfile
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from test_train import ONE, Quiet, data, draw, left, tiny, trained  # noqa: F401
 from typer.testing import CliRunner
@@ -23,7 +27,7 @@ from typer.testing import CliRunner
 from parnet_kernels import load_checkpoint
 from parnet_kernels.app.cli import app
 from parnet_kernels.archive import CheckpointError
-from parnet_kernels.train import augmentation
+from parnet_kernels.train import augmentation, state
 from parnet_kernels.train.loop import Run, Stopped
 from parnet_kernels.train.settings import read_yaml, settings, written
 from parnet_kernels.train.sources import pictures
@@ -31,7 +35,7 @@ from parnet_kernels.train.sources import pictures
 YAML = {
     "epoch: 3": "line 1: no setting 'epoch'; did you mean 'epochs'?",
     "batch: 8\n\nepochs: ten\n": "line 3: `epochs` must be an integer, got 'ten'",
-    "batch: 8\nepochs: 0\n": "line 2: `epochs` must be ≥ 1, got 0",
+    "batch: 8\nepochs: 0\n": "line 2: `epochs` must be ≥ 1 and ≤ 1e+09, got 0",
     "lr_base: .nan\n": "line 1: `lr_base` must be a number, got '.nan'",
     "lr_base: nan\n": "line 1: `lr_base` must be a number, got nan",
     "ema: 1.5": "line 1: `ema` must be in [0, 1), got 1.5",
@@ -83,7 +87,7 @@ def test_command_line(data: Path, tmp_path: Path) -> None:  # noqa: F811
     for words, message in {
         (): "name the pictures: DATA, or `data` in the YAML file",
         ("/nowhere",): "no folder or file /nowhere",
-        (str(data), "--epochs", "0"): "`epochs` must be ≥ 1, got 0",
+        (str(data), "--epochs", "0"): "`epochs` must be ≥ 1 and ≤ 1e+09, got 0",
         (str(data), "--epochs", "ten"): "integer",
         (str(data), "--recipe", "mine"): "`recipe` must be one of imagenet, cifar, got 'mine'",
         (str(data), "--config", "/nowhere.yaml"): "/nowhere.yaml",
@@ -361,6 +365,27 @@ def test_no_room_for_logs(data: Path, tmp_path: Path) -> None:  # noqa: F811
     trained(chosen, resume=True)
     trained(tiny(data, tmp_path / "whole"))
     assert left(out) == left(tmp_path / "whole")
+
+
+def test_two_runs_in_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(state.Owned, "WAIT", 0.3)
+    run = Run(tiny(data, tmp_path, epochs=1), ONE, Quiet())
+    with pytest.raises(ValueError, match=r"cannot write to the folder .*: another process trains there"):
+        Run(tiny(data, tmp_path, epochs=1), ONE, Quiet())
+    run()
+    assert trained(tiny(data, tmp_path, epochs=1), resume=True)[0].done == 3
+
+
+@given(
+    st.text("ab:-[]{}#&*!|>'\"%@`,? \n\t0.ñ\0", max_size=30)
+    | st.sampled_from(["epochs: 9" + "9" * n for n in (20, 400, 5000)])
+)
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_any_yaml(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(text)
+    with contextlib.suppress(ValueError):
+        read_yaml(path)
 
 
 def test_missing_packages(data: Path, tmp_path: Path) -> None:  # noqa: F811

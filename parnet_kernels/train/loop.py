@@ -53,10 +53,19 @@ class Run:
     """
 
     def __init__(self, settings: Settings, ranks: Ranks, watcher: Watcher, resume: bool = False) -> None:
-        self.settings, self.ranks, self._watcher = s, r, _ = settings, ranks, watcher
-        if s.threads:
-            torch.set_num_threads(s.threads)
-        self.folder = Path(s.out)
+        self.settings, self.ranks, self._watcher = settings, ranks, watcher
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.folder = Path(settings.out)
+        self._owned: state.Owned | None = None
+        try:
+            self._set_up(resume)
+        except BaseException:
+            self._release()
+            raise
+
+    def _set_up(self, resume: bool) -> None:
+        s, r = self.settings, self.ranks
         self.data = pictures(s.data, s.val_fraction, s.limit, s.seed)
         self._fingerprint = self.data.fingerprint()
         point = self._point(resume)
@@ -64,7 +73,7 @@ class Run:
         self._check()
         self._problems: Counter[str] = Counter()
         for text in self.data.warnings if r.first else []:
-            watcher.say(text)
+            self._watcher.say(text)
         p = self.preprocessing
         self._training = Feed(
             Training(self.data.reader, self.data.train, s.seed, Augmentation(s, p), p.color), s.workers
@@ -76,12 +85,17 @@ class Run:
         self.learner = self._begin(point)
         self._logs = Logs(self.folder, self.done, s.tensorboard) if r.first else None
 
+    def _release(self) -> None:
+        if self._owned is not None:
+            self._owned.release()
+
     def _point(self, resume: bool) -> state.Point | None:
         """Where the run in the folder stands, if it is to go on."""
         problem, s = "", self.settings
         if self.ranks.first:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._owned = state.Owned(self.folder)
                 write_whole(self.folder / ".writable", b"")
                 (self.folder / ".writable").unlink()
                 for part in self.folder.glob(".*.part"):  # of a process that was killed
@@ -171,6 +185,7 @@ class Run:
         finally:
             if self._logs is not None:
                 self._logs.close()
+            self._release()
             if len(self._problems) > TOLD_PROBLEMS:
                 self._watcher.say(f"{len(self._problems)} pictures had problems")
         return scores

@@ -17,6 +17,7 @@ from parnet_kernels.config import VARIANTS, ParNetConfig, cifar_config, with_str
 from parnet_kernels.preprocessing import COLORS, INTERPOLATIONS
 
 Check = Callable[[Any], bool]
+MOST = 1e9  # of numbers that have no other bound
 
 
 def _field(default: Any, help: str, requirement: str = "", check: Check | None = None, run: bool = False) -> Any:
@@ -25,7 +26,7 @@ def _field(default: Any, help: str, requirement: str = "", check: Check | None =
 
 
 def _at_least(least: float) -> tuple[str, Check]:
-    return f"be ≥ {least:g}", lambda v: v >= least
+    return f"be ≥ {least:g} and ≤ {MOST:g}", lambda v: least <= v <= MOST
 
 
 def _between(least: float, most: float) -> tuple[str, Check]:

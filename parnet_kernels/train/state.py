@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,47 @@ from torch import Tensor
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, serialized
 from parnet_kernels.files import write_whole
 from parnet_kernels.model import ParNet
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class Owned:
+    """The folder of a run, which no other process uses meanwhile, as far as the file system knows locks."""
+
+    WAIT = 10  # seconds: processes that read pictures outlive the one that was killed for a moment
+
+    def __init__(self, folder: Path) -> None:
+        """Raises:
+        OSError: another process owns it.
+        """
+        self._file = -1
+        if fcntl is None:
+            return
+        self._file = os.open(folder, os.O_RDONLY)
+        deadline = time.monotonic() + self.WAIT
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    self.release()
+                    raise OSError("another process trains there") from error
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                self.release()
+                break
+
+    def release(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+    def __del__(self) -> None:
+        self.release()
 
 
 class Point(NamedTuple):
