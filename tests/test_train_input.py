@@ -166,6 +166,12 @@ def test_forms_of_data_sets(tmp_path: Path) -> None:
     assert pictures(str(root), 0.1, 0, 0).warnings == ["1 of 3 classes have no pictures for validation: 'class 1'"]
     root = draw(tmp_path / "h", train=1)
     assert pictures(str(root), 0.1, 0, 0).warnings == ["3 of 3 classes have one training picture, such as 'class 0'"]
+    root = draw(tmp_path / "k")
+    (root / "train" / "empty").mkdir()
+    assert "class 'empty' holds no pictures" in said(root)
+    shutil.move(root, tmp_path / "around" / "k")
+    assert "class 'empty' holds no pictures" in said(tmp_path / "around")
+    assert "class 'empty' holds no pictures" in said(tmp_path / "around" / "k" / "train")
     root = draw(tmp_path / "i")
     shutil.move(root / "train", root / "test")
     assert "there is a folder 'val', but none of training: 'train'" in said(root)

@@ -9,7 +9,7 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from parnet_kernels.app.sources import ENDINGS
@@ -40,8 +40,9 @@ class Folder:
             above = {here, *here.parents}  # a link to one of them would be followed for ever
             folders[:] = [n for n in folders if not n.startswith(".") and Path(place, n).resolve() not in above]
             inner = os.path.relpath(place, self._root)
+            prefix = "" if inner == "." else inner.replace(os.sep, "/") + "/"
             for name in files:
-                yield PurePosixPath(inner, name).as_posix()
+                yield prefix + name
 
     def read(self, name: str) -> bytes:
         path = self._root / name
@@ -230,6 +231,11 @@ def pictures(data: str, val_fraction: float, limit: int, seed: int) -> Pictures:
         if validation is None:
             found["validation"] = _held_out(found["train"], val_fraction, seed)
     names = sorted(found["train"])
+    if isinstance(source, Folder):
+        place = Path(data, *split[0][0][:depth], *([train] if train else []))
+        empty = {p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(names)
+        if empty:
+            raise ValueError(f"{data}: class {min(empty)!r} holds no pictures")
     if len(names) < 2:
         raise ValueError(f"{data}: training needs at least 2 classes, found {names}")
     if more := sorted(found["validation"].keys() - set(names)):
@@ -253,10 +259,11 @@ def pictures(data: str, val_fraction: float, limit: int, seed: int) -> Pictures:
 
 
 def _parts(name: str) -> tuple[str, ...] | None:
-    path = PurePosixPath(name)
-    if path.suffix.lower() not in ENDINGS or any(part.startswith((".", "__MACOSX")) for part in path.parts):
+    """The folders and the name of a picture's path; None for other files and for what is hidden."""
+    if os.path.splitext(name)[1].lower() not in ENDINGS:
         return None
-    return path.parts
+    parts = tuple(part for part in name.split("/") if part not in ("", "."))
+    return None if any(part.startswith((".", "__MACOSX")) for part in parts) else parts
 
 
 def _held_out(train: Mapping[str, list[str]], fraction: float, seed: int) -> dict[str, list[str]]:
