@@ -14,6 +14,7 @@ from torch import Tensor
 from parnet_kernels.call import SIGNATURES, Call
 from parnet_kernels.reference import ACTIVATIONS
 
+NARROW = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -171,7 +172,12 @@ def training(
         of_map = name in ("gamma_x", "beta_x", "gamma_y", "beta_y")
         norms += name.startswith("gamma")
         shape = shapes.get(name, (x.shape[1],) if of_map else (k,))
-        _like(name, t, x, shape, wide if name in shapes else "[C]" if of_map else "[K]")
+        meaning = wide if name in shapes else "[C]" if of_map else "[K]"
+        # Parameters of 16-bit maps may be float32: they are those of mixed precision.
+        like = t if isinstance(t, Tensor) and t.dtype == torch.float32 and x.dtype in NARROW else x
+        _like(name, t, like, shape, meaning)
+        if t.device != x.device:
+            raise _error(name, f"be on the device of `x`, {x.device}", t.device)
     if len(eps) != norms or min(eps) < 0:
         raise _error("eps", "have a value ≥ 0 for each BatchNorm", list(eps))
     if phi not in ACTIVATIONS:

@@ -92,6 +92,7 @@ class Kernels(Protocol):
         self, d: Tensor, maps: Sequence[Tensor], lines: list[tuple[Tensor, Tensor, Tensor]]
     ) -> list[Tensor]: ...
     def unpool(self, d: Tensor, shift: Tensor, size: torch.Size) -> Tensor: ...
+    def point_input_gradient(self, d: Tensor, weight: Tensor, groups: int) -> Tensor: ...
     def add_input_gradient(self, d_x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> None: ...
     def weight_gradient(self, x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor: ...
 
@@ -166,6 +167,10 @@ class Plain:
         """The gradient of `pool`, whose result has the gradient d, plus a shift for each image and channel."""
         spread = (d / 4).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : size[2], : size[3]]
         return spread + _wide(shift)
+
+    def point_input_gradient(self, d: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """Of a 1×1 convolution."""
+        return F.conv_transpose2d(d, weight, groups=groups)
 
     def add_input_gradient(self, d_x: Tensor, d: Tensor, weight: Tensor, stride: int, groups: int) -> None:
         d_x += _convolution_backward(d, d_x, weight, stride, groups, 0)
@@ -325,12 +330,11 @@ def backward(
         del pooled
     if need_x:
         if block.stride == 2:
-            d_pooled = _filled(torch.zeros_like(offset), y1.shape[2:])
-            kernels.add_input_gradient(d_pooled, d_y1, block.weight1, 1, block.groups)
+            d_pooled = kernels.point_input_gradient(d_y1, block.weight1, block.groups)
             d_x = kernels.unpool(d_pooled, offset, x.shape)
             del d_pooled
         else:
-            d_x = rest[0] if skip else _filled(offset, x.shape[2:])
+            d_x = rest[0] if skip else _filled(offset.to(x.dtype), x.shape[2:])
             kernels.add_input_gradient(d_x, d_y1, block.weight1, 1, block.groups)
         del d_y1
         kernels.add_input_gradient(d_x, d_y3, block.weight3, block.stride, block.groups)

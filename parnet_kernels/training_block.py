@@ -34,8 +34,6 @@ def _why_not_call(block: Any, maps: Sequence[Tensor]) -> str | None:
     if not torch.compiler.is_compiling() and any(type(x) is not Tensor or _is_transformed(x) for x in maps):
         return "x is not a plain tensor, or under a transform of torch.func"
     x = maps[0]
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on"
     if x.dim() != 4 or x.numel() == 0 or any(other.shape != x.shape for other in maps):
         return f"x has shape {list(x.shape)}"
     return next(filter(None, map(training_ops.why_not, maps)), None)
@@ -53,12 +51,14 @@ def _why_not_modules(block: Any, norm: Any, maps: Sequence[Tensor], forwards: Fo
         return "there are global module hooks"
     # A single block is called as a module, so that its own hooks run; in a fusion nothing is.
     named = [*block.named_modules()][1:] if norm is None else [*block.named_modules(), *norm.named_modules()]
+    known = {**_STOCK, **forwards}
     for name, m in named:
-        if {**_STOCK, **forwards}.get(type(m)) is not type(m).forward:
+        if known.get(type(m)) is not type(m).forward:
             return f"{name or 'it'} is a {type(m).__name__}, or was patched"
-        if "forward" in m.__dict__ or any(getattr(m, hooks) for hooks in HOOKS):
+        own = m.__dict__
+        if "forward" in own or any(own.get(hooks) for hooks in HOOKS):
             return f"{name or 'it'} has hooks or its own `forward`"
-    dense, point, gate, identity = _parts(block)
+    dense, point, gate, identity = parts = _parts(block)
     x, k, stride = maps[0], dense.conv.weight.shape[0], block.stride
     c = x.shape[1] * len(maps)
     if identity is not None and block.groups != 1:
@@ -71,7 +71,7 @@ def _why_not_modules(block: Any, norm: Any, maps: Sequence[Tensor], forwards: Fo
         if found != expected:
             return "a convolution has other settings"
     groups = set()
-    for bn in (norms := _norms(block, norm)):
+    for bn in (norms := _norms(parts, norm)):
         of_map = bn is identity or (norm is not None and bn in (norm.b1, norm.b2))
         if not bn.training or bn.weight is None or bn.bias is None:
             return "a BatchNorm is in eval mode, or has no weight"
@@ -86,8 +86,9 @@ def _why_not_modules(block: Any, norm: Any, maps: Sequence[Tensor], forwards: Fo
     if len(groups) > 1:
         return "its BatchNorms take their statistics over different processes"
     parameters = [*block.parameters(), *([] if norm is None else norm.parameters())]
-    if any(p.dtype != x.dtype or p.device != x.device for p in parameters):
-        return f"a parameter is not {x.dtype} on {x.device}"
+    dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype  # autocast makes x that of it
+    if any(p.dtype != dtype or p.device != x.device for p in parameters):
+        return f"a parameter is not {dtype} on {x.device}"
     return None
 
 
@@ -96,48 +97,46 @@ def _parts(block: Any) -> tuple[Any, Any, Any, Any]:
     return block.rbr_dense, point, block.se.cvsig.conv, block.rbr_identity
 
 
-def _norms(block: Any, norm: Any) -> list[Any]:
-    dense, point, _, identity = _parts(block)
-    return [
-        dense.bn,
-        point.bn,
-        *([] if identity is None else [identity]),
-        *([] if norm is None else [norm.b1, norm.b2]),
-    ]
+def _norms(parts: tuple[Any, ...], norm: Any) -> list[Any]:
+    dense, point, _, identity = parts
+    of_inputs = [] if norm is None else [norm.b1, norm.b2]
+    return [dense.bn, point.bn, *([] if identity is None else [identity]), *of_inputs]
 
 
-def _arguments(block: Any, norm: Any) -> tuple[list[Tensor], dict[str, Any]]:
-    dense, point, gate, _ = _parts(block)
-    norms = _norms(block, norm)
+def _arguments(block: Any, norm: Any) -> tuple[list[Any], list[Tensor], dict[str, Any]]:
+    """The BatchNorms, parameters and options of the block's operator."""
+    dense, point, gate, _ = parts = _parts(block)
+    norms = _norms(parts, norm)
     vectors = [vector for bn in norms for vector in (bn.weight, bn.bias)]
     options = {"eps": [bn.eps for bn in norms], "activation": block.activation}
     options["group"] = training_sync.group_of(norms[0])
-    return [dense.conv.weight, point.conv.weight, *vectors, gate.weight.flatten(1)], options
+    return norms, [dense.conv.weight, point.conv.weight, *vectors, gate.weight.flatten(1)], options
 
 
 def run(block: Any, x: Tensor) -> Tensor:
     """The block's result before the shuffle of groups; updates the running statistics as nn.BatchNorm2d does."""
-    parameters, options = _arguments(block, None)
-    if block.rbr_identity is None:
+    norms, parameters, options = _arguments(block, None)
+    if len(norms) == 2:
         options = {**options, "stride": block.stride, "groups": block.groups}
         y, statistics, *_, count = torch.ops.parnet.downsample_se_train(x, *parameters, **options)
     else:
         y, statistics, *_, count = torch.ops.parnet.repvgg_sse_train(x, *parameters, **options)
-    _update(_norms(block, None), statistics, count)
+    _update(norms, statistics, count)
     return y
 
 
 def run_fusion(block: Any, norm: Any, maps: Sequence[Tensor]) -> Tensor:
     """The fusion's result; updates the running statistics."""
-    parameters, options = _arguments(block, norm)
+    norms, parameters, options = _arguments(block, norm)
     found = torch.ops.parnet.fusion_se_train(*maps, *parameters, stride=block.stride, **options)
     y, statistics, of_inputs, *_, counts = found
-    _update(_norms(block, None), statistics, counts[0])
-    _update([norm.b1, norm.b2], of_inputs, counts[1])
+    _update(norms[:2], statistics, counts[0])
+    _update(norms[2:], of_inputs, counts[1])
     return y
 
 
 def _update(norms: Sequence[Any], statistics: Tensor, count: Tensor) -> None:
     with torch.no_grad():
+        unbiased = statistics[1::2] * (count / (count - 1))
         for i, bn in enumerate(norms):
-            training_sync.update(bn, statistics[2 * i], statistics[2 * i + 1], count)
+            training_sync.update(bn, statistics[2 * i], unbiased[i])

@@ -28,7 +28,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "downsample_se_train": {"stride": 2, "groups": 1, "activation": "silu", "group": ""},
     "fusion_se_train": {"stride": 2, "groups": 2, "activation": "silu", "group": ""},
 }
-_NARROW = (torch.float16, torch.bfloat16)  # are computed in float32
 
 
 def why_not(x: Tensor) -> str | None:
@@ -82,7 +81,14 @@ def _plain(maps: Sequence[Tensor], parameters: Sequence[Tensor], settings: Any) 
 
 
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.float() if t.dtype in _NARROW else t for t in tensors]
+    return [t.float() if t.dtype in checks.NARROW else t for t in tensors]
+
+
+def _for_kernels(native: bool, tensors: Sequence[Tensor]) -> tuple[training.Kernels, list[Tensor]]:
+    """Kernels, and maps and vectors as they take them: our own read 16-bit maps as they are, in channels_last."""
+    if not native:
+        return training.Plain(), _wide(tensors)
+    return cpu.CpuKernels(), [cpu.as_pixels(t) if t.dim() == 4 else t for t in tensors]
 
 
 class _Operator:
@@ -100,9 +106,9 @@ class _Operator:
 
     def kernel(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
         options = self._checked(tensors, options)
-        wide, dtype = _wide(tensors), tensors[0].dtype
-        kernels = cpu.CpuKernels() if _is_native(self.name, tensors[0]) else training.Plain()
-        found = _forward(kernels, wide[: self.maps], wide[self.maps :], _settings(**options))
+        maps, parameters, dtype = tensors[: self.maps], _wide(tensors[self.maps :]), tensors[0].dtype
+        kernels, given = _for_kernels(_is_native(self.name, tensors[0]), maps)
+        found = _forward(kernels, given, parameters, _settings(**options))
         return tuple(t.to(dtype).contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in found)
 
     def fake(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -110,7 +116,7 @@ class _Operator:
         k, c = tensors[self.maps].shape[0], x.shape[1]
         size = (x.shape[0], k, (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
         maps = [x.new_empty(size).to(memory_format=torch.channels_last) for _ in range(3)]
-        dtype = torch.float32 if x.dtype in _NARROW else x.dtype
+        dtype = torch.float32 if x.dtype in checks.NARROW else x.dtype
         statistics = [x.new_empty((6 if self.names == _WITH_SKIP else 4, k), dtype=dtype)]
         if self.maps == 2:
             statistics.append(x.new_empty((4, c), dtype=dtype))
@@ -130,8 +136,9 @@ class _Operator:
         def kernel(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
             dtype = torch.get_autocast_dtype(device)
             with torch._C._ExcludeDispatchKeyGuard(key):
-                cast = [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-                return self.op(*cast, **options)
+                wide = [t if t.dtype == torch.float64 else t.float() for t in tensors]
+                cast = [t.to(dtype) if t.dtype == torch.float32 else t for t in wide[: self.maps]]
+                return self.op(*cast, *wide[self.maps :], **options)
 
         return kernel
 
@@ -187,17 +194,19 @@ def _backward(
     native: bool,
     **options: Any,
 ) -> list[Tensor]:
-    kernels = cpu.CpuKernels() if native else training.Plain()
-    wide, settings, (wide_g,) = _wide(parameters), _settings(**options), _wide([g])
+    kernels, (given_g, *given) = _for_kernels(native, [g, *maps, *results])
+    x, results = given[: len(maps)], given[len(maps) :]
+    settings, wide = _settings(**options), _wide(parameters)
     found: list[Tensor | None]
     if len(maps) == 2:
-        fusion = _fusion(wide, *settings)
-        found = training_fusion.backward(kernels, wide_g, _wide(maps), _wide(results), *fusion, need)
+        found = training_fusion.backward(kernels, given_g, x, results, *_fusion(wide, *settings), need)
     else:
-        found = training.backward(kernels, wide_g, _wide(maps)[0], _wide(results), _block(wide, *settings), need)
+        found = training.backward(kernels, given_g, x[0], results, _block(wide, *settings), need)
+        if len(parameters) != len(_WITH_SKIP):
+            del found[7:9]
     return [
-        (d.contiguous(memory_format=torch.channels_last) if i < len(maps) else d.contiguous()).to(maps[0].dtype)
-        for i, d in enumerate(found)
+        d.to(t.dtype).contiguous(memory_format=torch.channels_last if i < len(maps) else torch.contiguous_format)
+        for i, (d, t) in enumerate(zip(found, [*maps, *parameters], strict=True))
         if d is not None
     ]
 

@@ -76,8 +76,8 @@ def var_mean(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
     return _Total.apply((x - mean[:, None, None]).square().sum((0, 2, 3)), group) / count, mean
 
 
-def update(bn: Any, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-    """The running statistics, as the module itself updates them; variance: biased."""
+def update(bn: Any, mean: Tensor, variance: Tensor) -> None:
+    """The running statistics, as the module itself updates them; variance: unbiased."""
     if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
         return
     if bn.num_batches_tracked is not None:
@@ -87,7 +87,7 @@ def update(bn: Any, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         assert bn.num_batches_tracked is not None
         factor = (1 / bn.num_batches_tracked).to(mean.dtype)
     bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), factor)
-    bn.running_var.lerp_(variance.to(bn.running_var.dtype) * (count / (count - 1)), factor)
+    bn.running_var.lerp_(variance.to(bn.running_var.dtype), factor)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -107,8 +107,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         variance, mean = var_mean(wide, group)
         with torch.no_grad():
-            count = torch.full((), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
-            update(self, mean, variance, total(count, group))
+            count = total(torch.full((), x.numel() // x.shape[1], dtype=torch.float64, device=x.device), group)
+            update(self, mean, variance * (count / (count - 1)))
         y = (wide - mean[:, None, None]) * (variance + self.eps).rsqrt()[:, None, None]
         if self.affine:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]

@@ -58,8 +58,8 @@ void same_shape(const PixelMap& a, const PixelMap& b) {
                   "maps must have one shape and dtype");
 }
 
-void check_float(const PixelMap& map) {
-  STD_TORCH_CHECK(map.dtype == Dtype::kFloat, "1x1 convolutions take float32 maps");
+void same_dtype(const PixelMap& a, const PixelMap& b) {
+  STD_TORCH_CHECK(a.dtype == b.dtype, "maps of a 1x1 convolution must have one dtype");
 }
 
 void check_convolution(const PixelMap& in, const PixelMap& out, int64_t stride) {
@@ -94,7 +94,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, int64_t stride, bool adjo
   } else if (taps == 9) {
     parnet::cpu::convolve_map(in, w, stride, adjoint, add, to, mean, variance, k, threads());
   } else {
-    check_float(in), check_float(to);
+    same_dtype(in, to);
     parnet::cpu::convolve_points(in, w, adjoint, add, to, mean, variance, k, threads());
   }
   return result;
@@ -107,7 +107,7 @@ void weight_gradient(const Tensor& x, const Tensor& g, int64_t stride, const Ten
   float* to = mutable_floats(out, "out", int64_t{in.channels} * gradient.channels * taps);
   const parnet::cpu::Kernels& k = parnet::cpu::kernels();
   if (taps == 9) return parnet::cpu::weight_gradient(in, gradient, stride, to, k, threads());
-  check_float(in), check_float(gradient);
+  same_dtype(in, gradient);
   parnet::cpu::point_weight_gradient(in, gradient, to, k, threads());
 }
 

@@ -133,8 +133,9 @@ constexpr int64_t kGradientBytes = int64_t{1} << 20, kGradientItems = 2;
 constexpr int kPointPixels = 128;
 // Of the gradient of a 1x1 convolution, parts that are summed apart. The bits of a result depend on it.
 constexpr int64_t kGradientSlices = 8;
-// Transformed inputs that are kept for them: they should stay in L3.
-constexpr int64_t kInputBytes = int64_t{16} << 20;
+// Transformed inputs that are kept for them: twice as many bytes as the gradients, which are read and written
+// once for each such part, but within what should stay in L2 and in L3.
+constexpr int64_t kFewInputBytes = int64_t{1} << 20, kInputBytes = int64_t{16} << 20;
 
 // ---- What is kept.
 

@@ -28,8 +28,8 @@ struct GradientArgs {
   PixelMap in, gradient;
 };
 
-// A 1x1 convolution of float maps: `weight` is [panel][input channel][2*lanes]; of its gradient only the maps
-// count, `out` being the gradient of the result.
+// A 1x1 convolution of maps of one dtype: `weight` is [panel][input channel][2*lanes]; of its gradient only
+// the maps count, `out` being the gradient of the result.
 struct PointArgs {
   PixelMap in, out;
   const float* weight;
@@ -76,8 +76,8 @@ struct TrainingKernels {
   // gradient [K, C, 3, 3]; `used` tells which slots were written.
   void (*fold_gradient)(const GradientArgs&, const float* du, const uint8_t* used, int panel, int first,
                         int last, float* to);
-  // On `count` pixels of one image from `first` on.
-  void (*pointwise)(const PointArgs&, int image, int64_t first, int count);
+  // On `count` pixels of one image from `first` on. `scratch`: as many values as they have, of a 16-bit `in`.
+  void (*pointwise)(const PointArgs&, int image, int64_t first, int count, float* scratch);
   // Adds to (or, if `fresh`, overwrites) [panel][input channel][2*lanes]. `scratch`: kPointPixels pixels of
   // `in` in whole blocks, and of one panel.
   void (*point_gradient)(const PointArgs&, int image, int64_t first, int count, float* to, bool fresh,

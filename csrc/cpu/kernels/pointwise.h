@@ -9,9 +9,9 @@ namespace {
 
 // `Rows` pixels times one panel of outputs. x: [row][pitch], w: [channel][kPanel], y: [row][pitch]. Of the
 // panel, `outputs` are stored.
-template <int Rows>
+template <class T, int Rows>
 __attribute__((noinline)) void multiply_pixels(const float* x, int64_t x_pitch, const float* w, int channels,
-                                               float* y, int64_t y_pitch, int outputs, bool add) {
+                                               T* y, int64_t y_pitch, int outputs, bool add) {
   Vec low[Rows], high[Rows];
   PARNET_UNROLL for (int r = 0; r < Rows; r++) low[r] = high[r] = zero();
   for (int c = 0; c < channels; c++, w += kPanel) {
@@ -25,54 +25,71 @@ __attribute__((noinline)) void multiply_pixels(const float* x, int64_t x_pitch, 
   const int second = outputs - kLanes;
   PARNET_UNROLL for (int r = 0; r < Rows; r++, y += y_pitch) {
     if (outputs == kPanel) {
-      if (add) low[r] = low[r] + load_unaligned(y), high[r] = high[r] + load_unaligned(y + kLanes);
-      store_unaligned(y, low[r]);
-      store_unaligned(y + kLanes, high[r]);
+      if (add) low[r] = low[r] + read_lanes(y), high[r] = high[r] + read_lanes(y + kLanes);
+      write_lanes(y, low[r]);
+      write_lanes(y + kLanes, high[r]);
       continue;
     }
     const int first = least(outputs, kLanes);
-    if (add) low[r] = low[r] + load_first(y, first);
-    store_first(y, low[r], first);
+    if (add) low[r] = low[r] + read_first(y, first);
+    write_first(y, low[r], first);
     if (second > 0) {
-      if (add) high[r] = high[r] + load_first(y + kLanes, second);
-      store_first(y + kLanes, high[r], second);
+      if (add) high[r] = high[r] + read_first(y + kLanes, second);
+      write_first(y + kLanes, high[r], second);
     }
   }
 }
 
-typedef void (*MultiplyPixels)(const float*, int64_t, const float*, int, float*, int64_t, int, bool);
-template <int Rows = 1>
-MultiplyPixels choose_pixels(int rows) {
+template <class T>
+using MultiplyPixels = void (*)(const float*, int64_t, const float*, int, T*, int64_t, int, bool);
+template <class T, int Rows = 1>
+MultiplyPixels<T> choose_pixels(int rows) {
   if constexpr (Rows == kMaxRows) {
-    return multiply_pixels<Rows>;
+    return multiply_pixels<T, Rows>;
   } else {
-    return rows == Rows ? multiply_pixels<Rows> : choose_pixels<Rows + 1>(rows);
+    return rows == Rows ? multiply_pixels<T, Rows> : choose_pixels<T, Rows + 1>(rows);
   }
 }
 
-void pointwise(const PointArgs& a, int image, int64_t first, int count) {
+PARNET_INLINE const float* as_floats(const float* from, int64_t, int, int, float*) { return from; }
+template <class T>
+const float* as_floats(const T* from, int64_t pitch, int channels, int count, float* to) {
+  for (int p = 0; p < count; p++, from += pitch) {
+    each_block(channels, [&]<bool Whole>(int c, int lanes) PARNET_INLINE_LAMBDA {
+      write<Whole>(to + int64_t{p} * channels + c, read<Whole>(from + c, lanes), lanes);
+    });
+  }
+  return to;
+}
+
+template <class T>
+void pointwise_in(const PointArgs& a, int image, int64_t first, int count, float* scratch) {
   const int in = a.in.channels, out = a.out.channels;
-  const int64_t pitch = a.in.pixel;
-  const float* x = pixels_of<float>(a.in, image, first);
-  float* y = pixels_of<float>(a.out, image, first);
+  const float* x = as_floats(pixels_of<T>(a.in, image, first), a.in.pixel, in, count, scratch);
+  const int64_t pitch = x == scratch ? in : a.in.pixel;
+  T* y = pixels_of<T>(a.out, image, first);
   // As equal as possible: few rows cannot hide the latency of the sums.
   const int strips = div_up(count, kMaxRows), rows = count / strips, bigger = count % strips;
   for (int k = 0; k * kPanel < out; k++) {
     const float* w = a.weight + int64_t{k} * in * kPanel;
     for (int s = 0, at = 0; s < strips; s++) {
       const int height = rows + (s < bigger);
-      choose_pixels(height)(x + at * pitch, pitch, w, in, y + at * a.out.pixel + k * kPanel, a.out.pixel,
-                            least(kPanel, out - k * kPanel), a.add);
+      choose_pixels<T>(height)(x + at * pitch, pitch, w, in, y + at * a.out.pixel + k * kPanel, a.out.pixel,
+                               least(kPanel, out - k * kPanel), a.add);
       at += height;
     }
   }
 }
+void pointwise(const PointArgs& a, int image, int64_t first, int count, float* scratch) {
+  PARNET_BY_DTYPE(a.in.dtype, pointwise_in, a, image, first, count, scratch)
+}
 
 // `count` pixels of one block, or the first `channels` lanes of it, to [pixel][pitch]; zeros in other lanes.
-PARNET_INLINE void copy_block(const float* from, int64_t from_pitch, int channels, int count, float* to,
+template <class T>
+PARNET_INLINE void copy_block(const T* from, int64_t from_pitch, int channels, int count, float* to,
                               int pitch) {
   for (int p = 0; p < count; p++, from += from_pitch, to += pitch) {
-    store(to, channels == kLanes ? load_unaligned(from) : load_first(from, channels < 0 ? 0 : channels));
+    store(to, channels >= kLanes ? read_lanes(from) : channels > 0 ? read_first(from, channels) : zero());
   }
 }
 
@@ -96,29 +113,32 @@ void multiply_points(const float* left, const float* right, int count, float* to
   }
 }
 
-void point_gradient(const PointArgs& a, int image, int64_t first, int count, float* to, bool fresh,
-                    float* scratch) {
+template <class T>
+void point_gradient_in(const PointArgs& a, int image, int64_t first, int count, float* to, bool fresh,
+                       float* scratch) {
   const int channels = a.in.channels, outputs = a.out.channels;
   float *left = scratch, *right = scratch + div_up(channels, kLanes) * kLanes * kPointPixels;
   for (int start = 0; start < count; start += kPointPixels, fresh = false) {
     const int some = least(kPointPixels, count - start);
-    const float* x = pixels_of<float>(a.in, image, first + start);
-    const float* g = pixels_of<float>(a.out, image, first + start);
+    const T* x = pixels_of<T>(a.in, image, first + start);
+    const T* g = pixels_of<T>(a.out, image, first + start);
     for (int c = 0; c < channels; c += kLanes) {
-      copy_block(x + c, a.in.pixel, least(kLanes, channels - c), some, left + int64_t{c} * some, kLanes);
+      copy_block(x + c, a.in.pixel, channels - c, some, left + int64_t{c} * some, kLanes);
     }
-    float* panel = to;
     for (int k = 0; k < outputs; k += kPanel) {
-      copy_block(g + k, a.out.pixel, least(kLanes, outputs - k), some, right, kPanel);
-      copy_block(g + k + kLanes, a.out.pixel, least(kLanes, outputs - k - kLanes), some, right + kLanes,
-                 kPanel);
-      for (int c = 0; c < channels; c += kPointChannels, panel += kPointChannels * kPanel) {
-        multiply_points(left + int64_t{c / kLanes} * kLanes * some + c % kLanes, right, some, panel,
-                        least(kPointChannels, channels - c), fresh);
+      copy_block(g + k, a.out.pixel, outputs - k, some, right, kPanel);
+      copy_block(g + k + kLanes, a.out.pixel, outputs - k - kLanes, some, right + kLanes, kPanel);
+      float* panel = to + int64_t{k} * channels;
+      for (int c = 0; c < channels; c += kPointChannels) {
+        multiply_points(left + int64_t{c / kLanes} * kLanes * some + c % kLanes, right, some,
+                        panel + c * kPanel, least(kPointChannels, channels - c), fresh);
       }
-      panel = to + (k / kPanel + 1) * int64_t{channels} * kPanel;
     }
   }
+}
+void point_gradient(const PointArgs& a, int image, int64_t first, int count, float* to, bool fresh,
+                    float* scratch) {
+  PARNET_BY_DTYPE(a.in.dtype, point_gradient_in, a, image, first, count, to, fresh, scratch)
 }
 
 template <class T>

@@ -112,7 +112,9 @@ void weight_gradient(const PixelMap& in, const PixelMap& gradient, int stride, f
   const int64_t each = div_up(h.group_blocks, parts), du_floats = each * block_floats;
   // Blocks of tiles whose transformed inputs are there together.
   const int64_t blocks = tiles->sets.size();
-  const int64_t together = std::clamp<int64_t>(kInputBytes / (tiles->v_floats * 4), 1, blocks);
+  const int64_t input_bytes =
+      std::clamp(h.panels * h.group_blocks * block_floats * 8, kFewInputBytes, kInputBytes);
+  const int64_t together = std::clamp<int64_t>(input_bytes / (tiles->v_floats * 4), 1, blocks);
   const bool at_once = together == blocks;
   const int64_t m_floats = tiles->m_floats / panels_at_once(k.lanes);  // of one panel
   const Scratch v(together * tiles->v_floats), all(at_once ? 0 : h.panels * parts * du_floats);
@@ -172,7 +174,8 @@ void convolve_points(const PixelMap& in, const float* weight, bool adjoint, bool
   const PointArgs a{in, out, packed.at(0), add};
   threads.parallel(chunks.count, [&](int64_t i) {
     const Chunk c = chunks.at(i);
-    k.training->pointwise(a, c.image, c.first, c.count);
+    const Scratch scratch(in.dtype == Dtype::kFloat ? 0 : kPassPixels * in.channels);
+    k.training->pointwise(a, c.image, c.first, c.count, scratch.at(0));
     if (mean) {
       k.training->moments(out, c.image, c.first, c.count, sums + i * out.channels,
                           squares + i * out.channels);
