@@ -127,7 +127,7 @@ def test_damaged_pictures(tmp_path: Path) -> None:
         "train/class 0/1.png is empty",
         "cannot read the picture train/class 1/2.png",
         "cannot read the picture train/class 2/3.png",
-        "train/class 0/2.gif: it is animated, 3 frames: the first is taken",
+        "train/class 0/2.gif: it is animated, or of several pages, 3 in all: the first is taken",
         "pipe.png is not a file",
         "left out of validation: cannot read the picture val/class 0/0.png",
     ):

@@ -49,8 +49,9 @@ def opened(reader: Reader, name: str, color: str) -> tuple[Image.Image, str | No
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, for each picture of each epoch
             with Image.open(io.BytesIO(content)) as file:
-                if (frames := getattr(file, "n_frames", 1)) > 1:
-                    remark = f"it is animated, {frames} frames: the first is taken"
+                # Cameras write files of format MPO, the picture and small ones of it.
+                if file.format != "MPO" and (frames := getattr(file, "n_frames", 1)) > 1:
+                    remark = f"it is animated, or of several pages, {frames} in all: the first is taken"
                 image = upright(file, color, name)
     except Exception as error:  # damaged files make decoders raise anything
         raise OSError(f"cannot read the picture {name}: {error}") from error
