@@ -22,7 +22,7 @@ from parnet_kernels import ParNet, ParNetConfig, Preprocessing, load_checkpoint,
 from parnet_kernels.app.cli import app
 from parnet_kernels.app.images import fitted, normalised, pixels_of
 from parnet_kernels.checkpoint import read_metadata
-from parnet_kernels.train import augmentation, state
+from parnet_kernels.train import augmentation, finish, state
 from parnet_kernels.train.augmentation import Augmentation
 from parnet_kernels.train.batches import Feed, training_parts, validation_parts
 from parnet_kernels.train.learner import Learner
@@ -371,10 +371,19 @@ def test_numbers_of_streams(streams: int, data: Path, tmp_path: Path) -> None:
     assert network.config.activation == "relu"
 
 
-def load_deployed_of(run: Run):
-    from parnet_kernels.train.finish import deploy
+def test_comparison_is_of_all_classes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = trained(tiny(data, tmp_path / "out", epochs=1))
+    seen: list[str] = []
+    read = run.data.reader.read
+    spy = mock.Mock(wraps=run.data.reader, read=lambda name: seen.append(name) or read(name))
+    monkeypatch.setattr(finish, "PICTURES", 4)
+    found = finish.deploy(run.folder, run.data._replace(reader=spy))
+    assert (found.pictures, found.passed) == (3, True)
+    assert {name.split("/")[1] for name in seen} == set(run.data.class_names)
 
-    assert deploy(run.folder, run.data).passed
+
+def load_deployed_of(run: Run):
+    assert finish.deploy(run.folder, run.data).passed
     return load_deployed(run.folder / "deployed.safetensors")
 
 
