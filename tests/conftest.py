@@ -20,6 +20,10 @@ if found is None or Path(str(found.origin)).is_relative_to(ROOT / "parnet_kernel
     # Built in place, not installed: the processes that tests start must find it too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Processes side by side share the cores: threads that wait for each other would wait for other processes too.
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 
 class FailuresAtOnce:
     """Prints what failed when it failed: a run that is stopped from outside has no summary."""

@@ -140,7 +140,7 @@ def test_gradients(op: str, stride: int, activation: str) -> None:
 
     assert torch.autograd.gradcheck(call, tensors)
     if activation == "silu":
-        assert torch.autograd.gradgradcheck(call, tensors)
+        assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)  # random directions: a twentieth of the time
 
 
 @each_operator
