@@ -63,16 +63,22 @@ class Worker:
         graphs = workload.graphs(copies, self.folder)
         task = Task(workload, graphs, workload.inputs(), self.threads, self.folder)
         tolerance = self.kind.tolerance if workload.layer else self.kind.net_tolerance
-        best, failures = Built(), []
+        best, failures, raised = Built(), [], None
         for form in self.engine.forms(task):
             start = time.perf_counter()
-            runner = self.engine.build(task, form)
-            result = runner.output(runner.run(0))
-            first = time.perf_counter() - start
-            error = norm_error(result, workload.expected(0, self.folder))
-            for copy in workload.checked_copies(copies)[1:]:
-                result = runner.output(runner.run(copy))
-                error = max(error, norm_error(result, workload.expected(copy, self.folder)))
+            try:
+                runner = self.engine.build(task, form)
+                result = runner.output(runner.run(0))
+                first = time.perf_counter() - start
+                error = norm_error(result, workload.expected(0, self.folder))
+                for copy in workload.checked_copies(copies)[1:]:
+                    result = runner.output(runner.run(copy))
+                    error = max(error, norm_error(result, workload.expected(copy, self.folder)))
+            except Exception as failure:  # of this form; another one may be right
+                raised = failure
+                told = (str(failure).strip() or "no reason").splitlines()[0]
+                failures.append(f"{form}: {type(failure).__name__}: {told[:200]}")
+                continue
             if not error <= tolerance:
                 failures.append(f"{form}: error {error:.1e} > {tolerance:.0e}")
                 continue
@@ -82,9 +88,12 @@ class Worker:
             if not self.runner or trial < best.trial_s:
                 self.runner = runner
                 best = Built(form, error, first, trial, copies, self.engine.note(task))
+        if self.runner is None and raised is not None:
+            raise raised
         if self.runner is None:
             best.wrong = "; ".join(failures)
         else:
+            best.note = "; ".join(filter(None, [best.note, *(f"without {reason}" for reason in failures)]))
             for copy in range(copies):
                 self.runner.run(copy)  # what an engine puts off to a copy's first run must not be timed
         self.copies, self.next = copies, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from bench import report
 from bench.__main__ import app
-from bench.engines import ENGINES, LOW_PRECISION, ROUNDED
+from bench.engines import ENGINES, LOW_PRECISION, ROUNDED, Task
+from bench.engines.int8 import Ours
 from bench.machine import describe
 from bench.measure import Bench, Plan, Row
 from bench.worker import Worker
@@ -45,6 +47,31 @@ def test_engine_is_right(engine: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_compiled_bf16_is_right(folder: Path) -> None:
     test_engine_is_right("compile-bf16", folder)
+
+
+class _OneWayFails(Ours):
+    def forms(self, task: Task) -> list[str]:
+        return ["another library", *super().forms(task)]
+
+    def build(self, task: Task, form: str) -> Any:
+        if form == "another library":
+            raise OSError("it is broken\nin many ways")
+        return super().build(task, form)
+
+
+class _EveryWayFails(_OneWayFails):
+    def forms(self, task: Task) -> list[str]:
+        return ["another library"]
+
+
+def test_a_way_that_fails_leaves_the_others(folder: Path) -> None:
+    built = Worker("ours-int8", 1, folder, _OneWayFails()).build(tiny(batch=2), COLD)
+    assert built.form == "int8"
+    assert not built.wrong
+    assert "without another library: OSError: it is broken" in built.note
+    assert "\n" not in built.note
+    with pytest.raises(OSError, match="it is broken"):
+        Worker("ours-int8", 1, folder, _EveryWayFails()).build(tiny(batch=2), COLD)
 
 
 def test_engines_have_groups() -> None:
