@@ -300,6 +300,9 @@ def test_other_weights_to_start_from(data: Path, tmp_path: Path) -> None:
     before = theirs.state_dict()["streams.1.0.block.rbr_dense.conv.weight"]
     after = network.state_dict()["streams.1.0.block.rbr_dense.conv.weight"]
     assert 0 < (after - before).abs().max() < 1e-4
+    again = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "a" / "run.yaml"), "--resume"])
+    assert again.exit_code == 0, again.output
+    assert "the run was complete" in again.output
     # Of a network with the same classes, the classifier is kept.
     again, _ = trained(
         tiny(data, tmp_path / "b", init=str(tmp_path / "a" / "last.safetensors"), lr_base=1e-6, epochs=1)

@@ -254,6 +254,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def written(values: Settings) -> str:
-    """As a YAML file, which `read_yaml` reads."""
-    lines = [f"{name}: {json.dumps(getattr(values, name), ensure_ascii=False)}" for name in FIELDS]
+    """As a YAML file, which `read_yaml` reads, and of which `settings` makes the same."""
+    names = [name for name in FIELDS if not (values.init and name in _OF_INIT)]
+    lines = [f"{name}: {json.dumps(getattr(values, name), ensure_ascii=False)}" for name in names]
     return "\n".join(lines) + "\n"
