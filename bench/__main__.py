@@ -293,7 +293,7 @@ def ablation(
         results = []
         for result in what.run(chosen, found, names, seeds, minutes, folder, tell):
             results.append(result)
-            bar.update(task, advance=1)
+            bar.update(task, advance=int(result.row in names))
     print_table(console, what.HEADER, what.table(results))
     told = f"# {len(found.train)} training and {len(found.validation)} validation pictures of {data}, {epochs} epochs"
     console.print(f"{told}, batch {batch}, width {width}; {folder}", highlight=False, markup=False, soft_wrap=True)
