@@ -1,7 +1,6 @@
 """`parnet train` with bad pictures, settings, folders and files: one clear message each, and nothing is lost."""
 
 import contextlib
-import multiprocessing
 import os
 import re
 import resource
@@ -317,9 +316,9 @@ def test_a_killed_reader(data: Path, tmp_path: Path) -> None:  # noqa: F811
 
     def killed(batches, done: int, rate: float):
         if done == 4:
-            for child in multiprocessing.active_children():
-                child.kill()
-                child.join()
+            for reader in run._training._loader._iterator._workers:  # type: ignore[union-attr]
+                reader.kill()
+                reader.join()
         return step(batches, done, rate)
 
     run.learner.step = killed  # type: ignore[method-assign]
@@ -375,7 +374,7 @@ def test_no_room_for_logs(data: Path, tmp_path: Path) -> None:  # noqa: F811
 
 def test_two_runs_in_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(state.Owned, "WAIT", 0.3)
-    run = Run(tiny(data, tmp_path, epochs=1), ONE, Quiet())
+    run = Run(tiny(data, tmp_path, epochs=1, workers=1), ONE, Quiet())  # its worker stays alive, as long as `run` does
     with pytest.raises(ValueError, match=r"cannot write to the folder .*: another process trains there"):
         Run(tiny(data, tmp_path, epochs=1), ONE, Quiet())
     run()

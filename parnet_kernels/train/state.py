@@ -8,6 +8,7 @@ state is removed last: at every moment there is a network with its state.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -39,7 +40,7 @@ class Owned:
         """Raises:
         OSError: another process owns it.
         """
-        self._file = -1
+        self._file, self._process = -1, os.getpid()
         if fcntl is None:
             return
         self._file = os.open(folder, os.O_RDONLY)
@@ -59,6 +60,9 @@ class Owned:
 
     def release(self) -> None:
         if self._file >= 0:
+            if os.getpid() == self._process:  # the lock is shared with forked processes, which read pictures
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
         self._file = -1
 
