@@ -18,15 +18,15 @@ from parnet_kernels.whole import why_not_now, why_not_tensors
 _METHODS = ("forward", "forward_features", "forward_head")
 
 
-def deployed_form(network: Any, what: str) -> DeployedParNet:
-    """`network` if it is deployed, else folded. `what` is being done, for the messages.
+def deployed_form(network: Any, what: str, forms: str = "a ParNet or DeployedParNet") -> DeployedParNet:
+    """`network` if it is deployed, else folded. `what` is being done, and takes `forms`, for the messages.
 
     Raises:
         TypeError: it is no ParNet.
         ValueError: something was done to it that a file of its configuration and weights would not hold.
     """
     if not isinstance(network, ParNet | DeployedParNet):
-        raise TypeError(f"{what}: `network` must be a ParNet or DeployedParNet, got a {type(network).__name__}")
+        raise TypeError(f"{what}: `network` must be {forms}, got a {type(network).__name__}")
     reason = why_not_now() or _why_not_methods(network) or _why_not_hooks(network)
     if reason is None and isinstance(network, ParNet):
         network = network.deploy()

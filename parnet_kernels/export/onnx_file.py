@@ -59,7 +59,7 @@ def onnx(
     if isinstance(network, QuantizedParNet):
         graph = int8_graph_of(int8_form(network, "export.onnx"))
     else:
-        network = deployed_form(network, "export.onnx")
+        network = deployed_form(network, "export.onnx", "a ParNet, DeployedParNet or QuantizedParNet")
         graph = graph_of(network)
     dtype = network.head_weight.dtype
     if dtype not in (torch.float32, torch.float16):

@@ -237,7 +237,7 @@ def subclassed(network: DeployedParNet) -> DeployedParNet:
 def test_networks_that_a_file_would_not_hold(change: Any, message: str, library: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         export.onnx(change(deployed(TINY)), tmp_path / "net.onnx")
-    with pytest.raises(TypeError, match="must be a ParNet or DeployedParNet, got a Linear"):
+    with pytest.raises(TypeError, match="must be a ParNet, DeployedParNet or QuantizedParNet, got a Linear"):
         export.onnx(nn.Linear(1, 1), tmp_path / "net.onnx")  # type: ignore[arg-type]
     assert not [*tmp_path.iterdir()]
 
