@@ -115,7 +115,9 @@ class _Operator:
         stride, x = self._checked(tensors, options)["stride"], tensors[0]
         k, c = tensors[self.maps].shape[0], x.shape[1]
         size = (x.shape[0], k, (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
-        maps = [x.new_empty(size).to(memory_format=torch.channels_last) for _ in range(3)]
+        again = training.makes_y1_again(stride, tensors[self.maps + 1])
+        sizes = size, size, (0 if again else size[0], *size[1:])
+        maps = [x.new_empty(s).to(memory_format=torch.channels_last) for s in sizes]
         dtype = torch.float32 if x.dtype in checks.NARROW else x.dtype
         statistics = [x.new_empty((6 if self.names == _WITH_SKIP else 4, k), dtype=dtype)]
         if self.maps == 2:

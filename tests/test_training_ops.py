@@ -36,6 +36,7 @@ CASES = [
     (2, 17, 33, 6, 5, 1, 1, "silu"),
     (3, 33, 20, 23, 29, 2, 1, "silu"),  # tiles of 4, 4 + 3 and single pixels of stride 2
     (5, 20, 37, 25, 12, 2, 1, "silu"),
+    (2, 70, 40, 9, 8, 2, 1, "silu"),  # so many channels that Y1 is kept
     (1, 17, 18, 80, 79, 2, 1, "relu"),  # several sets of tiles in one image
 ]
 
@@ -264,6 +265,12 @@ def test_what_is_saved() -> None:
     assert len(maps) == 3
     assert maps[0] is x
     assert sum(t.numel() for t in saved if t.dim() < 4) <= 16 * (16 + 20)
+    for channels, expected in ((16, [2, 0]), (70, [2, 2])):
+        x, block = make((2, channels, 24, 12, 12, 2, 1, "silu"))
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            operator(x.requires_grad_(), block)
+        assert [t.shape[0] for t in saved if t.shape[1:] == (24, 6, 6)] == expected  # images of Y3, of Y1
 
 
 def test_double_backward() -> None:
