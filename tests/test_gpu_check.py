@@ -112,7 +112,7 @@ def test_steps_fail_alone(tmp_path: Path) -> None:
     found = run.run(
         [
             python("hangs", hangs, 2),
-            python("crashes", "import os; print('on the way'); os.abort()"),
+            python("crashes", "import os; print('on the way', flush=True); os.abort()"),
             Step("absent", ["/no/such/program"], 30),
             python("fails", "raise SystemExit('no good')"),
             python("after the failed one", "print('never')", needs="fails"),
