@@ -31,6 +31,13 @@ def _has_tangent(tensors: list[Tensor]) -> bool:
     return level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def _is_exported_to_onnx() -> bool:
+    """By `torch.onnx.export(…, dynamo=True)`, also of a program exported before. Not through PyTorch's table of
+    decompositions: with CI set in the environment, torch.compile refuses an operator that has an entry there.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 and torch.onnx.is_in_onnx_export()  # traced: faster to know
+
+
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
@@ -79,7 +86,7 @@ class _Operator:
 
     def autograd(self, *args: Any, **kwargs: Any) -> Tensor:
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if _has_tangent(given):
+        if _has_tangent(given) or _is_exported_to_onnx():
             return self.decomposed(self.call(args, kwargs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             call = self.call(args, kwargs)
@@ -88,7 +95,7 @@ class _Operator:
             return self.op(*args, **kwargs)
 
     def decomposed(self, call: Call) -> Tensor:
-        """By PyTorch's own operators, which forward-mode differentiation and every transform of torch.func know."""
+        """By PyTorch's operators, which forward-mode differentiation, every transform of torch.func and ONNX know."""
         checks.check(call)
         return Reference.run(call) if functorch.peek_interpreter_stack() is None else Reference.compute(call)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from parnet_kernels.export import decompositions  # noqa: F401  registers what torch.onnx.export(dynamo=True) needs
-
 if TYPE_CHECKING:
     from parnet_kernels.export.onnx_file import onnx as onnx
     from parnet_kernels.export.pt2_file import package as package

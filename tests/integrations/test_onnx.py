@@ -146,26 +146,30 @@ def test_training_form_is_folded(library: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("before", [False, True], ids=["module", "program"])
 @pytest.mark.parametrize("name", ["cifar", "streams without blocks"])
-def test_torch_onnx_export(name: str, library: Any, tmp_path: Path) -> None:
-    """PyTorch's own exporter finds what the operators are made of."""
+def test_torch_onnx_export(name: str, before: bool, library: Any, tmp_path: Path) -> None:
+    """PyTorch's own exporter finds what the operators are made of, for a module and for a program of torch.export."""
     pytest.importorskip("onnxscript")
-    network = deployed(CONFIGS[name])
+    network, x = deployed(CONFIGS[name]), torch.randn(2, 3, 40, 48)
     dim = torch.export.Dim
-    shapes = {"x": {0: dim("n"), 2: dim("h"), 3: dim("w")}}
-    program = torch.onnx.export(network, (torch.randn(2, 3, 32, 32),), dynamo=True, dynamic_shapes=shapes)
+    shapes = {"x": {0: dim("n"), 2: dim("h", min=33), 3: dim("w", min=33)}}  # with fewer a map may have one pixel
+    if before:
+        program = torch.onnx.export(torch.export.export(network, (x,), dynamic_shapes=shapes), dynamo=True)
+    else:
+        program = torch.onnx.export(network, (x,), dynamo=True, dynamic_shapes=shapes)
     program.save(tmp_path / "net.onnx")
-    x = torch.randn(3, 3, 31, 35)
+    x = torch.randn(3, 3, 37, 51)
     assert error(onnxruntime(tmp_path / "net.onnx")(x), reference(network, x)) <= 1e-5
 
 
-def test_decompositions_are_the_definitions() -> None:
-    """Also without onnx: what PyTorch's exporter will find."""
+def test_exported_programs_become_pytorchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without onnx: what PyTorch's exporter does with a program that was exported before."""
     network, x = deployed(TINY), torch.randn(1, 3, 33, 40)
     program = torch.export.export(network, (x,))
-    table = {op: torch._decomp.decomposition_table[op] for op in PUBLIC}
-    assert any(node.target in PUBLIC for node in program.graph.nodes)
-    decomposed = program.run_decompositions(table)
+    assert any(node.target in PUBLIC for node in program.run_decompositions().graph.nodes)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    decomposed = program.run_decompositions()
     assert not any("parnet" in str(node.target) for node in decomposed.graph.nodes)
     assert error(decomposed.module()(x), reference(network, x)) <= 1e-5
 
