@@ -36,8 +36,8 @@ from torch import Tensor
 from parnet_kernels import ops
 from parnet_kernels.config import VARIANTS
 from parnet_kernels.cuda.network import Lowered, Weights, lower, pack_network
-from parnet_kernels.cuda.plan import A100, H100, L4, RTX4090, Gpu, Pairing, blocks_per_sm, policy
-from parnet_kernels.cuda.program import SKIP, ClassifierCall, LevelCall
+from parnet_kernels.cuda.plan import A100, H100, L4, RTX4090, Gpu, blocks_per_sm, policy
+from parnet_kernels.cuda.program import SKIP, ClassifierCall, LevelCall, Pairing
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.whole import WholeNetwork
 

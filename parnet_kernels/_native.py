@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from parnet_kernels.cuda.program import layout
+
 _PACKAGE = Path(__file__).parent
 _UNBUILT = {
     "_C.so": "no C++ compiler at installation, or a source checkout without `make setup`",
@@ -41,8 +43,33 @@ def _why_stale(schemas: dict[str, str]) -> str | None:
     for name, schema in schemas.items():
         operator = getattr(torch.ops.parnet, name, None)
         if operator is None or operator.default._schema != torch._C.parse_schema(f"parnet::{schema}"):
-            return f"_C.so is of another version, its operator {name} is missing or another: build or install it again"
+            return _another("_C.so", f"operator {name}")
     return None
+
+
+def _why_cuda_stale(schemas: dict[str, str]) -> str | None:
+    """Why the loaded CUDA library cannot be this Python code's. It implements operators and reads structures: with
+    others than it was compiled with, it would take one argument for another.
+    """
+    try:
+        told = {*_cuda_lines()[1:]}
+    except RuntimeError:  # it implements no operator that would tell
+        told = set()
+    known = {schema for name, schema in schemas.items() if name.startswith("_cuda_")}
+    known |= {f"{name} {value}" for name, value in layout().items()}
+    theirs = {line for line in told if "(" not in line or line.startswith("_cuda_")}
+    for line in sorted(known ^ theirs):
+        name = re.split(r"[( ]", line)[0]
+        return _another("_C_cuda.so", f"operator {name}" if "(" in line else name)
+    return None
+
+
+def _another(library: str, what: str) -> str:
+    return f"{library} is of another version, its {what} is missing or another: build or install it again"
+
+
+def _cuda_lines() -> list[str]:
+    return bytes(torch.ops.parnet._cuda_info.default()).decode().splitlines()
 
 
 def _define(schemas: dict[str, str]) -> torch.library.Library:
@@ -57,7 +84,7 @@ def _define(schemas: dict[str, str]) -> torch.library.Library:
 cpu_error: str | None = _load("_C.so") or _why_stale(_schemas())
 _definitions = _define(_schemas()) if cpu_error else None
 #: Why the CUDA library is not there, or None. It needs the schemas of the CPU library.
-cuda_error: str | None = "needs _C.so" if cpu_error else _load("_C_cuda.so")
+cuda_error: str | None = "needs _C.so" if cpu_error else _load("_C_cuda.so") or _why_cuda_stale(_schemas())
 
 
 def cpu_info() -> dict[str, Any]:
@@ -68,4 +95,4 @@ def cpu_info() -> dict[str, Any]:
 
 def cuda_architectures() -> list[str]:
     """What the CUDA library was compiled for, such as "90a"; for the last one also as PTX."""
-    return bytes(torch.ops.parnet._cuda_info.default()).decode().split()
+    return _cuda_lines()[0].split()

@@ -6,9 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import parnet_kernels
+from parnet_kernels import _native
 
 PACKAGE = Path(parnet_kernels.__file__).parent
+
+
+cuda_library = pytest.mark.skipif(_native.cuda_error is not None, reason=f"no CUDA library: {_native.cuda_error}")
 
 
 def run(code: str, cwd: Path, **environment: str) -> str:
@@ -65,6 +71,60 @@ def test_with_a_library_of_another_version(tmp_path: Path) -> None:
     assert "_C.so is of another version, its operator newer is missing" in out
     assert "torch.Size([1, 1000])" in out
     assert "parnet.newer" in out
+
+
+def copied(tmp_path: Path, library: str = "") -> Path:
+    """The package, with this other CUDA library: the file's path, or its own."""
+    package = tmp_path / "parnet_kernels"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    if library:
+        shutil.copy2(library, package / "_C_cuda.so")
+    return package
+
+
+SAY = "from parnet_kernels import _native; print(_native.cuda_error); print(_native.cpu_error)"
+
+
+@cuda_library
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("FORMAT = 1", "FORMAT = 0", "kFormat"),  # programs and packed tensors mean something else
+        ('"tile_cols"', '"tile_columns"', "LayerCall.tile_cols"),
+        ('c_int32) for n in ("kernel"', 'c_int64) for n in ("kernel"', "Record"),
+    ],
+    ids=["meaning", "name", "offset"],
+)
+def test_with_a_cuda_library_for_other_structures(tmp_path: Path, old: str, new: str, what: str) -> None:
+    """It would launch kernels with arguments that are not what they take them for."""
+    program = copied(tmp_path) / "cuda" / "program.py"
+    assert program.read_text().count(old) == 1
+    program.write_text(program.read_text().replace(old, new))
+    cuda, cpu = run(SAY, tmp_path).splitlines()
+    assert cuda == f"_C_cuda.so is of another version, its {what} is missing or another: build or install it again"
+    assert cpu == "None"
+
+
+@cuda_library
+@pytest.mark.parametrize("schema", ["_cuda_newer(Tensor x) -> Tensor", "_cuda_play(Tensor[] buffers) -> ()"])
+def test_with_a_cuda_library_for_other_operators(schema: str) -> None:
+    name = schema.split("(")[0]
+    reason = _native._why_cuda_stale({**_native._schemas(), name: schema})
+    assert reason is not None
+    assert f"_C_cuda.so is of another version, its operator {name} is missing" in reason
+    assert _native._why_cuda_stale(_native._schemas()) is None
+
+
+@pytest.mark.skipif(_native.cpu_error is not None, reason="the CUDA library needs the CPU library")
+def test_with_a_library_of_something_else(tmp_path: Path) -> None:
+    """One that implements none of our operators."""
+    (tmp_path / "other.cpp").write_text("int nothing;\n")
+    other = tmp_path / "other.so"
+    subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "other.cpp", "-o", other], check=True)
+    copied(tmp_path, str(other))
+    cuda, cpu = run(SAY, tmp_path).splitlines()
+    assert cuda.startswith("_C_cuda.so is of another version, its ")
+    assert cpu == "None"
 
 
 def test_without_optional_packages(tmp_path: Path) -> None:

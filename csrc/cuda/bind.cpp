@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "layer.h"
+#include "layout.h"
 #include "policy.h"
 
 namespace {
@@ -66,9 +67,16 @@ int64_t image(int64_t device) {
   return architecture;
 }
 
+// Every schema that the library was compiled with.
+constexpr char kSchemas[] =
+#define PARNET_SCHEMA(schema) schema "\n"
+#include "../../parnet_kernels/schemas.inc"
+#undef PARNET_SCHEMA
+    ;
+
 // Characters as numbers: the stable ABI loses the memory of every string.
 std::vector<int64_t> info() {
-  const std::string text = PARNET_CUDA_ARCHS;
+  const std::string text = std::string(PARNET_CUDA_ARCHS) + '\n' + kSchemas + cuda::layout();
   return {text.begin(), text.end()};
 }
 

@@ -11,7 +11,6 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,16 +18,11 @@ import torch
 from parnet_kernels import _native, environment, verdict
 from parnet_kernels.cuda.constants import Constants, constants
 from parnet_kernels.cuda.pack import CHUNK_BYTES
+from parnet_kernels.cuda.program import Pairing
 
 MAX_SPLITS = 8  # that add their sums by way of global memory
 CANDIDATES = 48  # combinations whose schedule is simulated
 SPLITS_AT_ONCE = 2  # that a tile of mma.sync adds; a warpgroup tile adds fragments as they come (splits.cuh)
-
-
-class Pairing(IntEnum):
-    """What two adjacent blocks (warpgroup tiles) do together: nothing, load each other's weights, add their splits."""
-
-    ALONE, PIXELS, SPLITS = range(3)
 
 
 class TileShape(NamedTuple):

@@ -3,7 +3,7 @@
 A program is a sequence of records (csrc/cuda/program.h): kernel, grid, arguments, and which of the arguments' pointers
 are byte offsets into which buffer. Playing one allocates nothing and decides nothing; the same bytes run on a GPU, in
 the PTX simulator and through the host code alone. The structures mirror csrc/cuda/layer.h
-and csrc/cuda/program.h: tests/cuda/test_host.py compares names, sizes and offsets.
+and csrc/cuda/program.h: a library with other names, sizes or offsets is refused (parnet_kernels/_native.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+FORMAT = 1  # of programs and packed tensors; csrc/cuda/layout.h says when it is raised
 MAX_LAYERS = 4
 DEPENDENT, COOPERATIVE, PAIRS = 1, 2, 4
 SKIP, RELU, VECTOR_STORE, ROUND = 1, 2, 4, 8
@@ -29,6 +30,12 @@ _MATHS = ("f16", "bf16", "tf32", "f32")
 
 class Kind(IntEnum):
     LEVEL, STEM, ENTER, CLASSIFIER, HOPPER = range(5)
+
+
+class Pairing(IntEnum):
+    """What two adjacent blocks (warpgroup tiles) do together: nothing, load each other's weights, add their splits."""
+
+    ALONE, PIXELS, SPLITS = range(3)
 
 
 class Record(ctypes.Structure):
@@ -104,6 +111,18 @@ class ClassifierCall(ctypes.Structure):
 
 
 STRUCTURES = (Record, Relocation, Output, Input, LayerCall, LevelCall, Strided, StemCall, EnterCall, ClassifierCall)
+
+
+def layout() -> dict[str, int]:
+    """Sizes of structures, offsets of their fields and values of constants, as csrc/cuda/layout.h names them."""
+    found = {"kFormat": FORMAT, "kMaxLayers": MAX_LAYERS}
+    for structure in STRUCTURES:
+        found[structure.__name__] = ctypes.sizeof(structure)
+        for name, *_ in structure._fields_:
+            found[f"{structure.__name__}.{name}"] = getattr(structure, name).offset
+    found |= {"kDependent": DEPENDENT, "kCooperative": COOPERATIVE, "kPairs": PAIRS}
+    found |= {"kSkip": SKIP, "kReLU": RELU, "kVectorStore": VECTOR_STORE, "kRound": ROUND}
+    return found | {"kAlone": Pairing.ALONE, "kPixels": Pairing.PIXELS, "kSplits": Pairing.SPLITS}
 
 
 def play(buffers: list[Tensor], program: Tensor) -> None:

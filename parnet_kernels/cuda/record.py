@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from parnet_kernels.cuda.pack import COLUMNS, Layout, PackedLayer, PackedStem
-from parnet_kernels.cuda.plan import Gpu, Pairing, Shape, Tiling, blocks_per_sm, option, plan_level, policy
+from parnet_kernels.cuda.plan import Gpu, Shape, Tiling, blocks_per_sm, option, plan_level, policy
 from parnet_kernels.cuda.program import (
     COOPERATIVE,
     DEPENDENT,
@@ -26,6 +26,7 @@ from parnet_kernels.cuda.program import (
     LayerCall,
     LevelCall,
     Output,
+    Pairing,
     Program,
     StemCall,
     address,

@@ -1,8 +1,8 @@
 // The package's program player with a launcher that reports instead of launching, for tests without CUDA and
 // torch.
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/layout.h"
 #include "../../csrc/cuda/program.h"
-#include "layout.h"
 
 namespace {
 using Report = int (*)(int kernel, unsigned grid, unsigned shared, int flags, const void* arguments,

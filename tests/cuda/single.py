@@ -17,7 +17,8 @@ from parnet_kernels.cuda import backend as cuda
 from parnet_kernels.cuda import plan as cuda_plan
 from parnet_kernels.cuda import record as cuda_record
 from parnet_kernels.cuda.pack import PackedLayer
-from parnet_kernels.cuda.plan import A100, Gpu, Pairing, plan_level
+from parnet_kernels.cuda.plan import A100, Gpu, plan_level
+from parnet_kernels.cuda.program import Pairing
 from parnet_kernels.cuda.record import COUNTER_BYTES
 
 #: (dtype, precision, norm-wise error allowed)

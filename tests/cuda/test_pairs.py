@@ -12,8 +12,8 @@ from player import PAIRS, decode
 from single import MATHS, run
 
 from parnet_kernels.cuda import record as cuda_record
-from parnet_kernels.cuda.plan import A100, H100, Gpu, Pairing, Shape, plan_level
-from parnet_kernels.cuda.program import LevelCall
+from parnet_kernels.cuda.plan import A100, H100, Gpu, Shape, plan_level
+from parnet_kernels.cuda.program import LevelCall, Pairing
 
 TILES = {3: 1, 4: 2}  # stride of each
 PAIRED = Gpu(90, 132, 228 << 10, 227 << 10, "paired")

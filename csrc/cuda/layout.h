@@ -1,13 +1,17 @@
-// The names, sizes and offsets of all that parnet_kernels/cuda/program.py mirrors, so that a test can compare
-// them.
+// The names, sizes and offsets of all that parnet_kernels/cuda/program.py mirrors: the library tells them, so
+// that Python code refuses one that it was not written for.
 #pragma once
 #include <cstddef>
 #include <string>
 
-#include "../../csrc/cuda/layer.h"
-#include "../../csrc/cuda/program.h"
+#include "layer.h"
+#include "program.h"
 
 namespace parnet::cuda {
+
+// To be raised, with FORMAT of program.py, when a field, or a byte of a packed tensor, gets another meaning
+// but neither another name nor another place.
+constexpr int kFormat = 1;
 
 // A line for each struct, "name bytes", for each of its fields, "name.field offset", and for each constant,
 // "name value".
@@ -77,7 +81,7 @@ inline std::string layout() {
   PARNET_FIELD(ClassifierCall, pitch), PARNET_FIELD(ClassifierCall, features);
   PARNET_FIELD(ClassifierCall, classes), PARNET_FIELD(ClassifierCall, inverse_area);
 
-  PARNET_CONSTANT(kMaxLayers);
+  PARNET_CONSTANT(kFormat), PARNET_CONSTANT(kMaxLayers);
   PARNET_CONSTANT(kDependent), PARNET_CONSTANT(kCooperative), PARNET_CONSTANT(kPairs);
   PARNET_CONSTANT(kSkip), PARNET_CONSTANT(kReLU), PARNET_CONSTANT(kVectorStore), PARNET_CONSTANT(kRound);
   PARNET_CONSTANT(kAlone), PARNET_CONSTANT(kPixels), PARNET_CONSTANT(kSplits);
