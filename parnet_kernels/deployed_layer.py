@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,10 +45,17 @@ class DeployedLayer(nn.Module):
         return {name: getattr(self, name) for name in self.names}
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if self.kind == "pointwise":
-            return ACTIVATIONS[self.activation](F.conv2d(inputs[0], self.weight, self.bias))
-        options: dict[str, Any] = {} if self.kind == "repvgg_sse" else {"stride": self.stride}
-        return getattr(ops, self.kind)(*inputs, **self.arguments(), activation=self.activation, **options)
+        return run_layer(self.kind, self.stride, self.activation, inputs, self.arguments())
+
+
+def run_layer(
+    kind: str, stride: int, activation: str, inputs: Sequence[Tensor], arguments: Mapping[str, Tensor]
+) -> Tensor:
+    """One layer as one operator, see `ops`; a "pointwise" one, act(conv1x1(x)), by PyTorch's."""
+    if kind == "pointwise":
+        return ACTIVATIONS[activation](F.conv2d(inputs[0], arguments["weight"], arguments["bias"]))
+    options: dict[str, Any] = {} if kind == "repvgg_sse" else {"stride": stride}
+    return getattr(ops, kind)(*inputs, **arguments, activation=activation, **options)
 
 
 class AffineLayer(nn.Module):

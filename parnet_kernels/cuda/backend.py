@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +191,12 @@ def clear_cache() -> None:
     """Forgets all packed weights of the public operators; the next call of each packs again."""
     with _lock:
         _entries.clear()
+
+
+def packed_of(weights: Iterable[Tensor]) -> list[object]:
+    """What is kept for these weights: a graph of calls reads it, and who replays the graph has to hold it."""
+    wanted = {id(weight) for weight in weights}
+    return [entry for key, entry in [*_entries.items()] if key[0] in wanted]
 
 
 def _cached(call: Call, precision: str) -> tuple[PackedLayer, Packed | None]:

@@ -3,5 +3,6 @@
 from parnet_kernels.distributed.cost import Device as Device
 from parnet_kernels.distributed.cost import Link as Link
 from parnet_kernels.distributed.cost import Placement as Placement
+from parnet_kernels.distributed.devices import DeviceParallel as DeviceParallel
 from parnet_kernels.distributed.parallel import StreamParallel as StreamParallel
 from parnet_kernels.distributed.peers import DistributedError as DistributedError

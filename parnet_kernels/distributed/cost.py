@@ -48,13 +48,16 @@ class Placement:
     streams: tuple[tuple[int, ...], ...]  # of each rank
     starts: tuple[int | None, ...]  # of each rank: from the image (None), or from the source of this stream
 
-    def describe(self) -> str:
+    def describe(self, places: Sequence[str] | None = None) -> str:
+        """In words. places: the names of the ranks."""
+        named = places or [f"rank {rank}" for rank in range(len(self.streams))]
+
         def one(rank: int) -> str:
             start = self.starts[rank]
             own = " and ".join(map(str, self.streams[rank]))
             plural = "streams" if len(self.streams[rank]) > 1 else "stream"
-            origin = "the image" if start is None else f"rank 0's map at the start of stream {start}"
-            return f"rank {rank}: {plural} {own}, from {origin}" + (", fusion" if rank == 0 else "")
+            origin = "the image" if start is None else f"{named[0]}'s map at the start of stream {start}"
+            return f"{named[rank]}: {plural} {own}, from {origin}" + (", fusion" if rank == 0 else "")
 
         return "; ".join(map(one, range(len(self.streams))))
 
@@ -108,11 +111,23 @@ class Model:
         first = 0 if start is None else start + 1
         return [*self.cut.trunk_between(first, max(streams)), *self.cut.streams_of(streams)]
 
+    def shared_trunk(self, placement: Placement) -> tuple[int, list[str]]:
+        """The last step of the trunk that rank 0 runs for others, −1 for none; and the sources made up to there that
+        others, or rank 0 itself, go on from.
+        """
+        starts = {start for start in placement.starts if start is not None}
+        begun = max(starts, default=-1)
+        used = starts | {s for s in placement.streams[0] if s <= begun} | ({begun} if starts else set())
+        return begun, [self.cut.sources[s] for s in sorted(used)]
+
+    def rest(self, placement: Placement) -> list[Layer]:
+        """What rank 0 runs after that: the rest of its trunk, and its streams."""
+        own, (begun, _) = placement.streams[0], self.shared_trunk(placement)
+        return [*self.cut.trunk_between(begun + 1, max(own)), *self.cut.streams_of(own)]
+
     def time(self, placement: Placement, device: Device, link: Link, image_sent: bool = False) -> float:
         """Until rank 0 has the result. image_sent: only rank 0 has the images at first."""
-        first, clock = placement.streams[0], 0.0
-        sources = [start for start in placement.starts[1:] if start is not None]
-        begun = max(sources, default=-1)
+        clock, (begun, sources) = 0.0, self.shared_trunk(placement)
         arrivals = []
         if sources:  # the trunk, as far as others start from its maps
             clock = self.layers_time(self.cut.trunk_between(0, begun), device)
@@ -128,8 +143,7 @@ class Model:
             done = arrived + self.layers_time(self.chain(own, start), device)
             ends = sum(self.bytes_of(self.cut.ends[s]) for s in own)
             arrivals.append(done + link.latency + ends / link.bandwidth)
-        rest = [*self.cut.trunk_between(begun + 1, max(first)), *self.cut.streams_of(first)]
-        ready = clock + self.layers_time(rest, device)
+        ready = clock + self.layers_time(self.rest(placement), device)
         return max([ready, *arrivals]) + self.layers_time(self.cut.fusion, device) + device.launch
 
     def best(

@@ -19,12 +19,11 @@ from parnet_kernels.distributed.agreement import Agreement, adjacent, flat, pack
 from parnet_kernels.distributed.cost import Device, Link, Model, Placement
 from parnet_kernels.distributed.peers import BESIDE_BYTES, GRACE, MESSAGE_BYTES, Broken, DistributedError, Peers, Posted
 from parnet_kernels.distributed.pieces import Packet, Pieces, Wire
+from parnet_kernels.distributed.placements import Placements, require
 from parnet_kernels.distributed.probe import probe
 from parnet_kernels.locks import Lock
 
-TRUNK = ("auto", "recompute", "send")
 RESULT = ("every", "first")
-MAX_SHAPES = 128  # whose placements are kept
 GRACE_AFTER = 0.1  # for the other ranks when one was lost: a share of the time-out
 
 
@@ -70,24 +69,19 @@ class StreamParallel:
         world = dist.get_world_size(group)
         if dist.get_rank(group) < 0:
             raise ValueError("parnet_kernels: `group` must contain this rank")
-        _require(isinstance(network, DeployedParNet), "network", "be a DeployedParNet", type(network).__name__)
+        require(isinstance(network, DeployedParNet), "network", "be a DeployedParNet", type(network).__name__)
         count = network.config.streams
-        _require(world <= count, "group", f"have at most {count} ranks, one a stream", f"{world} ranks")
-        _require(trunk in TRUNK, "trunk", f"be one of {TRUNK}", repr(trunk))
-        _require(result in RESULT, "result", f"be one of {RESULT}", repr(result))
-        _require(source in (None, 0), "source", "be None or 0", repr(source))
-        _require(timeout > 0, "timeout", "be > 0 seconds", timeout)
-        if streams is not None:
-            streams = [list(own) for own in streams]
-            complete = sorted(s for own in streams for s in own) == [*range(count)]
-            right = f"give each of {world} ranks at least one of the streams 0 to {count - 1}, each stream once"
-            _require(complete and len(streams) == world and all(streams), "streams", right, streams)
+        require(world <= count, "group", f"have at most {count} ranks, one a stream", f"{world} ranks")
+        require(result in RESULT, "result", f"be one of {RESULT}", repr(result))
+        require(source in (None, 0), "source", "be None or 0", repr(source))
+        require(timeout > 0, "timeout", "be > 0 seconds", timeout)
+        self._placements = Placements(network.config, world, "ranks", streams, trunk, source is not None)
+        streams = self._placements.streams
         self.network, self.timeout = network, timeout
         self._group, self._streams, self._trunk, self._source, self._result = group, streams, trunk, source, result
         self._given_costs = costs
         self._pieces = Pieces(network)
         self._agreement = Agreement(self._pieces, source)
-        self._placements: dict[tuple[int, ...], Placement] = {}
         self._pending: list[Posted] = []
         self._broken: str | None = None
         self._lock, self._pid = Lock(), os.getpid()
@@ -154,33 +148,24 @@ class StreamParallel:
                 weights, a rank that broke off or does not answer. After the last two `reconnect` is needed.
             RuntimeError: after one that was not reconnected, or in a forked process.
         """
-        return self._run(x, "logits" if self.network.num_classes else "pooled")
+        return self._run(x, "logits" if self.network.num_classes else "pooled", torch.is_grad_enabled())
 
     def forward_features(self, x: Tensor | None) -> Tensor | None:
         """The last map, [N, P, ⌈H/32⌉, ⌈W/32⌉] in the ImageNet variants. Raises as a call does."""
-        return self._run(x, "features")
+        return self._run(x, "features", torch.is_grad_enabled())
 
     def placement(self, shape: Sequence[int]) -> Placement:
         """What runs where for images of this shape [N, in_chans, H, W]."""
-        key = tuple(shape)
-        found = self._placements.get(key)
-        if found is None:
-            itemsize = self.network.head_weight.element_size()
-            model = Model(self.network.config, key, itemsize, max(4, itemsize))
-            found = model.best(self.world, *self.costs, self._streams, self._trunk, self._source is not None)
-            if len(self._placements) >= MAX_SHAPES:
-                self._placements.clear()
-            self._placements[key] = found
-        return found
+        itemsize = self.network.head_weight.element_size()
+        return self._placements.best(shape, itemsize, max(4, itemsize), self.costs)
 
-    @torch.inference_mode(False)
-    def _run(self, x: Tensor | None, result: str) -> Tensor | None:
+    @torch.inference_mode(False)  # which turns gradients on
+    def _run(self, x: Tensor | None, result: str, grad: bool) -> Tensor | None:
         if os.getpid() != self._pid:
             raise RuntimeError("parnet_kernels: a StreamParallel cannot be used in a forked process: make one there")
         with self._lock:
             if self._broken:
                 raise RuntimeError(f"parnet_kernels: StreamParallel needs `reconnect()`: {self._broken}")
-            grad = torch.is_grad_enabled()
             with torch.no_grad():
                 if self.world == 1:
                     return self._alone(x, result, grad)
@@ -246,15 +231,13 @@ class StreamParallel:
                 self._post(peers.tell(rank, plan, "the plan"))
                 if start is None and image is not None:
                     self._post(peers.send(rank, image.flat, "the images"))
-            given, begun = self._trunk_for_others(x, wire, placement, model, errors)
+            given = self._trunk_for_others(x, wire, placement, model, errors)
             for rank in others:
                 listening[rank] = peers.listen(rank, "its streams")
             if not errors:
                 try:
-                    own = placement.streams[0]
-                    rest = [*model.cut.trunk_between(begun + 1, max(own)), *model.cut.streams_of(own)]
-                    ends = {model.cut.ends[s]: model.size[model.cut.ends[s]] for s in own}
-                    made = self._pieces.run(wire, given, rest, ends)
+                    ends = {model.cut.ends[s]: model.size[model.cut.ends[s]] for s in placement.streams[0]}
+                    made = self._pieces.run(wire, given, model.rest(placement), ends)
                 except Exception as error:  # told to the others, and raised with theirs
                     errors[0] = _failure(error)
         for rank, posted in listening.items():
@@ -318,17 +301,14 @@ class StreamParallel:
 
     def _trunk_for_others(
         self, x: Tensor, wire: Wire, placement: Placement, model: Model, errors: dict[int, str]
-    ) -> tuple[dict[str, Tensor | Packet], int]:
+    ) -> dict[str, Tensor | Packet]:
         """Runs the trunk as far as others start from its maps, and sends these. Returns the maps that this rank goes on
-        from, and the last step that was run, −1 for none.
+        from.
         """
-        begun = max((start for start in placement.starts if start is not None), default=-1)
+        begun, names = model.shared_trunk(placement)
         if begun < 0:
-            return {"image": x}, begun
-        cut = model.cut
-        used = {start for start in placement.starts if start is not None}
-        used |= {s for s in placement.streams[0] if s <= begun} | {begun}
-        wanted = {cut.sources[s]: model.size[cut.sources[s]] for s in sorted(used)}
+            return {"image": x}
+        cut, wanted = model.cut, {name: model.size[name] for name in names}
         try:
             sources = self._pieces.run(wire, {"image": x}, cut.trunk_between(0, begun), wanted)
         except Exception as error:  # the others wait for the maps all the same: the order of messages stays
@@ -337,7 +317,7 @@ class StreamParallel:
         for rank, start in enumerate(placement.starts):
             if start is not None:
                 self._post(self._peers.send(rank, sources[cut.sources[start]].flat, "a map of the trunk"))
-        return {**sources}, begun
+        return {**sources}
 
     @property
     def _device(self) -> torch.device:
@@ -430,11 +410,6 @@ class StreamParallel:
             return self._pieces.run(wire, given, model.chain(own, start), wanted), None
         except Exception as error:  # told to all ranks
             return {}, _failure(error)
-
-
-def _require(condition: bool, argument: str, requirement: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"parnet_kernels: `{argument}` must {requirement}, got {got}")
 
 
 def _failure(error: Exception) -> str:

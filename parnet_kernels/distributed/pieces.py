@@ -16,7 +16,7 @@ from parnet_kernels.config import Layer
 from parnet_kernels.cpu.pack import are_finite
 from parnet_kernels.cpu.parts import CpuParts, Summed
 from parnet_kernels.deployed import DeployedParNet
-from parnet_kernels.deployed_layer import module_name
+from parnet_kernels.deployed_layer import module_name, run_layer
 from parnet_kernels.distributed.cut import Size
 from parnet_kernels.whole import WholeNetwork, classify
 
@@ -53,13 +53,25 @@ class Wire(NamedTuple):
 
 
 class Pieces:
-    """The pieces of one network that this process runs; packed weights are made for those only."""
+    """The pieces of one network that one device runs; packed weights are made for those only.
 
-    def __init__(self, network: DeployedParNet) -> None:
-        self.network = network
+    Args:
+        device: where they run; None: where the network is. Else the weights of its layers are copied there when they
+            are first needed, for a network that `whole` gives.
+    """
+
+    def __init__(self, network: DeployedParNet, device: torch.device | None = None) -> None:
+        self.network, self.device = network, device
         self._of: WholeNetwork | None = None
         self._finite = False
         self._packed: dict[tuple[str, ...], CpuParts] = {}
+        self.copies: dict[str, dict[str, Tensor]] = {}  # of layers' arguments, by layer
+
+    def weights(self) -> list[Tensor]:
+        """Of the layers that run as operators."""
+        if self.device is None:
+            return [own["weight"] for own in self._of.arguments] if self._of else []
+        return [own["weight"] for own in self.copies.values()]
 
     def why_not(self) -> str | None:
         """Why the network cannot be cut into pieces as it is now, or None."""
@@ -79,12 +91,13 @@ class Pieces:
     def wire(self, x: Tensor) -> Wire:
         """How maps are sent for images like x, which says also what runs the layers."""
         found, native = self.network.whole(), False
-        if isinstance(found, WholeNetwork) and x.is_cpu and self.network._native.why_not(found, x) is None:
+        if isinstance(found, WholeNetwork):
             if self._of is not found:
                 every = [*found.head, *(t for arguments in found.arguments for t in arguments.values())]
-                self._finite, self._of = are_finite(every), found
+                self._finite, self._of = x.is_cpu and are_finite(every), found
                 self._packed.clear()
-            native = self._finite
+                self.copies.clear()
+            native = self._finite and self.network._native.why_not(found, x) is None
         return Wire(native, x.dtype, is_channels_last(x), x.device)
 
     def _parts(self, names: tuple[str, ...]) -> CpuParts:
@@ -104,6 +117,17 @@ class Pieces:
         """The maps `wanted`, by name with their sizes, from the image (a tensor) or maps `given`."""
         made: dict[str, Packet] = {name: given[name] for name in wanted if name in given}  # type: ignore[misc]
         results = {name: wire.packet(size) for name, size in wanted.items() if name not in given}
+        self.write(wire, given, layers, results)
+        return made | results
+
+    def write(
+        self,
+        wire: Wire,
+        given: Mapping[str, Tensor | Packet],
+        layers: Sequence[Layer],
+        results: Mapping[str, Packet],
+    ) -> None:
+        """Writes the maps `results`, by name."""
         if results and wire.native:
             inputs, names = self._inputs(given, layers), tuple(layer.name for layer in layers)
             summed = {name: Summed(packet.map, packet.sums) for name, packet in results.items()}
@@ -112,7 +136,6 @@ class Pieces:
             maps = self._layer_by_layer(given, layers)
             for name, packet in results.items():
                 packet.map.copy_(maps[name])
-        return made | results
 
     def finish(self, wire: Wire, ends: Mapping[str, Packet], layers: Sequence[Layer], x: Tensor, result: str) -> Tensor:
         """The network's result from the maps where its streams end: see `CpuParts.finish`."""
@@ -143,5 +166,16 @@ class Pieces:
                 slots = map(module_name, layer.inputs)
                 affines = network.affines
                 inputs = [affines[s](t) if s in affines else t for s, t in zip(slots, inputs, strict=True)]
-            made[layer.name] = network.layers[module_name(layer.name)](*inputs)
+            made[layer.name] = self._layer(layer, inputs)
         return made
+
+    def _layer(self, layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
+        if self.device is None:
+            y: Tensor = self.network.layers[module_name(layer.name)](*inputs)
+            return y
+        if layer.name not in self.copies:
+            assert self._of is not None
+            arguments = next(own for each, own in self._of.operators() if each.name == layer.name)
+            self.copies[layer.name] = {name: t.detach().to(self.device, copy=True) for name, t in arguments.items()}
+        activation = self.network.config.activation
+        return run_layer(layer.kind, layer.stride, activation, inputs, self.copies[layer.name])

@@ -1,10 +1,10 @@
-"""Measures, in about a tenth of a second, the constants of the cost model: of the slowest rank and the slowest link."""
+"""Measures, in about a tenth of a second, the constants of the cost model: the slowest device and the slowest link."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,17 +40,12 @@ def probe(peers: Peers, device: torch.device, dtype: torch.dtype) -> tuple[Devic
             heard = peers.heard(peers.listen(rank, "the probe"), deadline())
             devices.append(Device(**heard["device"]))
 
-            def exchange(data: Tensor, rank: int = rank) -> None:
-                peers.send(rank, data, "the probe").wait(deadline())
-                peers.receive(rank, data, "the probe").wait(deadline())
+            def exchange(size: int, rank: int = rank) -> None:
+                peers.send(rank, buffer[:size], "the probe").wait(deadline())
+                peers.receive(rank, buffer[:size], "the probe").wait(deadline())
 
-            short, long = (_median(lambda data=data: exchange(data)) / 2 for data in (buffer[:1], buffer))  # type: ignore[misc]
-            links.append(Link(short, SENT / max(long - short, 1e-9)))
-        units = max(d.units for d in devices)
-        slowest = Device(
-            min(d.flops for d in devices), min(d.bandwidth for d in devices), max(d.launch for d in devices), units
-        )
-        link = Link(max(each.latency for each in links), min(each.bandwidth for each in links))
+            links.append(_link(exchange))
+        slowest, link = _slowest(devices, links)
         message: dict[str, Any] = {"device": vars(slowest), "link": vars(link)}
         for posted in [peers.tell(rank, message, "the probe") for rank in peers.others]:
             posted.wait(deadline())
@@ -64,6 +59,43 @@ def probe(peers: Peers, device: torch.device, dtype: torch.dtype) -> tuple[Devic
     return Device(**heard["device"]), Link(**heard["link"])
 
 
+def probe_devices(devices: Sequence[torch.device], dtype: torch.dtype) -> tuple[Device, Link]:
+    """Of devices that one process uses, and of copies between the first and each other one."""
+    first, links = devices[0], []
+    buffer = torch.zeros(SENT, dtype=torch.uint8, device=first)
+    for other in devices[1:]:
+        there = torch.zeros(SENT, dtype=torch.uint8, device=other)
+
+        def exchange(size: int, there: Tensor = there) -> None:
+            there[:size].copy_(buffer[:size])
+            buffer[:size].copy_(there[:size])
+            _wait_for(first)
+
+        links.append(_link(exchange))
+    return _slowest([device_costs(device, dtype) for device in devices], links or [Link(0.0, float("inf"))])
+
+
+def _link(exchange: Callable[[int], object]) -> Link:
+    """exchange: sends so many bytes there and back."""
+    short, long = (_median(lambda size=size: exchange(size)) / 2 for size in (1, SENT))  # type: ignore[misc]
+    return Link(short, SENT / max(long - short, 1e-9))
+
+
+def _slowest(devices: Sequence[Device], links: Sequence[Link]) -> tuple[Device, Link]:
+    device = Device(
+        min(d.flops for d in devices),
+        min(d.bandwidth for d in devices),
+        max(d.launch for d in devices),
+        max(d.units for d in devices),
+    )
+    return device, Link(max(link.latency for link in links), min(link.bandwidth for link in links))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.no_grad()
 def device_costs(device: torch.device, dtype: torch.dtype) -> Device:
     """Of one device, by a layer, a copy and the smallest layer."""
@@ -75,12 +107,9 @@ def device_costs(device: torch.device, dtype: torch.dtype) -> Device:
         return lambda: ops.repvgg_sse(*tensors)
 
     def synchronized(run: Callable[[], object]) -> Callable[[], object]:
-        if device.type != "cuda":
-            return run
-
         def run_to_end() -> None:
             run()
-            torch.cuda.synchronize(device)
+            _wait_for(device)
 
         return run_to_end
 

@@ -149,6 +149,8 @@ def bad_input(rank: int, world: int, folder: Path, argument: str) -> dict[str, t
             if last:
                 net.head_weight.requires_grad_()
             call("gradients", x)
+            with torch.no_grad():
+                call("right without gradients", x)
             net.head_weight.requires_grad_(False)
             with torch.no_grad():
                 net.head_weight[0, 0] += 1e-3 * last
