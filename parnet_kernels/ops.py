@@ -174,8 +174,8 @@ def repvgg_sse_train(
     z = BN0(x), y = φ(BN3(conv3x3(x; padding 1)) + BN1(conv1x1(x)) + z·σ(gate_weight·mean_hw(z)))
 
     Args:
-        x: [N, C, H, W], N·H·W ≥ 2, any strides; on the CPU all but float64 have kernels, others go through plain
-            PyTorch. Parameters are of its dtype, or float32 beside 16-bit maps.
+        x: [N, C, H, W], N·H·W ≥ 2, any strides; all but float64 have kernels on the CPU and through Triton on GPUs,
+            float64 goes through plain PyTorch. Parameters are of its dtype, or float32 beside 16-bit maps.
         weight3: [C, C, 3, 3]. weight1: [C, C, 1, 1]. gate_weight: [C, C].
         gamma3, beta3, gamma1, beta1, gamma0, beta0: [C], weight and bias of each BatchNorm.
         eps: of BN3, BN1 and BN0. activation: φ, "silu" or "relu".

@@ -60,13 +60,27 @@ class Result(NamedTuple):
     statistics: Tensor  # [4 or 6, K]: mean and biased variance of Y3, of Y1 (and of x)
     y3: Tensor
     y1: Tensor  # of no images where `makes_y1_again`
-    means: Tensor  # [N, C], of each image of x
-    values: Tensor  # float64: how many values a channel of Y3 and Y1, of all processes
+    vectors: Tensor  # [N, C + K]: the means of each image of x, and its gate
+    values: Tensor  # float64: how many values a channel of Y3 and Y1 has, of all processes; empty without a group
 
 
 #: Input channels up to which Y1 of a stride-2 block is made again for backward: 35 of 820 MiB of a step of ParNet-S at
 #: batch 8, for less than 1 % of its time.
 FEW_CHANNELS = 64
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """x in channels_last memory, where it is not there or in channels of such a map."""
+    n, c, h, w = x.shape
+    strides = x.stride()
+    pixel = strides[3] if w > 1 else strides[2] if h > 1 else strides[0] if n > 1 else c
+    dense = (
+        (c == 1 or strides[1] == 1)
+        and pixel >= c
+        and (h == 1 or strides[2] == w * pixel)
+        and (n == 1 or strides[0] == h * w * pixel)
+    )
+    return x if dense else x.contiguous(memory_format=torch.channels_last)
 
 
 def makes_y1_again(stride: int, weight1: Tensor) -> bool:
@@ -250,7 +264,8 @@ class _Coefficients(NamedTuple):
     squeezed: Tensor  # what the gate sees, [N, C]
 
 
-def _coefficients(block: Block, statistics: Tensor, means: Tensor) -> _Coefficients:
+def _coefficients(block: Block, statistics: Tensor, means: Tensor, gate: Tensor | None = None) -> _Coefficients:
+    """gate: where it is known."""
     gammas, betas = [block.gamma3, block.gamma1], [block.beta3, block.beta1]
     if block.gamma0 is not None and block.beta0 is not None:
         gammas, betas = [*gammas, block.gamma0], [*betas, block.beta0]
@@ -259,12 +274,14 @@ def _coefficients(block: Block, statistics: Tensor, means: Tensor) -> _Coefficie
     inverse = (variance + statistics.new_tensor(block.eps)[:, None]).rsqrt_()
     a = torch.stack(gammas).mul_(inverse)
     squeezed = a[2] * (means - mu[2]) + offsets[2] if skip else means
-    s = _matrix(squeezed, block.gate_weight, block.groups).sigmoid()
+    s = gate
+    if s is None:
+        s = _matrix(squeezed, block.gate_weight, block.groups).sigmoid()
+        s = s if skip else 2 * s
     if skip:
         factors = s.new_ones(3, *s.shape)
         factors[2] = s
     else:
-        s = 2 * s
         factors = s.expand(2, *s.shape)
     shift = ((offsets - a * mu)[:, None] * factors).sum(0)
     return _Coefficients(factors, a[:, None] * factors, shift, a, offsets, inverse, mu, s, squeezed)
@@ -289,12 +306,12 @@ def forward(kernels: Kernels, x: Tensor, block: Block, means: Tensor | None = No
     y3, of_y3 = kernels.convolve(x, block.weight3, block.stride, block.groups)
     y1, of_y1 = kernels.convolve(_pooled(kernels, x, block.stride), block.weight1, 1, block.groups)
     statistics = torch.stack([v for m in (of_y3, of_y1, *found) for v in m])
-    statistics, count = training_sync.moments(statistics, y3.numel() // y3.shape[1], block.group)
+    statistics, values = training_sync.moments(statistics, y3.numel() // y3.shape[1], block.group)
     c = _coefficients(block, statistics, means)
     y = kernels.combine([y3, y1, x] if skip else [y3, y1], c.scales, c.shift, block.activation)
     if makes_y1_again(block.stride, block.weight1):
         y1 = y1.new_empty((0, *y1.shape[1:]))
-    return Result(y, statistics, y3, y1, means, count)
+    return Result(y, statistics, y3, y1, torch.cat([means, c.gate], 1), values)
 
 
 def _pooled(kernels: Kernels, x: Tensor, stride: int) -> Tensor:
@@ -308,8 +325,9 @@ def backward(
 
     result: of `Result`, without y.
     """
-    statistics, y3, y1, means, count = result
-    c = _coefficients(block, statistics, means)
+    statistics, y3, y1, of_images, values = result
+    means, gate = of_images.split([x.shape[1], y3.shape[1]], 1)
+    c = _coefficients(block, statistics, means, gate)
     skip = len(c.a) == 3
     if not y1.numel():
         y1, _ = kernels.convolve(_pooled(kernels, x, block.stride), block.weight1, 1, block.groups)
@@ -330,6 +348,7 @@ def backward(
         d_gammas[2].add_((offset * (means - c.mu[2])).sum(0), alpha=area)
         d_betas[2].add_(offset.sum(0), alpha=area)
     d_norms = torch.stack([d_gammas.mul_(c.inverse), d_betas])
+    count = training_sync.counted(values, y3.numel() // y3.shape[1])
     every = training_sync.total(d_norms, block.group) / count
     q = -c.a * c.inverse * every[0]
     r = (-c.a * every[1] - q * c.mu)[:, None].expand(c.scales.shape)

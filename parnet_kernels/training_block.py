@@ -121,7 +121,7 @@ def run(block: Any, x: Tensor) -> Tensor:
         y, statistics, *_, count = torch.ops.parnet.downsample_se_train(x, *parameters, **options)
     else:
         y, statistics, *_, count = torch.ops.parnet.repvgg_sse_train(x, *parameters, **options)
-    _update(norms, statistics, count)
+    _update(norms, statistics, training_sync.counted(count, y.numel() // y.shape[1]))
     return y
 
 
@@ -130,13 +130,12 @@ def run_fusion(block: Any, norm: Any, maps: Sequence[Tensor]) -> Tensor:
     norms, parameters, options = _arguments(block, norm)
     found = torch.ops.parnet.fusion_se_train(*maps, *parameters, stride=block.stride, **options)
     y, statistics, of_inputs, *_, counts = found
-    _update(norms[:2], statistics, counts[0])
-    _update(norms[2:], of_inputs, counts[1])
+    _update(norms[:2], statistics, training_sync.counted(counts[:1], y.numel() // y.shape[1]))
+    _update(norms[2:], of_inputs, training_sync.counted(counts[1:], maps[0].numel() // maps[0].shape[1]))
     return y
 
 
-def _update(norms: Sequence[Any], statistics: Tensor, count: Tensor) -> None:
+def _update(norms: Sequence[Any], statistics: Tensor, count: Tensor | int) -> None:
     with torch.no_grad():
         unbiased = statistics[1::2] * (count / (count - 1))
-        for i, bn in enumerate(norms):
-            training_sync.update(bn, statistics[2 * i], unbiased[i])
+        training_sync.update(norms, statistics[0::2].unbind(), unbiased.unbind())

@@ -34,8 +34,8 @@ class Result(NamedTuple):
     of_inputs: Tensor  # [4, C]: mean and biased variance of x, of y
     y3: Tensor
     y1: Tensor
-    means: Tensor  # [N, 2·C], of each image of u
-    counts: Tensor  # float64 [2]: values a channel of Y3 and Y1; of x and y
+    vectors: Tensor  # [N, 2·C + K], as in training.Result, of u
+    counts: Tensor  # float64 [2]: values a channel of Y3 and Y1; of x and y; of all processes. Empty without a group
 
 
 class _Affine(NamedTuple):
@@ -74,8 +74,8 @@ def forward(kernels: Kernels, maps: Sequence[Tensor], norms: Norms, block: Block
     u = kernels.join(maps, n.a, n.b)
     means = torch.stack([n.a[0] * means_x + n.b[0], n.a[1] * means_y + n.b[1]], 2).flatten(1)
     found = training.forward(kernels, u, block, means)
-    counts = torch.stack([found.values, inputs])
-    return Result(_shuffled(found.y), found.statistics, of_inputs, found.y3, found.y1, means, counts)
+    counts = torch.stack([found.values, inputs]) if block.group else inputs
+    return Result(_shuffled(found.y), found.statistics, of_inputs, found.y3, found.y1, found.vectors, counts)
 
 
 def backward(
@@ -91,10 +91,10 @@ def backward(
 
     `need` spares those of the maps with their BatchNorms, of weight3 and weight1. result: of `Result`, without y.
     """
-    statistics, of_inputs, y3, y1, means, counts = result
+    statistics, of_inputs, y3, y1, vectors, counts = result
     n = _affine(norms, of_inputs)
     u = kernels.join(maps, n.a, n.b)
-    of_block = statistics, y3, y1, means, counts[0]
+    of_block = statistics, y3, y1, vectors, counts[:1]
     d_u, *d_block = training.backward(kernels, _unshuffled(g), u, of_block, block, need)
     of_block_tensors = [*d_block[:6]]
     d_gate = d_block[-1]
@@ -102,10 +102,11 @@ def backward(
         return [None, None, *of_block_tensors, None, None, None, None, d_gate]
     sums = [s.sum(0) for s in kernels.join_sums(d_u, maps, n.mu)]
     d_norms = [sums[1] * n.inverse[0], sums[0], sums[3] * n.inverse[1], sums[2]]
+    count = training_sync.counted(counts[1:], maps[0].numel() // maps[0].shape[1])
     every, lines = training_sync.total(torch.stack(d_norms), block.group), []
     for a, inverse, mu, d_gamma, d_beta in zip(n.a, n.inverse, n.mu, every[0::2], every[1::2], strict=True):
-        q = -a * inverse * d_gamma / counts[1]
-        lines.append((a, q, -a * d_beta / counts[1] - q * mu))
+        q = -a * inverse * d_gamma / count
+        lines.append((a, q, -a * d_beta / count - q * mu))
     return [*kernels.separate(d_u, maps, lines), *of_block_tensors, *d_norms, d_gate]
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from parnet_kernels import checks, training, training_fusion
 from parnet_kernels.cpu import training as cpu
 from parnet_kernels.selection import BACKENDS, forced_backend
-from parnet_kernels.training import Block, Kernels
+from parnet_kernels.training import Block
 from parnet_kernels.training_fusion import Norms
+from parnet_kernels.triton import backend as triton
 
 _WITH_SKIP = Block._fields[:9]
 _PARAMETERS = {
@@ -30,21 +31,44 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Sets of kernels, in order of preference; each says why it cannot run on x, or None. PLAIN takes everything.
+KERNELS: dict[str, Callable[[Tensor], str | None]] = {
+    "triton": lambda x: triton.why_not("repvgg_sse_train", x),
+    "cpu": cpu.why_not,
+}
+PLAIN = "plain"
+
+
+def reasons(x: Tensor) -> dict[str, str | None]:
+    """For each set of kernels of the training form, why it cannot run on x; None where it can."""
+    return {name: why(x) for name, why in KERNELS.items()}
+
+
 def why_not(x: Tensor) -> str | None:
     """The reason why the training form of x goes through plain PyTorch, not through kernels; or None."""
-    # A compiled step chooses when it runs: `_is_native`.
-    asked = None if torch.compiler.is_compiling() else forced_backend()
-    return f"backend {asked!r} is asked for" if asked not in (None, "cpu") else cpu.why_not(x)
+    on_cpu = x.device.type == "cpu"
+    if torch.compiler.is_compiling():  # a compiled step chooses when it runs: `_chosen`
+        return cpu.why_not(x) if on_cpu or x.dtype not in cpu.DTYPES else None
+    asked = forced_backend()
+    if asked is not None:
+        return KERNELS[asked](x) if asked in KERNELS else f"backend {asked!r} is asked for"
+    found = reasons(x)
+    return None if None in found.values() else found["cpu" if on_cpu else "triton"]
 
 
-def _is_native(op: str, x: Tensor) -> bool:
-    asked, reason = forced_backend(), why_not(x)
+def _chosen(op: str, x: Tensor) -> str:
+    """The kernels that run op on x."""
+    asked = forced_backend()
     if asked not in (None, *BACKENDS):
         raise ValueError(f"parnet_kernels: PARNET_BACKEND must be one of {list(BACKENDS)}, got {asked!r}")
-    if reason and asked not in (None, "reference"):
-        reason = reason if asked == "cpu" else "it has no kernels of the training form"
+    if asked == "reference" or x.numel() == 0:
+        return PLAIN
+    if asked is None:
+        return next((name for name, why in KERNELS.items() if why(x) is None), PLAIN)
+    reason = KERNELS[asked](x) if asked in KERNELS else "it has no kernels of the training form"
+    if reason:
         raise RuntimeError(f"parnet_kernels: backend {asked!r} cannot run {op}: {reason}")
-    return reason is None
+    return asked
 
 
 def _block(parameters: Sequence[Any], eps: Sequence[float], stride: int, groups: int, *settings: str) -> Block:
@@ -66,12 +90,45 @@ def _settings(eps: Sequence[float], stride: int, groups: int, activation: str, g
 # Of one operator, whichever: maps is x, or x and y; its results are those of `training` or `training_fusion`.
 
 
-def _forward(
-    kernels: Kernels, maps: Sequence[Tensor], parameters: Sequence[Tensor], settings: Any
-) -> tuple[Tensor, ...]:
+def _forward(kernels: str, maps: Sequence[Tensor], parameters: Sequence[Tensor], settings: Any) -> tuple[Tensor, ...]:
+    if kernels == "triton":
+        from parnet_kernels.triton import training as gpu
+
+        if len(maps) == 2:
+            return gpu.forward_fusion(maps, *_fusion(parameters, *settings))
+        return gpu.forward(maps[0], _block(parameters, *settings))
+    own, maps, parameters = _for_kernels(kernels), _readable(kernels, maps), _wide(parameters)
     if len(maps) == 2:
-        return training_fusion.forward(kernels, maps, *_fusion(parameters, *settings))
-    return training.forward(kernels, maps[0], _block(parameters, *settings))
+        return training_fusion.forward(own, maps, *_fusion(parameters, *settings))
+    return training.forward(own, maps[0], _block(parameters, *settings))
+
+
+def _gradients(
+    kernels: str,
+    g: Tensor,
+    maps: Sequence[Tensor],
+    results: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    settings: Any,
+    need: list[bool],
+) -> list[Tensor | None]:
+    """Those of the maps and of the parameters, where they are needed."""
+    if kernels == "triton":
+        from parnet_kernels.triton import training as gpu
+
+        if len(maps) == 2:
+            return gpu.backward_fusion(g, maps, results, *_fusion(parameters, *settings), need)
+        found = gpu.backward(g, maps[0], results, _block(parameters, *settings), need)
+    else:
+        own, parameters = _for_kernels(kernels), _wide(parameters)
+        g, *given = _readable(kernels, [g, *maps, *results])
+        maps, results = given[: len(maps)], given[len(maps) :]
+        if len(maps) == 2:
+            return training_fusion.backward(own, g, maps, results, *_fusion(parameters, *settings), need)
+        found = training.backward(own, g, maps[0], results, _block(parameters, *settings), need)
+    if len(parameters) != len(_WITH_SKIP):
+        del found[7:9]
+    return found
 
 
 def _plain(maps: Sequence[Tensor], parameters: Sequence[Tensor], settings: Any) -> Tensor:
@@ -84,11 +141,15 @@ def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.float() if t.dtype in checks.NARROW else t for t in tensors]
 
 
-def _for_kernels(native: bool, tensors: Sequence[Tensor]) -> tuple[training.Kernels, list[Tensor]]:
-    """Kernels, and maps and vectors as they take them: our own read 16-bit maps as they are, in channels_last."""
-    if not native:
-        return training.Plain(), _wide(tensors)
-    return cpu.CpuKernels(), [cpu.as_pixels(t) if t.dim() == 4 else t for t in tensors]
+def _for_kernels(kernels: str) -> training.Kernels:
+    return cpu.CpuKernels() if kernels == "cpu" else training.Plain()
+
+
+def _readable(kernels: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Maps and vectors as the kernels take them: those of the CPU read 16-bit maps as they are, in channels_last."""
+    if kernels == PLAIN:
+        return _wide(tensors)
+    return [training.as_pixels(t) if t.dim() == 4 else t for t in tensors]
 
 
 class _Operator:
@@ -106,9 +167,8 @@ class _Operator:
 
     def kernel(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
         options = self._checked(tensors, options)
-        maps, parameters, dtype = tensors[: self.maps], _wide(tensors[self.maps :]), tensors[0].dtype
-        kernels, given = _for_kernels(_is_native(self.name, tensors[0]), maps)
-        found = _forward(kernels, given, parameters, _settings(**options))
+        maps, parameters, dtype = tensors[: self.maps], tensors[self.maps :], tensors[0].dtype
+        found = _forward(_chosen(self.name, maps[0]), maps, parameters, _settings(**options))
         return tuple(t.to(dtype).contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in found)
 
     def fake(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -122,9 +182,10 @@ class _Operator:
         statistics = [x.new_empty((6 if self.names == _WITH_SKIP else 4, k), dtype=dtype)]
         if self.maps == 2:
             statistics.append(x.new_empty((4, c), dtype=dtype))
-        means = x.new_empty((x.shape[0], self.maps * c), dtype=dtype)
-        counts = x.new_empty((2,) if self.maps == 2 else (), dtype=torch.float64)
-        return maps[0], *statistics, maps[1], maps[2], means, counts
+        vectors = x.new_empty((x.shape[0], self.maps * c + k), dtype=dtype)
+        counts = (2,) if self.maps == 2 else ()
+        values = x.new_empty(counts if options.get("group") else (0,), dtype=torch.float64)
+        return maps[0], *statistics, maps[1], maps[2], vectors, values
 
     def autograd(self, *tensors: Tensor, **options: Any) -> Any:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -152,7 +213,7 @@ class _Differentiable(torch.autograd.Function):
             checks.is_map(name, map)
         # Chosen here, since use_backend does not reach the threads of the autograd engine.
         ctx.options, ctx.maps, ctx.tensors = {**operator.defaults, **options}, operator.maps, len(tensors)
-        ctx.native = _is_native(operator.name, tensors[0])
+        ctx.kernels = _chosen(operator.name, tensors[0])
         with torch._C._AutoDispatchBelowAutograd():
             results: tuple[Tensor, ...] = operator.op(*tensors, **options)
         ctx.save_for_backward(*tensors, *results[1:])
@@ -173,7 +234,7 @@ class _Differentiable(torch.autograd.Function):
         # they are asked for.
         of_maps = need[:1] if count == 1 else (*need[:2], *need[8:12])
         made = [any(of_maps), *need[count : count + 2]]
-        options = {**ctx.options, "need": made, "native": ctx.native}
+        options = {**ctx.options, "need": made, "kernels": ctx.kernels}
         maps, parameters = list(tensors[:count]), list(tensors[count:])
         found = torch.ops.parnet._train_backward.default(g, maps, list(results), parameters, **options)
         there = iter(found)
@@ -193,19 +254,10 @@ def _backward(
     parameters: list[Tensor],
     *,
     need: list[bool],
-    native: bool,
+    kernels: str,
     **options: Any,
 ) -> list[Tensor]:
-    kernels, (given_g, *given) = _for_kernels(native, [g, *maps, *results])
-    x, results = given[: len(maps)], given[len(maps) :]
-    settings, wide = _settings(**options), _wide(parameters)
-    found: list[Tensor | None]
-    if len(maps) == 2:
-        found = training_fusion.backward(kernels, given_g, x, results, *_fusion(wide, *settings), need)
-    else:
-        found = training.backward(kernels, given_g, x[0], results, _block(wide, *settings), need)
-        if len(parameters) != len(_WITH_SKIP):
-            del found[7:9]
+    found = _gradients(kernels, g, maps, results, parameters, _settings(**options), need)
     return [
         d.to(t.dtype).contiguous(memory_format=torch.channels_last if i < len(maps) else torch.contiguous_format)
         for i, (d, t) in enumerate(zip(found, [*maps, *parameters], strict=True))

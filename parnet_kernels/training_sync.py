@@ -6,6 +6,7 @@ size. Everything is exchanged in float64 and added in the order of ranks: all ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,12 @@ def _gather(values: Tensor, group: str) -> Tensor:
 
 
 def moments(statistics: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
-    """Those of all ranks, and their float64 count. statistics: [2·m, K], means, biased variances of `count` values."""
+    """Those of all ranks, and their float64 count; without a group the same, and an empty one (`counted`).
+
+    statistics: [2·m, K], means, biased variances of `count` values.
+    """
     if not group:
-        return statistics, torch.full((), count, dtype=torch.float64, device=statistics.device)
+        return statistics, statistics.new_empty(0, dtype=torch.float64)
     mine = statistics.double().flatten()
     every = _gather(torch.cat([mine, mine.new_full((1,), count)]), group)
     n, each = every[:, -1, None, None], every[:, :-1].unflatten(1, statistics.shape)
@@ -46,6 +50,11 @@ def moments(statistics: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]
     mean = (n * each[:, 0::2]).sum(0) / total
     variance = (n * (each[:, 1::2] + (each[:, 0::2] - mean).square())).sum(0) / total
     return torch.stack([mean, variance], 1).flatten(0, 1).to(statistics.dtype), total
+
+
+def counted(values: Tensor, count: int) -> Tensor | int:
+    """How many values there are: what `moments` returned, or this rank's count, which costs a GPU no launch."""
+    return values.reshape(()) if values.numel() else count
 
 
 def total(values: Tensor, group: str) -> Tensor:
@@ -76,18 +85,31 @@ def var_mean(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
     return _Total.apply((x - mean[:, None, None]).square().sum((0, 2, 3)), group) / count, mean
 
 
-def update(bn: Any, mean: Tensor, variance: Tensor) -> None:
-    """The running statistics, as the module itself updates them; variance: unbiased."""
-    if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
-        return
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    factor: Any = bn.momentum
-    if factor is None:
-        assert bn.num_batches_tracked is not None
-        factor = (1 / bn.num_batches_tracked).to(mean.dtype)
-    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), factor)
-    bn.running_var.lerp_(variance.to(bn.running_var.dtype), factor)
+def update(norms: Sequence[Any], means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
+    """The running statistics of each BatchNorm, as the module itself updates them; variances: unbiased.
+
+    Those of one momentum are updated together: on a GPU that is two launches.
+    """
+    together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    counters = [n.num_batches_tracked for n in norms if _tracks(n) and n.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    for bn, mean, variance in zip(norms, means, variances, strict=True):
+        if _tracks(bn):
+            assert bn.momentum is not None or bn.num_batches_tracked is not None
+            pairs = (bn.running_mean, mean), (bn.running_var, variance)
+            if bn.momentum is None:
+                for running, value in pairs:
+                    value = value.to(running.dtype)
+                    running.lerp_(value, (1 / bn.num_batches_tracked).to(running.dtype))
+            else:
+                together.setdefault(bn.momentum, []).extend((r, v.to(r.dtype)) for r, v in pairs)
+    for momentum, every in together.items():
+        torch._foreach_lerp_([r for r, _ in every], [v for _, v in every], momentum)
+
+
+def _tracks(bn: Any) -> bool:
+    return bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -108,7 +130,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         variance, mean = var_mean(wide, group)
         with torch.no_grad():
             count = total(torch.full((), x.numel() // x.shape[1], dtype=torch.float64, device=x.device), group)
-            update(self, mean, variance * (count / (count - 1)))
+            update([self], [mean], [variance * (count / (count - 1))])
         y = (wide - mean[:, None, None]) * (variance + self.eps).rsqrt()[:, None, None]
         if self.affine:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]

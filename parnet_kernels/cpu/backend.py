@@ -14,7 +14,8 @@ from parnet_kernels.cpu.cache import again as again
 from parnet_kernels.cpu.cache import clear_cache as clear_cache
 from parnet_kernels.cpu.cache import packed_weights
 from parnet_kernels.cpu.cache import remember as remember
-from parnet_kernels.cpu.training import CpuKernels, as_pixels
+from parnet_kernels.cpu.training import CpuKernels
+from parnet_kernels.training import as_pixels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

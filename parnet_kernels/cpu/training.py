@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parnet_kernels import _native, training
 from parnet_kernels.cpu.pack import CODES
-from parnet_kernels.training import Moments
+from parnet_kernels.training import Moments, as_pixels
 
 _ops = torch.ops.parnet
 IMAGE_CHANNELS = 4
@@ -33,20 +33,6 @@ def why_not(x: Tensor) -> str | None:
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, not one of {DTYPES}"
     return None
-
-
-def as_pixels(x: Tensor) -> Tensor:
-    """x in channels_last memory, where it is not there or in channels of such a map."""
-    n, c, h, w = x.shape
-    strides = x.stride()
-    pixel = strides[3] if w > 1 else strides[2] if h > 1 else strides[0] if n > 1 else c
-    dense = (
-        (c == 1 or strides[1] == 1)
-        and pixel >= c
-        and (h == 1 or strides[2] == w * pixel)
-        and (n == 1 or strides[0] == h * w * pixel)
-    )
-    return x if dense else x.contiguous(memory_format=torch.channels_last)
 
 
 def _groups(weight: Tensor, groups: int) -> list[tuple[slice, slice, Tensor]]:

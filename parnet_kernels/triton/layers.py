@@ -117,7 +117,7 @@ def maps_of(*tensors: Tensor) -> tuple[Map, ...]:
     return tuple(pack_map(t) for t in tensors)
 
 
-def _weight_plan(c: conv_fwd.Convolution, dtype: torch.dtype, precision: str) -> policy.Plan:
+def weight_plan_of(c: conv_fwd.Convolution, dtype: torch.dtype, precision: str) -> policy.Plan:
     groups, rows, taps, inputs, span = c.weight.shape
     pixels = c.images * c.size[0] * c.size[1]
     return policy.weight_plan(
@@ -172,5 +172,5 @@ def backward(
     )
     d_weight = None
     if need_weight:
-        d_weight = conv_bwd.weight_gradient(c, gradient.conv, _weight_plan(c, g.dtype, precision), layer.weight)
+        d_weight = conv_bwd.weight_gradient(c, gradient.conv, weight_plan_of(c, g.dtype, precision), layer.weight)
     return d_maps, d_weight, small
