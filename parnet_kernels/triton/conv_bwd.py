@@ -29,6 +29,7 @@ from parnet_kernels.triton.tile import (
     gate_tile,
     load_channel,
     store_sums,
+    tile_columns,
     tile_rows,
     wide,
 )
@@ -65,6 +66,7 @@ def conv_se_bwd_kernel(
     edge,
     w_columns,
     channel_1,
+    group_channels,
     gate_pitch,
     slots,
     sums_pitch,
@@ -93,6 +95,7 @@ def conv_se_bwd_kernel(
     FLIP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SPLIT_COLUMNS: tl.constexpr,
+    BORDER: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     STAGE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -107,11 +110,13 @@ def conv_se_bwd_kernel(
     tile_n = tl.program_id(0) % tiles_n
     image, i, j, inside = tile_rows(tile, GH, GW, images, tiles_per_image, BM, PER_IMAGE)
     row = (image * GH + i) * GW + j
+    columns = tile_columns(tile_n, edge, K, BN, SPLIT_COLUMNS)
     acc = convolve(
-        x_ptr, y_ptr, w_ptr, workspace_ptr, (image, i, j, inside, row), tile_n, tl.program_id(1), splits,
+        x_ptr, y_ptr, w_ptr, workspace_ptr, (image, i, j, inside, row), columns, tl.program_id(1), splits,
         (0, 0), (H, W), (stride_xn, stride_xh, stride_xw), (stride_wk, stride_wt, stride_wj, stride_wc),
-        (stride_wg, channel_1, w_columns), steps, edge, (rows, width),
-        BM, BN, BK, STRIDE, GROUPS, INPUTS, FLIP, TRANSPOSED, SPLIT_COLUMNS, STAGE, PRECISION, INT64,
+        (stride_wg, channel_1, w_columns, group_channels), steps, edge, (rows, width),
+        BM, BN, BK, STRIDE, GROUPS, INPUTS, FLIP, TRANSPOSED, SPLIT_COLUMNS, BORDER, STAGE, PRECISION,
+        INT64,
     )  # fmt: skip
     n = tile_n * BN + tl.arange(0, BN)
     if STAGE == "part":
@@ -128,6 +133,7 @@ def conv_se_bwd_kernel(
             conv = column_part(acc, part, PARTS, BM, BN) + load_channel(
                 bias_ptr, n % GROUPS * (K // GROUPS) + n // GROUPS, n < K
             )
+            conv = tl.where(mask, conv, 0.0)  # a gradient of zero does not make zero of an infinity
             skip = None
             if skip_ptr is not None:
                 skips = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
@@ -138,6 +144,7 @@ def conv_se_bwd_kernel(
                 conv, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, area, images, gate_pitch, K,
                 BM, PER_IMAGE,
             )  # fmt: skip
+            t = tl.where(mask, t, 0.0)
             at = wide(image, INT64) * stride_gn + wide(i, INT64) * stride_gh + wide(j, INT64) * stride_gw
             if ALIGN > 1:
                 at = tl.multiple_of(at, ALIGN)
@@ -145,10 +152,8 @@ def conv_se_bwd_kernel(
             if ACTIVATION == "silu":
                 sigmoid = tl.sigmoid(t)
                 value = t * sigmoid
-                slope = sigmoid * (1 + t * (1 - sigmoid))
             else:
                 value = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                slope = tl.where(t > 0, 1.0, 0.0)
             if out_scale_ptr is not None:
                 store_sums(
                     g * value, sums_ptr + 2 * quantity, tile, image, n, area, images, tiles_per_image, slots,
@@ -159,7 +164,10 @@ def conv_se_bwd_kernel(
                     BM, PER_IMAGE,
                 )  # fmt: skip
                 g *= load_channel(out_scale_ptr, n, n < K)
-            d = g * slope
+            if ACTIVATION == "silu":
+                d = g * (sigmoid * (1 + t * (1 - sigmoid)))
+            else:
+                d = tl.where(t <= 0, 0.0, g)
             store_sums(d, sums_ptr, tile, image, n, area, images, tiles_per_image, slots, sums_pitch, BM, PER_IMAGE)
             if skip_ptr is not None:  # read again: held since then, it would spill
                 factor = tl.load(skip_ptr + skips[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -32,8 +32,10 @@ from parnet_kernels.triton.tile import (
     gate_tile,
     load_channel,
     store_sums,
+    tile_columns,
     tile_rows,
     wide,
+    workspace_mask,
 )
 
 #: Results a thread handles at a time in the epilogue, at most; with more, its terms spill.
@@ -71,6 +73,7 @@ def conv_se_fwd_kernel(
     edge,
     w_columns,
     channel_1,
+    group_channels,
     gate_pitch,
     slots,
     sums_pitch,
@@ -99,6 +102,7 @@ def conv_se_fwd_kernel(
     FLIP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SPLIT_COLUMNS: tl.constexpr,
+    BORDER: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     STAGE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -110,39 +114,46 @@ def conv_se_fwd_kernel(
     if ALIGN > 1:  # which the compiler learns from this
         K = K // ALIGN * ALIGN
         stored = stored // ALIGN * ALIGN
+        if SPLIT_COLUMNS:
+            edge = edge // ALIGN * ALIGN
     tile = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n  # fastest: programs that run together read the same pixels
     parity = (tl.program_id(2) // 2, tl.program_id(2) % 2)
     image, i, j, inside = tile_rows(tile, GH, GW, images, tiles_per_image, BM, PER_IMAGE)
     row = ((tl.program_id(2) * images + image) * GH + i) * GW + j
+    columns = tile_columns(tile_n, edge, K, BN, SPLIT_COLUMNS)
+    first, past = columns
     acc = convolve(
-        x_ptr, y_ptr, w_ptr, workspace_ptr, (image, i, j, inside, row), tile_n, tl.program_id(1), splits,
+        x_ptr, y_ptr, w_ptr, workspace_ptr, (image, i, j, inside, row), columns, tl.program_id(1), splits,
         parity, (H, W), (stride_xn, stride_xh, stride_xw), (stride_wk, stride_wt, stride_wj, stride_wc),
-        (stride_wg, channel_1, w_columns), steps, edge, (rows, width),
-        BM, BN, BK, STRIDE, GROUPS, INPUTS, FLIP, TRANSPOSED, SPLIT_COLUMNS, STAGE, PRECISION, INT64,
+        (stride_wg, channel_1, w_columns, group_channels), steps, edge, (rows, width),
+        BM, BN, BK, STRIDE, GROUPS, INPUTS, FLIP, TRANSPOSED, SPLIT_COLUMNS, BORDER, STAGE, PRECISION,
+        INT64,
     )  # fmt: skip
-    n = tile_n * BN + tl.arange(0, BN)
     if STAGE == "part":
         part = wide(tl.program_id(1), INT64) * rows * width
+        n = first + tl.arange(0, BN)
         offsets = wide(row, INT64)[:, None] * width + n[None, :]
-        tl.store(workspace_ptr + part + offsets, acc, mask=inside[:, None])
+        tl.store(workspace_ptr + part + offsets, acc, mask=workspace_mask(inside, n, past, SPLIT_COLUMNS))
     else:
         if TRANSPOSED:
             i = 2 * i + parity[0]
             j = 2 * j + parity[1]
             inside &= (i < OH) & (j < OW)
+        if SPLIT_COLUMNS:
+            stored = past
         PART: tl.constexpr = BN // PARTS
         for part in tl.static_range(PARTS):
             t = column_part(acc, part, PARTS, BM, BN)  # [BM, PART]
-            n = tile_n * BN + part * PART + tl.arange(0, PART)
+            n = first + part * PART + tl.arange(0, PART)
             if bias_ptr is not None:
                 t += load_channel(bias_ptr, n % GROUPS * (K // GROUPS) + n // GROUPS, n < K)
+            mask = inside[:, None] & (n < past)[None, :]
             skip = None
             if skip_ptr is not None:
                 at = wide(image, INT64) * stride_sn + wide(i, INT64) * stride_sh + wide(j, INT64) * stride_sw
                 if ALIGN > 1:
                     at = tl.multiple_of(at, ALIGN)
-                mask = inside[:, None] & (n < K)[None, :]
                 skip = tl.load(skip_ptr + at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
             t = gate_tile(
                 t, skip, conv_gate_ptr, skip_gate_ptr, skip_bias_ptr, tile, image, n, GH * GW, images, gate_pitch, K,
@@ -151,16 +162,17 @@ def conv_se_fwd_kernel(
             v = activation_of(t, ACTIVATION)
             if out_scale_ptr is not None:
                 v = v * load_channel(out_scale_ptr, n, n < K) + load_channel(out_shift_ptr, n, n < K)
-            v = v.to(out_ptr.dtype.element_ty)  # [BM, PART]
+            # A channel of the padding is zero, also where 0 · ∞ has made it NaN.
+            v = tl.where(mask, v, 0.0).to(out_ptr.dtype.element_ty)  # [BM, PART]
             at = wide(image, INT64) * stride_on + wide(i, INT64) * stride_oh + wide(j, INT64) * stride_ow
             if ALIGN > 1:
                 at = tl.multiple_of(at, ALIGN)
             tl.store(out_ptr + at[:, None] + n[None, :], v, mask=inside[:, None] & (n < stored)[None, :])
             if sums_ptr is not None:
-                kept = tl.where(inside[:, None] & (n < K)[None, :], v.to(tl.float32), 0.0)
                 store_sums(
-                    kept, sums_ptr, tile, image, n, GH * GW, images, tiles_per_image, slots, sums_pitch, BM, PER_IMAGE
-                )
+                    v.to(tl.float32), sums_ptr, tile, image, n, GH * GW, images, tiles_per_image, slots, sums_pitch,
+                    BM, PER_IMAGE,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,8 +194,8 @@ class Convolution:
     """One implicit GEMM: maps, packed weight and how it is read.
 
     maps: one or two of one shape and one set of strides. weight: `pack_weight`'s. size: (H, W) of the result. k: its
-    channels. backward: the weight's rows are the reduction (input gradient). edge: see SPLIT_COLUMNS in
-    `tile.convolve`; 0 is off.
+    channels. backward: the weight's rows are the reduction (input gradient). edge: turns SPLIT_COLUMNS of
+    `tile.convolve` on.
     """
 
     maps: tuple[Map, ...]
@@ -193,7 +205,7 @@ class Convolution:
     k: int
     stride: int = 1
     backward: bool = False
-    edge: int = 0
+    edge: int | None = None
 
     @property
     def transposed(self) -> bool:
@@ -223,7 +235,8 @@ class Convolution:
 
 def geometry(c: Convolution, plan: Plan) -> dict[str, Any]:
     """The kernels' arguments that describe the convolution and its tiles."""
-    first, second = c.maps[0].data, c.maps[-1].data
+    first_map = c.maps[0]
+    first, second = first_map.data, c.maps[-1].data
     groups, rows = c.weight.shape[:2]
     stride_wg, stride_row, stride_wt, stride_wj, stride_column = c.weight.stride()
     stride_wk, stride_wc = (stride_column, stride_row) if c.backward else (stride_row, stride_column)
@@ -241,9 +254,10 @@ def geometry(c: Convolution, plan: Plan) -> dict[str, Any]:
         "GW": gw,
         "K": c.k,
         "steps": c.reduction // bk * len(c.maps),
-        "edge": c.edge,
+        "edge": c.edge or 0,
         "w_columns": c.weight.shape[4] if c.backward else rows,
         "channel_1": 0 if merged else c.slices.first[1],
+        "group_channels": first_map.channels,
         "stride_xn": first.stride(0),
         "stride_xh": first.stride(1),
         "stride_xw": first.stride(2),
@@ -258,7 +272,8 @@ def geometry(c: Convolution, plan: Plan) -> dict[str, Any]:
         "INPUTS": len(c.maps),
         "FLIP": c.backward and c.stride == 1,
         "TRANSPOSED": c.transposed,
-        "SPLIT_COLUMNS": c.edge > 0,
+        "SPLIT_COLUMNS": c.edge is not None,
+        "BORDER": 0 if merged else c.slices.border(first_map.channels),
         "PRECISION": plan.precision,
     }
 
@@ -290,7 +305,7 @@ def tiling(c: Convolution, columns: int, bm: int, bn: int, splits: int) -> Tilin
     per_image_tiles = -(-area // bm)
     per_image = c.images == 1 or per_image_tiles * bm <= 1.07 * area
     tiles = c.images * per_image_tiles if per_image else -(-c.images * area // bm)
-    tiles_n = -(-columns // bn)
+    tiles_n = -(-columns // bn) if c.edge is None else -(-c.edge // bn) - (c.edge - c.k) // bn
     return Tiling(
         {
             "tiles_n": tiles_n,
@@ -380,6 +395,6 @@ def convolution(c: Convolution, epilogue: Epilogue, plan: Plan, out: Tensor, *, 
         "stride_sw": skip.stride(2) if skip is not None else 0,
         "ACTIVATION": epilogue.activation,
     }
-    arguments["ALIGN"] = alignment(c.k, out, skip)
+    arguments["ALIGN"] = math.gcd(alignment(c.k, out, skip), c.edge or 0)
     split_and_finish(conv_se_fwd_kernel, c, plan, pitch, EPILOGUE, arguments, of_tiles)
     return sums

@@ -140,7 +140,7 @@ def _input_gradient(
     slices = Slices.whole(inputs, x.data.shape[3])
     weight = pack_weight(layer.weight, inputs, slices)[:, :, :, source : source + 1]
     # Of two groups, the first owns the channels c of this input with 2c + source < C.
-    edge = (x.channels - source + 1) // 2 if inputs == 2 else 0
+    edge = (x.channels - source + 1) // 2 if inputs == 2 else None
     size = (x.data.shape[1], x.data.shape[2])
     c = conv_fwd.Convolution(
         (Map(d, layer.weight.shape[0]),), weight, slices, size, x.channels, layer.stride, backward=True, edge=edge

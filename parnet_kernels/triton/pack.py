@@ -10,6 +10,7 @@ where it lies.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +140,8 @@ class Slices:
     """Which channels of each input a group of a (fused) convolution reads: `span` channels from `first[group]`.
 
     With two inputs, group g holds channels [g·C, (g + 1)·C) of the interleaving: a contiguous slice of both inputs.
-    The slice is widened to whole chunks; the weights of the channels that belong to the other group are zero.
+    The slice is widened to whole chunks; the weights of the channels that belong to the other group are zero, and in
+    the forward convolution the channels themselves count as zeros (`tile.accumulate`).
     """
 
     groups: int
@@ -153,6 +155,14 @@ class Slices:
         chunk = 32 if pitch % 32 == 0 else 16
         first = channels // 2 // chunk * chunk
         return Slices(2, (0, first), pitch - first)  # at least the first group's channels, rounded up
+
+    def border(self, channels: int) -> int:
+        """The largest power of two up to 16 that divides the channel where group 1 begins, in both inputs; 0 where no
+        slice holds channels of the other group.
+        """
+        if 2 * self.first[1] == channels:
+            return 0
+        return math.gcd(channels // 2, -(-channels // 2), 16)
 
     @staticmethod
     def whole(inputs: int, pitch: int) -> Slices:

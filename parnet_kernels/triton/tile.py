@@ -59,7 +59,22 @@ def taps_inside(top, left, inside, size, STEP: tl.constexpr, ACROSS: tl.constexp
 
 
 @triton.jit
+def tile_columns(tile_n, edge, K, BN: tl.constexpr, SPLIT_COLUMNS: tl.constexpr):
+    """(first column, past the last) of a tile's columns. SPLIT_COLUMNS: no tile holds columns on both sides of
+    `edge`.
+    """
+    first = tile_n * BN
+    past = K
+    if SPLIT_COLUMNS:
+        below = (edge + BN - 1) // BN
+        first = tl.where(tile_n < below, first, edge + (tile_n - below) * BN)
+        past = tl.where(tile_n < below, edge, K)
+    return first, past
+
+
+@triton.jit
 def accumulate(
+    acc,  # [BM, BN] float32
     x_ptr,
     y_ptr,
     w_ptr,
@@ -70,24 +85,27 @@ def accumulate(
     columns,  # [BN] columns of the packed weight
     start,
     stop,  # iterations: (channel chunk, input, tap), tap fastest, so that neighbouring taps meet in the cache
+    border,  # see SIDE
     parity,
     size,  # (H, W) of the maps
     x_strides,  # (image, row, column)
     w_strides,  # (column of the product, tap, input, channel)
-    BM: tl.constexpr,
-    BN: tl.constexpr,
     BK: tl.constexpr,
     STRIDE: tl.constexpr,
     INPUTS: tl.constexpr,
     FLIP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SIDE: tl.constexpr,
+    BORDER: tl.constexpr,  # what divides the border's channel in either input: so wide are masked accesses
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """[BM, BN] float32: iterations [start, stop) of the 3×3 convolution as an implicit GEMM.
+    """acc and iterations [start, stop) of the 3×3 convolution as an implicit GEMM.
 
     FLIP turns the weights by 180° (input gradient, stride 1). TRANSPOSED is the input gradient of stride 2 for result
-    pixels (2i + parity[0], 2j + parity[1]): even rows meet one row of taps, odd rows two.
+    pixels (2i + parity[0], 2j + parity[1]): even rows meet one row of taps, odd rows two. SIDE "below" or "above":
+    of the interleaved channels 2c + input only those below `border`, or the others, are read; the rest count as zeros,
+    which a zero weight would not make of an infinity. "": all are read.
     """
     if TRANSPOSED:
         across = 1 + parity[1]
@@ -111,7 +129,6 @@ def accumulate(
     pixel = image * wide(x_strides[0], INT64) + top * x_row + left * x_column
     a_offsets = pixel[:, None] + k[None, :]  # [BM, BK]
     b_offsets = columns[None, :] * wide(w_strides[0], INT64) + k[:, None] * w_channel  # [BK, BN]
-    acc = tl.zeros((BM, BN), tl.float32)
     for step in range(start, stop):
         tap = step % taps
         chunk = step // taps
@@ -119,9 +136,10 @@ def accumulate(
         s = tap % across
         a_base = x_ptr
         b_base = w_ptr
+        source = chunk % INPUTS
         if INPUTS == 2:
-            a_base = tl.where(chunk % 2 == 0, x_ptr, y_ptr)
-            b_base += chunk % 2 * w_input
+            a_base = tl.where(source == 0, x_ptr, y_ptr)
+            b_base += source * w_input
             chunk = chunk // 2
         if TRANSPOSED:
             a_base -= r * x_row + s * x_column
@@ -132,7 +150,12 @@ def accumulate(
             b_base += (8 - tap if FLIP else tap) * w_tap
             mask = (inside_taps >> tap) & 1
         c = chunk * BK
-        a = tl.load(a_base + c + a_offsets, mask=(mask != 0)[:, None], other=0.0)  # [BM, BK]
+        mask = (mask != 0)[:, None]
+        if SIDE != "":
+            past = (border - source + 1) // 2 // BORDER * BORDER
+            own = c + k < past if SIDE == "below" else c + k >= past
+            mask = mask & own[None, :]
+        a = tl.load(a_base + c + a_offsets, mask=mask, other=0.0)  # [BM, BK]
         b = tl.load(b_base + c * w_channel + b_offsets)  # [BK, BN]
         if PRECISION == "widen":
             acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -148,14 +171,14 @@ def convolve(
     w_ptr,
     workspace_ptr,  # [splits, rows, width] float32
     rows_of_tile,  # (image, i, j, inside, row of the workspace)
-    tile_n,
+    columns_of_tile,  # of `tile_columns`
     split,
     splits,
     parity,
     size,
     x_strides,
     w_strides,
-    w_group,  # (stride of the packed weight's group, first channel of group 1, columns of a group)
+    w_group,  # (stride of the packed weight's group, first channel of group 1, columns of a group, its channels)
     steps,  # chunks × inputs of one group
     edge,
     workspace,  # (rows, width)
@@ -168,6 +191,7 @@ def convolve(
     FLIP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SPLIT_COLUMNS: tl.constexpr,
+    BORDER: tl.constexpr,
     STAGE: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
@@ -175,40 +199,73 @@ def convolve(
     """[BM, BN] float32: the convolution of one tile, columns in the order of the result's channels.
 
     STAGE "whole" computes it, "part" computes split `split` of it, "finish" adds the parts in the workspace in order.
-    Two GROUPS: even columns are group 0, odd columns group 1 (the channel shuffle). SPLIT_COLUMNS: columns below
-    `edge` take the first half of the reduction only, the others the second half (input gradient of a grouped
-    convolution).
+    Two GROUPS: even columns are group 0, odd columns group 1 (the channel shuffle); BORDER, not zero: a chunk holds
+    channels of both. SPLIT_COLUMNS: columns below `edge` take the first half of the reduction only, the others the
+    second half (input gradient of a grouped convolution).
     """
     image, i, j, inside, row = rows_of_tile
+    first, past = columns_of_tile
     if STAGE == "finish":
-        offsets = wide(row, INT64)[:, None] * workspace[1] + (tile_n * BN + tl.arange(0, BN))[None, :]
+        n = first + tl.arange(0, BN)
+        offsets = wide(row, INT64)[:, None] * workspace[1] + n[None, :]
         acc = tl.zeros((BM, BN), tl.float32)
+        mask = workspace_mask(inside, n, past, SPLIT_COLUMNS)
         for part in range(splits):
             base = workspace_ptr + wide(part, INT64) * workspace[0] * workspace[1]
-            acc += tl.load(base + offsets, mask=inside[:, None], other=0.0)
+            acc += tl.load(base + offsets, mask=mask, other=0.0)
     else:
         GROUP_BN: tl.constexpr = BN // GROUPS
-        columns = (tile_n * GROUP_BN + tl.arange(0, GROUP_BN)) % w_group[2]  # past the end: any column, not stored
+        columns = (first // GROUPS + tl.arange(0, GROUP_BN)) % w_group[2]  # past the end: any column, not stored
         taps = (1 + parity[0]) * (1 + parity[1]) if TRANSPOSED else 9
         low = 0
         high = steps
         if SPLIT_COLUMNS:
-            low = tl.where(tile_n * BN < edge, 0, steps // 2)
-            high = tl.where(tile_n * BN + BN <= edge, steps // 2, steps)
+            low = tl.where(first < edge, 0, steps // 2)
+            high = tl.where(first < edge, steps // 2, steps)
         start = low * taps + (high - low) * taps * split // splits
         stop = low * taps + (high - low) * taps * (split + 1) // splits
+        inner = stop  # past the last iteration whose channels are all group 0's
+        if BORDER > 0:
+            inner = tl.minimum(stop, w_group[3] // 2 // BK * (INPUTS * 9))
         acc = accumulate(
-            x_ptr, y_ptr, w_ptr, image, i, j, inside, columns, start, stop, parity, size, x_strides, w_strides,
-            BM, GROUP_BN, BK, STRIDE, INPUTS, FLIP, TRANSPOSED, PRECISION, INT64,
+            tl.zeros((BM, GROUP_BN), tl.float32), x_ptr, y_ptr, w_ptr, image, i, j, inside, columns, start, inner, 0,
+            parity, size, x_strides, w_strides, BK, STRIDE, INPUTS, FLIP, TRANSPOSED, "", BORDER, PRECISION, INT64,
         )  # fmt: skip
+        if BORDER > 0:
+            acc = accumulate(
+                acc, x_ptr, y_ptr, w_ptr, image, i, j, inside, columns, tl.maximum(start, inner), stop, w_group[3],
+                parity, size, x_strides, w_strides, BK, STRIDE, INPUTS, FLIP, TRANSPOSED, "below", BORDER, PRECISION,
+                INT64,
+            )  # fmt: skip
         if GROUPS == 2:
+            x_ptr += w_group[1]
+            y_ptr += w_group[1]
+            w_ptr += wide(w_group[0], INT64)
+            odd = tl.zeros((BM, GROUP_BN), tl.float32)
+            if BORDER > 0:
+                inner = tl.cdiv((w_group[3] + 1) // 2 - w_group[1], BK) * (INPUTS * 9)
+                inner = tl.maximum(start, tl.minimum(stop, inner))  # the first whose channels are all group 1's
+                odd = accumulate(
+                    odd, x_ptr, y_ptr, w_ptr, image, i, j, inside, columns, start, inner, w_group[3] - 2 * w_group[1],
+                    parity, size, x_strides, w_strides, BK, STRIDE, INPUTS, FLIP, TRANSPOSED, "above", BORDER,
+                    PRECISION, INT64,
+                )  # fmt: skip
+                start = inner
             odd = accumulate(
-                x_ptr + w_group[1], y_ptr + w_group[1], w_ptr + wide(w_group[0], INT64), image, i, j, inside, columns,
-                start, stop, parity, size, x_strides, w_strides,
-                BM, GROUP_BN, BK, STRIDE, INPUTS, FLIP, TRANSPOSED, PRECISION, INT64,
+                odd, x_ptr, y_ptr, w_ptr, image, i, j, inside, columns, start, stop, 0,
+                parity, size, x_strides, w_strides, BK, STRIDE, INPUTS, FLIP, TRANSPOSED, "", BORDER, PRECISION, INT64,
             )  # fmt: skip
             acc = tl.interleave(acc, odd)
     return acc
+
+
+@triton.jit
+def workspace_mask(inside, n, past, SPLIT_COLUMNS: tl.constexpr):
+    """What a tile writes to the workspace and reads of it. SPLIT_COLUMNS: its columns past `past` are another's."""
+    mask = inside[:, None]
+    if SPLIT_COLUMNS:
+        mask = mask & (n < past)[None, :]
+    return mask
 
 
 @triton.jit

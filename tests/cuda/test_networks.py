@@ -61,6 +61,18 @@ def test_image_layouts(device):
     assert torch.equal(plain, last)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_an_image_that_is_not_finite_leaves_the_others_alone(device, value):
+    network, x = networks.tiny(), torch.randn(2, 3, 33, 35, dtype=torch.float64)
+    x[0, 1, 5, 6] = value
+    with torch.no_grad():
+        expected = network(x)
+    logits, _, _ = networks.run(device, network, x, "f32")
+    assert expected[0].isnan().all()
+    assert logits[0].isnan().all()
+    assert error(logits[1:], expected[1:]) <= TOLERANCE["f32"]
+
+
 def test_same_bits_in_any_order(device):
     network, x = networks.tiny(), torch.randn(1, 3, 64, 48, dtype=torch.float64)
     first, _, _ = networks.run(device, network, x, "f16")
