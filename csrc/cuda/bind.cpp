@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
@@ -37,26 +38,33 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
+// Of a tensor on cuda:device.
+cuda::Buffer buffer_of(const Tensor& t, int32_t device) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device,
+                  "`buffers` must be on one CUDA device, cuda:", device);
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); d++) last += (t.size(d) - 1) * t.stride(d);
+  const int64_t bytes = t.numel() == 0 ? 0 : (last + 1) * static_cast<int64_t>(t.element_size());
+  return {static_cast<char*>(const_cast<void*>(t.const_data_ptr())), bytes};
+}
+
+void play_on(int32_t device, const std::vector<cuda::Buffer>& buffers, const void* program, int64_t size) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = current_stream(device);
+  const std::string error = cuda::play(static_cast<const uint8_t*>(program), size, buffers.data(),
+                                       static_cast<int64_t>(buffers.size()),
+                                       [&](const cuda::Launch& l) { return cuda::launch(l, stream); });
+  STD_TORCH_CHECK(error.empty(), "parnet_kernels: ", error);
+}
+
 void play(const std::vector<Tensor>& buffers, const Tensor& program) {
   STD_TORCH_CHECK(program.is_cpu() && program.is_contiguous() && program.scalar_type() == ScalarType::Byte,
                   "`program` must be a contiguous uint8 CPU tensor");
   STD_TORCH_CHECK(!buffers.empty() && buffers[0].is_cuda(), "`buffers` must be CUDA tensors");
   const auto device = buffers[0].get_device_index();
   std::vector<cuda::Buffer> spans;
-  for (const Tensor& b : buffers) {
-    STD_TORCH_CHECK(b.is_cuda() && b.get_device_index() == device,
-                    "`buffers` must be on one CUDA device, cuda:", device);
-    int64_t last = 0;
-    for (int64_t d = 0; d < b.dim(); d++) last += (b.size(d) - 1) * b.stride(d);
-    const int64_t bytes = b.numel() == 0 ? 0 : (last + 1) * static_cast<int64_t>(b.element_size());
-    spans.push_back({static_cast<char*>(const_cast<void*>(b.const_data_ptr())), bytes});
-  }
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = current_stream(device);
-  const std::string error = cuda::play(static_cast<const uint8_t*>(program.const_data_ptr()), program.numel(),
-                                       spans.data(), static_cast<int64_t>(spans.size()),
-                                       [&](const cuda::Launch& l) { return cuda::launch(l, stream); });
-  STD_TORCH_CHECK(error.empty(), "parnet_kernels: ", error);
+  for (const Tensor& b : buffers) spans.push_back(buffer_of(b, device));
+  play_on(device, spans, program.const_data_ptr(), program.numel());
 }
 
 int64_t image(int64_t device) {
@@ -65,6 +73,46 @@ int64_t image(int64_t device) {
   const char* error = cuda::image(&architecture);
   STD_TORCH_CHECK(!error, "the CUDA library's kernels do not load on cuda:", device, ": ", error);
   return architecture;
+}
+
+std::string listed(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  return text + "]";
+}
+
+Tensor exported(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& starts,
+                const std::vector<int64_t>& program, int64_t workspace, const std::vector<int64_t>& size,
+                const std::vector<int64_t>& result, int64_t made_for) {
+  STD_TORCH_CHECK(x.is_cuda(), "parnet_kernels: the package runs on a CUDA device, with images there");
+  STD_TORCH_CHECK(!program.empty() && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte,
+                  "`program` must hold launches, and `packed` contiguous bytes");
+  constexpr ScalarType kTypes[cuda::kMaths] = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float,
+                                               ScalarType::Float};
+  const bool same_type = x.scalar_type() == kTypes[static_cast<uint32_t>(program[0]) % cuda::kMaths];
+  std::vector<int64_t> got;
+  for (int64_t d = 0; d < x.dim(); d++) got.push_back(x.size(d));
+  STD_TORCH_CHECK(got == size && x.is_contiguous() && same_type,
+                  "parnet_kernels: the package takes contiguous images ", listed(size),
+                  " of the network's dtype, got ", listed(got), x.is_contiguous() ? "" : ", not contiguous",
+                  same_type ? "" : ", of another dtype");
+  const int32_t device = x.get_device_index();
+  const int64_t architecture = image(device);
+  STD_TORCH_CHECK(architecture == made_for, "parnet_kernels: the package was made where kernels for sm_",
+                  made_for, " run, here those for sm_", architecture, " do: export the network again here");
+  // The workspace is zeroed for its counters. Both come from the allocator's memory for the current stream.
+  const Tensor memory = torch::stable::new_zeros(x, {workspace}, ScalarType::Byte);
+  const Tensor y = torch::stable::new_empty(x, result);
+  std::vector<cuda::Buffer> spans = {buffer_of(memory, device), buffer_of(y, device), buffer_of(x, device)};
+  const cuda::Buffer whole = buffer_of(packed, device);
+  for (size_t i = 0; i < starts.size(); i++) {
+    const int64_t end = i + 1 < starts.size() ? starts[i + 1] : whole.bytes;
+    STD_TORCH_CHECK(0 <= starts[i] && starts[i] <= end && end <= whole.bytes,
+                    "`starts` must be places in `packed`, in order");
+    spans.push_back({whole.data + starts[i], end - starts[i]});
+  }
+  play_on(device, spans, program.data(), static_cast<int64_t>(program.size() * sizeof(int64_t)));
+  return y;
 }
 
 // Every schema that the library was compiled with.
@@ -103,6 +151,7 @@ std::vector<int64_t> policy(int64_t architecture) {
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) {
   m.impl("_cuda_play", TORCH_BOX(&play));
+  m.impl("_cuda_exported", TORCH_BOX(&exported));
   m.impl("_cuda_info", TORCH_BOX(&info));
   m.impl("_cuda_image", TORCH_BOX(&image));
   m.impl("_cuda_policy", TORCH_BOX(&policy));

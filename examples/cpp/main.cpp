@@ -1,6 +1,6 @@
 // Says what is in a picture, without Python: runs a package of `parnet export net.safetensors net.pt2`.
 //   ./classify net.pt2 path/to/_C.so picture.ppm [logits.bin]
-// Size and normalisation of pictures and the names of classes are read from the package.
+// Size and normalisation of pictures, names of classes and the device are read from the package.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
@@ -48,12 +48,15 @@ torch::Tensor prepared(const torch::Tensor& x, const json& p) {
 int main(int count, char** arguments) try {
   if (count < 4) throw std::runtime_error("usage: classify net.pt2 _C.so picture.ppm [logits.bin]");
   if (!dlopen(arguments[2], RTLD_NOW | RTLD_GLOBAL)) throw std::runtime_error(dlerror());  // the kernels
+  std::string gpu = arguments[2];
+  dlopen(gpu.insert(gpu.size() - 3, "_cuda").c_str(), RTLD_NOW | RTLD_GLOBAL);  // those for GPUs, if built
   const c10::InferenceMode no_gradients;
   torch::inductor::AOTIModelPackageLoader network(arguments[1]);
   auto said = network.get_metadata();
   if (!said.count("parnet_preprocessing")) throw std::runtime_error("the package says nothing of pictures");
-  const torch::Tensor x = prepared(read_ppm(arguments[3]), json::parse(said["parnet_preprocessing"]));
-  const torch::Tensor logits = network.run({x})[0].contiguous();
+  torch::Tensor x = prepared(read_ppm(arguments[3]), json::parse(said["parnet_preprocessing"]));
+  x = x.to(torch::Device(said["parnet_device"]), c10::getStringToDtypeMap().at(said["parnet_dtype"]));
+  const torch::Tensor logits = network.run({x})[0].to(torch::kCPU, torch::kFloat32).contiguous();
   if (count > 4) std::ofstream(arguments[4]).write(static_cast<char*>(logits.data_ptr()), logits.nbytes());
 
   const json names = json::parse(said.count("parnet_class_names") ? said["parnet_class_names"] : "[]");
@@ -66,7 +69,7 @@ int main(int count, char** arguments) try {
   Numbers ms(51);
   for (double& taken : ms) {
     const auto start = std::chrono::steady_clock::now();
-    network.run({x});
+    network.run({x})[0].cpu();  // a GPU is waited for
     taken = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   }
   std::sort(ms.begin(), ms.end());

@@ -26,31 +26,50 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def export(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Argument(help="The file to write; its ending names the form: .onnx or .pt2.")],
     size: Annotated[
-        str | None, typer.Option(help="Pixels that the file is made for: 224, or 224x320. Default: any.")
+        str | None, typer.Option(help="Pixels that the file is made for: 224, or 224x320. Default: any, but for a GPU.")
     ] = None,
     one_image: Annotated[bool, typer.Option("--one-image", help="One image at a time; default: any number.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of weights, input and output.")] = Dtype.float32,
+    device: Annotated[Device, typer.Option(help="Of a .pt2: cpu, or the GPU of this machine, one image.")] = Device.cpu,
     opset: Annotated[int, typer.Option(help="ONNX: version of the operator set.")] = OPSET,
     ema: EmaOption = False,
     activation: ActivationOption = None,
 ) -> None:
-    """Write a network for ONNX Runtime, OpenVINO, TensorRT and others (.onnx), or for C++ on the CPU (.pt2)."""
+    """Write a network for ONNX Runtime, OpenVINO, TensorRT and others (.onnx), or for C++ without Python (.pt2)."""
     if output.suffix not in (".onnx", ".pt2"):
         raise typer.BadParameter(f"output must end in .onnx or .pt2, got {output}")
     if output.suffix == ".pt2":
-        if size is not None or one_image or opset != OPSET:
+        if opset != OPSET or (device is Device.cpu and (size is not None or one_image)):
             raise typer.BadParameter("--size, --one-image and --opset are for .onnx: a .pt2 takes any images")
+        if device is Device.cuda:
+            if size is None:
+                raise typer.BadParameter("--device cuda needs --size: the launches are planned for one")
+            if not torch.cuda.is_available():
+                raise typer.BadParameter(
+                    "--device cuda needs a GPU, for which launches are planned, that PyTorch can use"
+                )
+        pixels = None if size is None else _pixels(size)
         check_target(output, "export")
         network = _loaded(checkpoint, dtype, ema, activation)
         if isinstance(network, QuantizedParNet):
             raise typer.BadParameter("a .pt2 holds no int8 network; export it as .onnx, or the float network")
-        targets.package(network, output)
-        typer.echo(f"{shown(output)}: AOTInductor package, {dtype.value}, any number of images of any size")
+        targets.package(network.to(device.value), output, size=pixels)
+        images = (
+            "any number of images of any size" if pixels is None else f"one image of {pixels[0]} x {pixels[1]} pixels"
+        )
+        typer.echo(f"{shown(output)}: AOTInductor package, {device.value}, {dtype.value}, {images}")
         return
+    if device is not Device.cpu:
+        raise typer.BadParameter("--device is for .pt2: an .onnx runs where its engine does")
     try:
         onnx_file.needed()
     except ImportError as error:

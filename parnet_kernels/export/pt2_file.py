@@ -1,4 +1,4 @@
-"""Networks as AOTInductor packages: programs for the CPU that C++, or Python without this package's code, can run."""
+"""Networks as AOTInductor packages: programs that C++, or Python without this package's code, can run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from parnet_kernels import _native
 from parnet_kernels._version import __version__
 from parnet_kernels.cpu.network import CpuNetwork
+from parnet_kernels.cuda.plan import Gpu
 from parnet_kernels.deployed import DeployedParNet
+from parnet_kernels.export import pt2_cuda
 from parnet_kernels.export.network import deployed_form, metadata
 from parnet_kernels.files import check_target
 from parnet_kernels.model import ParNet
+from parnet_kernels.precision import current_precision
 from parnet_kernels.quantized import QuantizedParNet
 from parnet_kernels.whole import WholeNetwork
 
@@ -23,26 +26,41 @@ _WHAT = "export.package"
 _LARGEST = 1 << 14  # pixels of a side, images of a batch: bounds that the compiler is told
 
 
-def package(network: DeployedParNet | ParNet, path: str | Path, *, storage: str | None = None) -> None:
-    """Writes `network`, folded, as an AOTInductor package (.pt2): one call of the native CPU kernels.
+def package(
+    network: DeployedParNet | ParNet,
+    path: str | Path,
+    *,
+    storage: str | None = None,
+    size: tuple[int, int] | None = None,
+    batch: int = 1,
+) -> None:
+    """Writes `network`, folded, as an AOTInductor package (.pt2): one call of the native CPU kernels, or, for a network
+    on a CUDA device, of the CUDA kernels.
 
-    Whoever runs it loads `parnet_kernels/_C.so`, then the package: `torch.ops.load_library` and
-    `torch._inductor.aoti_load_package` in Python, `dlopen` and `AOTIModelPackageLoader` in C++ (`examples/cpp`). It
-    takes images [N, in_chans, H, W] of the network's dtype, contiguous, N, H and W in 1…16384, and gives logits, or
-    channel means without a classifier. Results are those of `network`, bit for bit. The last layer of the CIFAR form is
-    made by the compiler: there they are the same up to rounding, and H and W must be 5 or more.
+    Whoever runs it loads `parnet_kernels/_C.so`, for a GPU `_C_cuda.so` too, then the package: `torch.ops.load_library`
+    and `torch._inductor.aoti_load_package` in Python, `dlopen` and `AOTIModelPackageLoader` in C++ (`examples/cpp`). It
+    takes images [N, in_chans, H, W] of the network's dtype, contiguous, and gives logits, or channel means without a
+    classifier.
 
-    The weights are packed for the instruction set of this process, which the package's metadata name as `parnet_isa`;
-    processors whose vectors have another length refuse it: set PARNET_CPU_ISA (avx2) while exporting for them. The
-    metadata also hold what the network says of itself, as JSON.
+    On the CPU N, H and W are any in 1…16384. Results are those of `network`, bit for bit. The last layer of the CIFAR
+    form is made by the compiler: there they are the same up to rounding, and H and W must be 5 or more. The weights are
+    packed for the instruction set of this process, which the package's metadata name as `parnet_isa`; processors whose
+    vectors have another length refuse it: set PARNET_CPU_ISA (avx2) while exporting for them.
+
+    On a GPU N, H and W are `batch` and `size`. The launches are planned for the GPU that the network is on, which
+    `parnet_isa` names; where kernels for another architecture run, the call fails and says so.
+
+    The metadata also hold `parnet_device`, `parnet_dtype` and what the network says of itself, as JSON.
 
     Args:
-        network: of either form; a training form is folded with its running statistics. On the CPU.
+        network: of either form; a training form is folded with its running statistics.
         path: the file to write; must end in .pt2.
         storage: see `DeployedParNet.prepare`; None: as the network has it.
+        size: (height, width), for a GPU.
+        batch: number of images, for a GPU.
 
     Raises:
-        RuntimeError: the native CPU kernels cannot run this network: the reason is named.
+        RuntimeError: the native kernels cannot run this network: the reason is named.
         ValueError: an argument that does not fit, named; or a network to which something was done that the file would
             not hold: hooks, patched or added layers.
         TypeError: `network` is no ParNet, or an int8 network.
@@ -54,20 +72,58 @@ def package(network: DeployedParNet | ParNet, path: str | Path, *, storage: str 
     if isinstance(network, QuantizedParNet):
         raise TypeError(f"{_WHAT}: a package holds no int8 network; export the float one, or this one as ONNX")
     network = deployed_form(network, _WHAT)
-    module, example = _whole_network(network, storage)
-    with torch.no_grad():
-        program = torch.export.export(module, (example,), dynamic_shapes={"x": _sizes(module)})
-    info = {"parnet_kernels": __version__, "parnet_isa": _isa(), **metadata(network)}
+    module: nn.Module
+    if network.head_weight.is_cuda:
+        if size is None or not all(1 <= extent <= _LARGEST for extent in (*size, batch)):
+            raise ValueError(
+                f"{_WHAT}: for a GPU `size` must be (height, width) and `batch` a number of images, each in "
+                f"1…{_LARGEST}, got {size} and {batch}"
+            )
+        module, example, made_for = _on_gpu(network, (batch, network.config.in_chans, *size))
+        dynamic = None
+    else:
+        if size is not None or batch != 1:
+            raise ValueError(f"{_WHAT}: `size` and `batch` are for a GPU: a package for the CPU takes any images")
+        module, example = _whole_network(network, storage)
+        dynamic, made_for = {"x": _sizes(module)}, _isa()
+    said = {"parnet_isa": made_for, "parnet_device": example.device.type}
+    said["parnet_dtype"] = str(example.dtype).removeprefix("torch.")
+    write(module, example, dynamic, said | metadata(network), path)
+
+
+def write(
+    module: nn.Module, example: Tensor, dynamic: dict[str, Any] | None, about: dict[str, str], path: str | Path
+) -> None:
+    """Compiles `module` for images like `example`, but for the `dynamic` sizes, with `about` as metadata."""
     target = Path(path).absolute()
     part = target.with_name(f".{target.stem}.part.pt2")  # the compiler writes itself, and wants the ending
+    info = {"parnet_kernels": __version__, **about}
     try:
         with torch.no_grad():
+            program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(part), inductor_configs={"aot_inductor.metadata": info}
             )
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _on_gpu(network: DeployedParNet, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor, str]:
+    """(the network as a module of one operator, images for it, what it is made for)."""
+    with torch.no_grad():
+        weight = network.head_weight
+        example = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        found = network.whole()
+        if isinstance(found, WholeNetwork):
+            reason = network._cuda_network.why_not(found, example) or pt2_cuda.why_not(found)
+            if reason is None:
+                gpu = Gpu.of(weight.device)
+                precision = "tf32" if current_precision() == "tf32" else "ieee"
+                name = torch.cuda.get_device_name(weight.device)
+                return pt2_cuda.CudaExported(found, shape, precision, gpu), example, f"{name}, sm_{gpu.image}"
+            found = reason
+    raise RuntimeError(f"{_WHAT}: the CUDA kernels cannot run this network: {found}")
 
 
 def _whole_network(network: DeployedParNet, storage: str | None) -> tuple[_Exported, Tensor]:
