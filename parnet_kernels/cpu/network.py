@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parnet_kernels import _native, whole
 from parnet_kernels.checks import is_channels_last
+from parnet_kernels.cpu import int8
 from parnet_kernels.cpu import pack as cpu
 from parnet_kernels.cpu.backend import DTYPES
 from parnet_kernels.locks import Lock
@@ -26,6 +27,13 @@ def storages(network: WholeNetwork, storage: str) -> list[str]:
         reduced[layer.name] = reduced[layer.inputs[0]] * layer.stride
         found.append(cpu.storage_of((224 // reduced[layer.name]) ** 2, arguments["weight"]))
     return found
+
+
+def why_not_16_bit_products() -> str:
+    """Why 16-bit networks multiply in float32 on this processor (docs/cpu.md, "16-bit networks")."""
+    if "amx" in int8.supported():
+        return "float32: products in AMX tiles are not written but for int8 networks"
+    return "float32: 16-bit products are no faster here than Winograd's algorithm in float32"
 
 
 class _Packed(NamedTuple):
