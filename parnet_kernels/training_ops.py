@@ -218,11 +218,14 @@ class _Differentiable(torch.autograd.Function):
             results: tuple[Tensor, ...] = operator.op(*tensors, **options)
         ctx.save_for_backward(*tensors, *results[1:])
         ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)  # zeros for each of them would be as large as the maps
         return results
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, g, need = ctx.saved_tensors, gradients[0], ctx.needs_input_grad[2:]
+        if g is None:
+            return (None, None, *(None for _ in need))
         tensors, results, count = saved[: ctx.tensors], saved[ctx.tensors :], ctx.maps
         if torch.is_grad_enabled():
             wanted = [t for t, n in zip(tensors, need, strict=True) if n]
@@ -258,18 +261,25 @@ def _backward(
     **options: Any,
 ) -> list[Tensor]:
     found = _gradients(kernels, g, maps, results, parameters, _settings(**options), need)
+    last = _layouts(maps, parameters)
     return [
-        d.to(t.dtype).contiguous(memory_format=torch.channels_last if i < len(maps) else torch.contiguous_format)
-        for i, (d, t) in enumerate(zip(found, [*maps, *parameters], strict=True))
+        d.to(t.dtype).contiguous(memory_format=layout)
+        for d, t, layout in zip(found, [*maps, *parameters], last, strict=True)
         if d is not None
     ]
+
+
+def _layouts(maps: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[torch.memory_format]:
+    """Of the gradients: channels_last for maps and for weights that are."""
+    last = [torch.channels_last if checks.is_channels_last(t) else torch.contiguous_format for t in parameters]
+    return [torch.channels_last] * len(maps) + last
 
 
 def _fake_backward(
     g: Tensor, maps: list[Tensor], results: list[Tensor], parameters: list[Tensor], *, need: list[bool], **options: Any
 ) -> list[Tensor]:
     tensors, made = [*maps, *parameters], _made(parameters, need, len(maps))
-    last = [torch.channels_last] * len(maps) + [torch.contiguous_format] * len(parameters)
+    last = _layouts(maps, parameters)
     return [
         t.new_empty(t.shape).to(memory_format=layout) for t, m, layout in zip(tensors, made, last, strict=True) if m
     ]

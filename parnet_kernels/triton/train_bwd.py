@@ -1,6 +1,7 @@
 """Backward kernels of the training form: one reducing pass, one writing pass, and the last sum.
 
-Between the first two stands `train_gate_bwd.py`, between the last two the library's gradients of the convolutions. Conventions: `train_fwd.py`.
+Between the first two stands `train_gate_bwd.py`, between the last two the library's gradients of the convolutions.
+Conventions: `train_fwd.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"

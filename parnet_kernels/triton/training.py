@@ -75,7 +75,8 @@ def _align(*numbers: int) -> int:
 
 
 def _map(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    return x.new_empty((x.shape[0], channels, *size)).to(memory_format=torch.channels_last)
+    size = (x.shape[0], channels, *size)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _norms(block: Block) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _moments(maps: Sequence[Tensor], x: Tensor | None) -> _Sums:
         **c.arguments,
         "rows": c.rows,
         "of_x": of_x,
-        "span_x": -(-of_x // c.slots),
+        "span_x": c.span if of_x == c.area else -(-of_x // c.slots),  # a skip's is joined as the others
         "K": first.shape[1],
         "C_x": last.shape[1],
         "columns": sum(widths),
@@ -208,10 +209,6 @@ def _weights(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     return block.weight3.to(x.dtype), block.weight1.to(x.dtype)
 
 
-def _point(x: Tensor, weight1: Tensor, block: Block) -> Tensor:
-    return convolutions.forward(_pooled(x, block.stride), weight1, 1, block.groups)
-
-
 def _elementwise(
     maps: Sequence[Tensor], statistics: Tensor, vectors: Tensor, block: Block, programs: int, shuffle: bool
 ) -> tuple[Cut, tuple[int, int], dict[str, Any]]:
@@ -245,7 +242,8 @@ def forward(x: Tensor, block: Block, *, shuffle: bool = False) -> Result:
     """As `training.forward`. shuffle: the channels of y are those of a fusion's result."""
     x = as_pixels(x)
     weight3, weight1 = _weights(block, x)
-    y3, y1 = convolutions.forward(x, weight3, block.stride, block.groups), _point(x, weight1, block)
+    y3 = convolutions.forward(x, weight3, block.stride, block.groups)
+    y1 = convolutions.forward(_pooled(x, block.stride), weight1, 1, block.groups)
     k = y3.shape[1]
     if x.shape[1] < NARROW and block.gamma0 is None:
         sums = _moments([y3, y1], None)._replace(images=x.sum((2, 3), dtype=torch.float32)[:, None])
@@ -268,7 +266,8 @@ def backward(
     statistics, y3, y1, vectors, values = result
     g, x, y3 = as_pixels(g), as_pixels(x), as_pixels(y3)
     weight3, weight1 = _weights(block, x)
-    y1 = as_pixels(y1) if y1.numel() else _point(x, weight1, block)
+    pooled = _pooled(x, block.stride)
+    y1 = as_pixels(y1) if y1.numel() else convolutions.forward(pooled, weight1, 1, block.groups)
     skip, k, width = block.gamma0 is not None, y3.shape[1], x.shape[1]
     maps = [y3, y1, x] if skip else [y3, y1]
 
@@ -341,9 +340,8 @@ def backward(
     }
     launch(train_bwd.train_spread_bwd_kernel, grid, arguments, _OPTIONS)
 
-    wide_x = _pooled(x, block.stride)
-    d_1, d_weight1 = convolutions.gradients(d_y1, wide_x, weight1, 1, block.groups, need_x, need_weight1)
-    del wide_x, d_y1
+    d_1, d_weight1 = convolutions.gradients(d_y1, pooled, weight1, 1, block.groups, need_x, need_weight1)
+    del pooled, d_y1
     d_3, d_weight3 = convolutions.gradients(d_y3, x, weight3, block.stride, block.groups, need_x, need_weight3)
     if d_3 is not None and d_1 is not None:
         d_x = _add(d_x, d_3, d_1, offset, block.stride)
