@@ -115,7 +115,7 @@ def step_of_s(size: int, batch: int, dtype: torch.dtype = torch.float32, backend
 
 
 def test_launches_of_a_step_of_parnet_s() -> None:
-    """22 blocks; docs/training.md has the figures."""
+    """22 blocks; docs/backends.md has the figures."""
     ours, library = step_of_s(64, 2)
     convolutions = sum(library.calls[name] for name in CONVOLUTIONS)
     assert sum(ours.names.values()) == 165
