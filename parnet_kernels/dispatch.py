@@ -17,6 +17,7 @@ from torch._C import _functorch as functorch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from parnet_kernels import checks, gradients
 from parnet_kernels.call import OPERATORS, SIGNATURES, Call
@@ -29,13 +30,6 @@ Arguments = tuple[list[Tensor | None], dict[str, Any]]  # positional tensors, ke
 def _has_tangent(tensors: list[Tensor]) -> bool:
     level = getattr(forward_ad, "_current_level", 0)  # −1: none is open, which is faster to know
     return level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def _is_exported_to_onnx() -> bool:
-    """By `torch.onnx.export(…, dynamo=True)`, also of a program exported before. Not through PyTorch's table of
-    decompositions: with CI set in the environment, torch.compile refuses an operator that has an entry there.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0 and torch.onnx.is_in_onnx_export()  # traced: faster to know
 
 
 _BATCHED = torch._C._dispatch_key_parse("Batched")
@@ -86,13 +80,23 @@ class _Operator:
 
     def autograd(self, *args: Any, **kwargs: Any) -> Tensor:
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if _has_tangent(given) or _is_exported_to_onnx():
+        if _has_tangent(given):
             return self.decomposed(self.call(args, kwargs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             call = self.call(args, kwargs)
             return _Differentiable.node(self.name, call.stride, call.activation, *call.tensors.values())
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*args, **kwargs)
+
+    def traced(self, mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        """For `torch.onnx.export(…, dynamo=True)`, also of a program exported before: decomposed; for all other tracers
+        one operator. Not through PyTorch's table of decompositions: with CI set in the environment, torch.compile
+        refuses an operator that has an entry there.
+        """
+        if not torch.onnx.is_in_onnx_export():
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return self.decomposed(self.call(args, kwargs or {}))
 
     def decomposed(self, call: Call) -> Tensor:
         """By PyTorch's operators, which forward-mode differentiation, every transform of torch.func and ONNX know."""
@@ -178,3 +182,4 @@ for _operator in map(_Operator, OPERATORS):
     _library.impl(_name, _operator.autocast("cpu"), "AutocastCPU")
     _library.impl(_name, _operator.autocast("cuda"), "AutocastCUDA")
     torch.library.register_fake(f"parnet::{_name}", _operator.fake, lib=_library)
+    torch.library.register_torch_dispatch(f"parnet::{_name}", ProxyTorchDispatchMode, _operator.traced, lib=_library)

@@ -18,18 +18,22 @@ from parnet_kernels.reference import ACTIVATIONS, deinterleave, gate, interleave
 _MAP = (0, 2, 3)  # the dimensions summed for a per-channel gradient
 
 
+def through(g: Tensor, t: Tensor, activation: str) -> Tensor:
+    """d_t from the gradient g of φ(t). ReLU's is zero where t ≤ 0, whatever g is: 0 · ∞ would be NaN."""
+    if activation == "relu":
+        return g.masked_fill(t <= 0, 0)
+    s = t.sigmoid()
+    return g * (s * (1 + t * (1 - s)))
+
+
 def _activation(
     t: Tensor, g: Tensor, activation: str, out_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(d_t, d_out_scale, d_out_shift) of out_scale · φ(t) + out_shift."""
-    if activation == "silu":
-        s = t.sigmoid()
-        slope = s * (1 + t * (1 - s))
-    else:
-        slope = (t > 0).to(t.dtype)
     if out_scale is None:
-        return g * slope, None, None
-    return g * per_channel(out_scale) * slope, (g * ACTIVATIONS[activation](t)).sum(_MAP), g.sum(_MAP)
+        return through(g, t, activation), None, None
+    d_t = through(g * per_channel(out_scale), t, activation)
+    return d_t, (g * ACTIVATIONS[activation](t)).sum(_MAP), g.sum(_MAP)
 
 
 class Convolutions:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parnet_kernels import training_sync
+from parnet_kernels.gradients import through
 from parnet_kernels.reference import ACTIVATIONS, deinterleave, interleave
 
 
@@ -145,7 +146,7 @@ class Plain:
         self, g: Tensor, maps: list[Tensor], scales: Tensor, shift: Tensor, means: Tensor, activation: str
     ) -> Tensor:
         """Of each image and channel: the sum of d_t, and of d_t·(map − mean) for each map."""
-        d_t = _slope(_before(maps, scales, shift), activation) * g
+        d_t = through(g, _before(maps, scales, shift), activation)
         centred = [map - mean[:, None, None] for map, mean in zip(maps, means, strict=True)]
         return torch.stack([d_t.sum((2, 3)), *((d_t * map).sum((2, 3)) for map in centred)])
 
@@ -161,7 +162,7 @@ class Plain:
         activation: str,
     ) -> list[Tensor]:
         """scale·d_t + q·map + r for each of the first maps."""
-        d_t = _slope(_before(maps, scales, shift), activation) * g
+        d_t = through(g, _before(maps, scales, shift), activation)
         return [
             (_wide(scales[i]) * d_t + _wide(q[i]) * maps[i] + _wide(r[i])).contiguous(memory_format=torch.channels_last)
             for i in range(outputs)
@@ -241,13 +242,6 @@ def _before(maps: list[Tensor], scales: Tensor, shift: Tensor) -> Tensor:
     for map, scale in zip(maps, scales, strict=True):
         t = t + _wide(scale) * map
     return t
-
-
-def _slope(t: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return (t > 0).to(t.dtype)
-    s = t.sigmoid()
-    return s * (1 + t * (1 - s))
 
 
 class _Coefficients(NamedTuple):

@@ -48,9 +48,11 @@ def export(
     if output.suffix not in (".onnx", ".pt2"):
         raise typer.BadParameter(f"output must end in .onnx or .pt2, got {output}")
     if output.suffix == ".pt2":
-        if opset != OPSET or (device is Device.cpu and (size is not None or one_image)):
+        if device is Device.cpu and (size is not None or one_image or opset != OPSET):
             raise typer.BadParameter("--size, --one-image and --opset are for .onnx: a .pt2 takes any images")
         if device is Device.cuda:
+            if opset != OPSET:
+                raise typer.BadParameter("--opset is for .onnx")
             if size is None:
                 raise typer.BadParameter("--device cuda needs --size: the launches are planned for one")
             if not torch.cuda.is_available():

@@ -31,6 +31,8 @@ def storages(network: WholeNetwork, storage: str) -> list[str]:
 
 def why_not_16_bit_products() -> str:
     """Why 16-bit networks multiply in float32 on this processor (docs/cpu.md, "16-bit networks")."""
+    if _native.cpu_error:
+        return _native.cpu_error
     if "amx" in int8.supported():
         return "float32: products in AMX tiles are not written but for int8 networks"
     return "float32: 16-bit products are no faster here than Winograd's algorithm in float32"

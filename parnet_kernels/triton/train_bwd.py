@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from parnet_kernels.triton.tile import wide
-from parnet_kernels.triton.train_fwd import INTS, aligned, before, norm, shuffled, slope
+from parnet_kernels.triton.train_fwd import INTS, aligned, before, norm, shuffled, through
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -84,7 +84,7 @@ def train_reduce_bwd_kernel(
             if SKIP:
                 x = tl.load(x_ptr + at * pitch_x + k[None, :], mask=mask, other=0.0).to(tl.float32)
             g = tl.load(g_ptr + at * pitch_g + shuffled(k, K, SHUFFLE)[None, :], mask=mask, other=0.0).to(tl.float32)
-            d = g * slope(before(y3, y1, x, s, a3, a1, a0, b3 + b1, b0, mu3, mu1, mu0, SKIP), RELU)
+            d = through(g, before(y3, y1, x, s, a3, a1, a0, b3 + b1, b0, mu3, mu1, mu0, SKIP), RELU)
             d = tl.where(mask, d, 0.0)
             sum_d += tl.sum(d, 0)
             sum_3 += tl.sum(d * (y3 - mu3[None, :]), 0)
@@ -197,7 +197,7 @@ def train_spread_bwd_kernel(
             if SKIP:
                 x = tl.load(x_ptr + at * pitch_x + k[None, :], mask=mask, other=0.0).to(tl.float32)
             g = tl.load(g_ptr + at * pitch_g + shuffled(k, K, SHUFFLE)[None, :], mask=mask, other=0.0).to(tl.float32)
-            d = g * slope(before(y3, y1, x, s, a3, a1, a0, b3 + b1, b0, mu3, mu1, mu0, SKIP), RELU)
+            d = through(g, before(y3, y1, x, s, a3, a1, a0, b3 + b1, b0, mu3, mu1, mu0, SKIP), RELU)
             to = at * K + k[None, :]
             gated = factor[None, :] * d
             tl.store(d_y3_ptr + to, through_norm(gated, y3 - mu3[None, :], gamma3, beta3, a3, i3, share), mask=mask)

@@ -231,12 +231,13 @@ def before(y3, y1, x, s, a3, a1, a0, b, b0, mu3, mu1, mu0, SKIP: tl.constexpr):
 
 
 @triton.jit
-def slope(t, RELU: tl.constexpr):
+def through(g, t, RELU: tl.constexpr):
+    """The gradient of t from that of φ(t). ReLU's is zero where t ≤ 0, whatever g is: 0 · ∞ would be NaN."""
     if RELU:
-        d = tl.where(t > 0, 1.0, 0.0)
+        d = tl.where(t <= 0, 0.0, g)
     else:
         s = tl.sigmoid(t)
-        d = s * (1 + t * (1 - s))
+        d = g * (s * (1 + t * (1 - s)))
     return d
 
 

@@ -91,6 +91,19 @@ SKIP, STRIDED = CASES[1], CASES[6]
 
 
 @pytest.mark.parametrize("case", [SKIP, STRIDED], ids=str)
+def test_an_infinite_gradient_ends_at_relu(case: tuple[Any, ...], where: torch.device) -> None:
+    x, block = blocks.make(case)
+    expected, g = blocks.reference(x, block)
+    at = tuple((expected[0] == 0).nonzero()[0])
+    for value in (0.0, float("inf")):
+        g[at] = value
+        found = blocks.differentiated(x.to(where), moved(block, where), g.to(where))
+        expected = expected if value else found
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize("case", [SKIP, STRIDED], ids=str)
 def test_any_strides(case: tuple[Any, ...], where: torch.device) -> None:
     x, block = blocks.make(case)
     n, c, k, h, w, stride, *_ = case
