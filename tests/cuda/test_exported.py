@@ -163,7 +163,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     for options, text in {
         ("net.pt2", "--device", "cuda"): "--device cuda needs --size",
         ("net.pt2", "--size", "64"): "a .pt2 takes any images",
-        ("net.pt2", "--device", "cuda", "--size", "64", "--opset", "17"): "--opset are for .onnx",
+        ("net.pt2", "--device", "cuda", "--size", "64", "--opset", "17"): "--opset is for .onnx",
         ("net.onnx", "--device", "cuda"): "--device is for .pt2",
         ("net.pt2", "--device", "cuda", "--size", "64"): "needs a GPU",
     }.items():
