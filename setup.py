@@ -34,6 +34,7 @@ X86_FLAGS = {
     "int8_avx_vnni.cpp": f"{AVX2} -mavxvnni",
     "int8_avx512_vnni.cpp": f"{AVX512} -mavx512vnni",
     "int8_amx.cpp": f"{AVX512} -mamx-tile -mamx-int8",
+    "bf16_amx.cpp": f"{AVX512} -mamx-tile -mamx-bf16",
 }
 ALL_ARCHS = "80 86 89 90 90a 100 120"
 HOPPER = "90a"  # for hopper_*.cu, and for nothing else
@@ -108,7 +109,7 @@ class NinjaBuild(build_ext):
         for source in [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").rglob("*.cpp"))]:
             binding = source.name == "ops.cpp" or source.name.startswith("bind")
             extra = f"{torch_flags} {abi}" if binding else X86_FLAGS.get(source.name, "") if is_x86() else ""
-            if source.name.startswith("int8_"):  # every instruction set rounds alike
+            if source.name.startswith(("int8_", "bf16_")):  # every instruction set rounds alike
                 extra += " -ffp-contract=off -Wno-psabi"
             objects.append(str(source.relative_to(ROOT / "csrc").with_suffix(".o")))
             yield f"build {objects[-1]}: cxx {source}\n  flags = {common} {extra}"

@@ -332,7 +332,7 @@ class DeployedParNet(Described):
         """The network in int8, calibrated on `images`: see `quantize.quantize`."""
         return quantize(self, images, dtype, range)
 
-    def prepare(self, storage: str | None = None) -> DeployedParNet:
+    def prepare(self, storage: str | None = None, products: str | None = None) -> DeployedParNet:
         """Packs the weights for the native CPU kernels now, not at the first call; returns itself.
 
         Without these kernels, with weights elsewhere, or with a reason to go layer by layer (`why_layer_by_layer`),
@@ -346,14 +346,21 @@ class DeployedParNet(Described):
         are bound by reading it. "auto", the start: by size of layer and map, and by processor (csrc/cpu/policy.h).
         None: as before.
 
+        products: what is multiplied, "float32" (the start) or "bfloat16": a bfloat16 network then rounds every map to
+        bfloat16 as well, takes less time where the processor has AMX (`parnet info`), and multiplies in float32
+        elsewhere. None: as before.
+
         Raises:
-            ValueError: for another storage.
+            ValueError: for another storage or other products, and for products in bfloat16 of a network that is not.
         """
-        self._native.use(storage)
+        if products == "bfloat16" and self.head_weight.dtype != torch.bfloat16:
+            got = f"{self.head_weight.dtype}; convert it with `.bfloat16()`"
+            raise ValueError(f"parnet_kernels: `products` in bfloat16 need a bfloat16 network, got {got}")
+        self._native.use(storage, products)
         self._forget()
         found = None if _native.cpu_error else self.whole()
         if isinstance(found, WholeNetwork) and found.head[0].is_cpu and found.head[0].dtype in CPU_DTYPES:
-            self._native.prepare(found)
+            self._native.ready(found)
         return self
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parnet_kernels.config import Layer, ParNetConfig, layers
-from parnet_kernels.cpu import int8
+from parnet_kernels.cpu import direct
 from parnet_kernels.deployed_layer import module_name
 from parnet_kernels.preprocessing import Preprocessing
 from parnet_kernels.quantized import QuantizedParNet
@@ -162,8 +162,8 @@ def quantize(
     if not all(bool(t.isfinite().all()) for t in (*whole.head, *(t for a in whole.arguments for t in a.values()))):
         raise ValueError("quantize: `network` must have finite weights")
     graph = [layer for layer in layers(config) if layer.kind != "pointwise"]
-    if (widest := max(layer.in_channels for layer in graph)) > int8.MAX_CHANNELS:
-        raise ValueError(f"quantize: `network` must have at most {int8.MAX_CHANNELS} channels a map, got {widest}")
+    if (widest := max(layer.in_channels for layer in graph)) > direct.MAX_CHANNELS:
+        raise ValueError(f"quantize: `network` must have at most {direct.MAX_CHANNELS} channels a map, got {widest}")
     if len(graph) < 2:
         raise ValueError("quantize: `network` must have more than one layer")
 

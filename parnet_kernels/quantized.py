@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from parnet_kernels import _native
 from parnet_kernels.config import Layer, ParNetConfig, layers
-from parnet_kernels.cpu import int8
-from parnet_kernels.cpu.int8 import Int8Layer, Packed
+from parnet_kernels.cpu import direct
+from parnet_kernels.cpu.direct import DirectLayer, Packed
 from parnet_kernels.deployed_layer import DeployedLayer, module_name, shapes_of, why_not_layer
 from parnet_kernels.preprocessing import Described
 from parnet_kernels.reference import ACTIVATIONS, gate, interleave, per_channel, shuffle
@@ -27,7 +27,7 @@ from parnet_kernels.whole import classify, why_not_now, why_not_tensors
 
 
 class QuantizedLayer(nn.Module):
-    """One layer in int8: its buffers are what `cpu.int8.Int8Layer` explains. `forward` is the definition."""
+    """One layer in int8: its buffers are what `cpu.direct.DirectLayer` explains. `forward` is the definition."""
 
     def __init__(self, layer: Layer, activation: str, last: bool) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class QuantizedLayer(nn.Module):
         k, c = self.get_buffer("weight").shape[:2]
         return f"{self.kind}, {c} → {k} channels, stride {self.stride}, {self.activation}, int8"
 
-    def plain(self) -> Int8Layer:
+    def plain(self) -> DirectLayer:
         """The layer as plain values."""
         b: dict[str, Any] = dict(self.named_buffers())
         scalars = {name: b.pop(name).item() for name in ("scale_in", "zero_in", "scale_out", "zero_out")}
         skip = {name: b.pop(name, None) for name in ("skip_scale", "skip_shift")}
-        return Int8Layer(kind=self.kind, stride=self.stride, last=self.last, **b, **scalars, **skip)
+        return DirectLayer(kind=self.kind, stride=self.stride, last=self.last, **b, **scalars, **skip)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """bytes [N, C, H, W] (two of a fusion) → bytes, or floats of the last layer."""
@@ -135,7 +135,7 @@ class QuantizedParNet(Described, nn.Module):
     @staticmethod
     def why_not() -> str | None:
         """Why int8 is not faster than float32 on this processor, or None."""
-        return int8.why_not()
+        return direct.why_not()
 
     def why_layer_by_layer(self, x: Tensor | None = None) -> str | None:
         """The reason why a call is not one call of the native kernels, but goes through the layers' definitions, which
@@ -146,12 +146,12 @@ class QuantizedParNet(Described, nn.Module):
 
     def prepare(self, kernels: str | None = None) -> QuantizedParNet:
         """Packs the weights now, not at the first call, for `kernels` (None: the best of this processor, see
-        `cpu.int8.supported`); returns itself. Later changes of weights are seen as `DeployedParNet.prepare` says.
+        `cpu.direct.supported`); returns itself. Later changes of weights are seen as `DeployedParNet.prepare` says.
 
         Raises:
             ValueError: this processor cannot run `kernels`.
         """
-        int8.choose(kernels)
+        direct.choose(kernels)
         self._kernels = kernels
         self._known.forget()
         self._packed()
@@ -195,9 +195,11 @@ class QuantizedParNet(Described, nn.Module):
         return None
 
     def _pack(self) -> Packed | str:
-        return self._why_not_values() or int8.pack(self._program(), self.config.activation, int8.choose(self._kernels))
+        return self._why_not_values() or direct.pack(
+            self._program(), self.config.activation, direct.choose(self._kernels)
+        )
 
-    def _program(self) -> list[tuple[Int8Layer, tuple[int, int, int]]]:
+    def _program(self) -> list[tuple[DirectLayer, tuple[int, int, int]]]:
         """The int8 layers as plain values, each with the numbers of its inputs (−1: no second one) and its output."""
         values: dict[str, int] = {"first": 0}
         found = []
@@ -216,7 +218,7 @@ class QuantizedParNet(Described, nn.Module):
         ]
         return [(layer, self.layers[module_name(layer.name)]) for layer in named]  # type: ignore[misc]
 
-    def plain_layers(self) -> dict[str, Int8Layer]:
+    def plain_layers(self) -> dict[str, DirectLayer]:
         """The int8 layers as plain values, by their names, in order of execution."""
         return {layer.name: m.plain() for layer, m in self._quantized()}
 
@@ -248,7 +250,7 @@ class QuantizedParNet(Described, nn.Module):
         with torch.autocast("cpu", enabled=False):
             y = self.first(x.contiguous(memory_format=torch.channels_last))
             packed = self._packed()
-            y = int8.run(packed, y) if isinstance(packed, Packed) and len(y) else self._emulate(y)
+            y = direct.run(packed, y) if isinstance(packed, Packed) and len(y) else self._emulate(y)
             return y if self.pointwise is None else self.pointwise(y)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from oracle import randomize
 from PIL import Image
 
 from parnet_kernels import ParNetConfig, __version__, load_checkpoint, load_deployed, parnet_cifar, save
-from parnet_kernels.cpu import int8
+from parnet_kernels.cpu import direct
 from parnet_kernels.model import ParNet
 
 PARNET = Path(sys.executable).with_name("parnet")
@@ -45,8 +45,8 @@ def test_info() -> None:
     assert found["backends"]["reference"] == "available"
     assert found["backends"]["cpu"] == "available"
     assert found["cpu"]["isa"] in ("portable", "avx2", "avx512", "avx512_intel")
-    assert found["cpu_products"]["int8"] in int8.supported() or "no instructions" in found["cpu_products"]["int8"]
-    assert ("AMX" in found["cpu_products"]["float16, bfloat16"]) == ("amx" in int8.supported())
+    assert found["cpu_products"]["int8"] in direct.supported() or "no instructions" in found["cpu_products"]["int8"]
+    assert ("AMX" in found["cpu_products"]["float16, bfloat16"]) == ("amx" in direct.supported())
     table = parnet("info")
     assert table.returncode == 0
     assert __version__ in table.stdout

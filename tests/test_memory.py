@@ -67,7 +67,7 @@ STEPS = {
         "net = net.quantize(torch.randn(2, 3, 32, 32))\n"
         "def step(i): net.layers['combine_3'].bias.mul_(0.9999); net(torch.randn(1, 3, 16 + i % 100, 17))",
     ),
-    "telling": (20000, "def step(i): torch.ops.parnet._cpu_info(), torch.ops.parnet._cpu_int8_info()"),
+    "telling": (20000, "def step(i): torch.ops.parnet._cpu_info(), torch.ops.parnet._cpu_direct_info()"),
     "packing": (
         20000,
         "names = ('weight', 'bias', 'skip_scale', 'skip_shift', 'gate_weight')\n"

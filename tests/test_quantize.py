@@ -12,7 +12,7 @@ import torch
 from parnet_kernels import _native, parnet_cifar
 from parnet_kernels import quantize as calibration
 from parnet_kernels.config import ParNetConfig
-from parnet_kernels.cpu import int8
+from parnet_kernels.cpu import direct
 from parnet_kernels.model import ParNet
 from parnet_kernels.quantize import _Histogram, round_weight
 from parnet_kernels.quantized import QuantizedParNet
@@ -60,7 +60,7 @@ def test_kernels_equal_the_definition_and_each_other(networks, size: tuple[int, 
     expected = quantized.prepare("portable")(x)
     # The definition's φ is not the kernels' to the last bit: a value halfway between two bytes may round either way.
     assert norm_error(expected, quantized.emulate(x)) < 5e-3
-    for name in int8.supported():
+    for name in direct.supported():
         assert torch.equal(quantized.prepare(name)(x), expected), name
     assert norm_error(expected, network(x)) < 0.1
 
@@ -158,13 +158,15 @@ def test_bias_takes_back_what_rounding_shifts_the_mean_by(monkeypatch: pytest.Mo
 
 
 def test_the_least_slow_kernels_run_where_none_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [able for able, _ in int8.info()[1]] == [name in int8.supported() for name in int8.KERNELS]
-    every = int8.info()[1]
-    monkeypatch.setattr(int8, "info", lambda: (-1, every))
-    assert int8.KERNELS[int8.choose(None)] == ("avx2" if "avx2" in int8.supported() else "portable")
-    assert "no instructions" in str(int8.why_not())
-    monkeypatch.setattr(int8, "info", lambda: (-1, [(name == "portable", 1) for name in int8.KERNELS]))
-    assert int8.KERNELS[int8.choose(None)] == "portable"
+    names = [name for dtype in direct.DTYPES for name in direct.supported(dtype)]
+    assert [able for able, _ in direct.info()[1]] == [name in names for name in direct.KERNELS]
+    every = direct.info()[1]
+    monkeypatch.setattr(direct, "info", lambda: (dict.fromkeys(direct.DTYPES, -1), every))
+    assert direct.KERNELS[direct.choose(None)] == ("avx2" if "avx2" in direct.supported() else "portable")
+    assert "no instructions" in str(direct.why_not())
+    only = [(name == "portable", 1) for name in direct.KERNELS]
+    monkeypatch.setattr(direct, "info", lambda: (dict.fromkeys(direct.DTYPES, -1), only))
+    assert direct.KERNELS[direct.choose(None)] == "portable"
 
 
 def test_not_finite_images_give_nan_and_leave_the_others_alone() -> None:
@@ -346,14 +348,14 @@ def test_bad_calls_are_refused() -> None:
 def test_damaged_program_is_refused() -> None:
     quantized = deployed(CONFIGS["two streams"]).quantize(torch.randn(2, 3, 32, 32))
     packed = quantized._packed()
-    assert isinstance(packed, int8.Packed)
+    assert isinstance(packed, direct.Packed)
     with_skip = int((packed.program[:, 0] == 0).nonzero()[0])
     x = torch.randn(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     for column in range(packed.program.shape[1]):
         program = packed.program.clone()
         program[with_skip, column] = 1 << 40
         with pytest.raises(RuntimeError):
-            torch.ops.parnet._cpu_int8_workspace(*x.shape, packed.weights, program, packed.kernels)
+            torch.ops.parnet._cpu_direct_workspace(*x.shape, packed.weights, program, packed.kernels)
 
 
 def test_repr_names_the_layers() -> None:

@@ -20,11 +20,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from test_train import ONE, Quiet, data, draw, left, tiny, trained  # noqa: F401
 from typer.testing import CliRunner
 
 from parnet_kernels import load_checkpoint
 from parnet_kernels.app.cli import app
+from parnet_kernels.app.train import _Screen
 from parnet_kernels.archive import CheckpointError
 from parnet_kernels.train import augmentation, state
 from parnet_kernels.train.loop import Run, Stopped
@@ -347,6 +349,28 @@ def test_interrupted_by_hand(data: Path, tmp_path: Path) -> None:  # noqa: F811
     assert process.returncode not in (0, -signal.SIGINT)
     assert re.search(r"stopped after step \d+ of 600; --resume goes on from the last checkpoint", output), output
     assert "Traceback" not in output
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupt_inside_a_finaliser_is_not_lost() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before, steps = signal.getsignal(signal.SIGINT), []
+
+    def run() -> None:
+        screen = _Screen(Console(), False)
+        with screen.watching():
+            for step in range(3):
+                screen.step(step, 3, 0, 1.0, 1.0)
+                steps.append(step)
+                Finalised()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert steps == [0]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_no_room_for_logs(data: Path, tmp_path: Path) -> None:  # noqa: F811

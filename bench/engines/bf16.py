@@ -51,7 +51,7 @@ class OpenVino(float_openvino.OpenVino):
 class _Runner:
     def __init__(self, task: Task) -> None:
         self.x = task.inputs[0].to(BF16)
-        self.network = task.workload.network(task.folder).to(BF16).prepare()
+        self.network = task.workload.network(task.folder).to(BF16).prepare(products="bfloat16")
 
     @torch.inference_mode()
     def run(self, copy: int) -> Tensor:

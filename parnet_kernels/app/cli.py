@@ -43,8 +43,8 @@ from parnet_kernels.app.quantize import quantize
 from parnet_kernels.app.train import command as train
 from parnet_kernels.call import OPERATORS
 from parnet_kernels.checkpoint import CheckpointError, load_checkpoint, load_model, save
-from parnet_kernels.cpu import int8
-from parnet_kernels.cpu.network import why_not_16_bit_products
+from parnet_kernels.cpu import direct
+from parnet_kernels.cpu.network import products_of_16_bits
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
 
@@ -73,8 +73,8 @@ def installation() -> dict[str, Any]:
         "backends": {name: "available" if reason is None else reason for name, reason in backends.items()},
         "cpu": _native.cpu_error or _native.cpu_info(),
         "cpu_products": {
-            "int8": int8.why_not() or int8.KERNELS[int8.choose(None)],
-            "float16, bfloat16": why_not_16_bit_products(),
+            "int8": direct.why_not() or direct.KERNELS[direct.choose(None)],
+            "float16, bfloat16": products_of_16_bits(),
         },
         "cuda_library": _native.cuda_error or f"built for sm_{', sm_'.join(_native.cuda_architectures())}",
     }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -33,16 +36,33 @@ class _Screen:
         self._task: TaskID | None = None
         self._since: tuple[float, int] | None = None
         self._left = ""
+        self._interrupted = False
 
     @contextmanager
     def watching(self) -> Iterator[_Screen]:
-        with self._bar:
-            yield self
+        """Python drops an interrupt that arrives inside a finaliser or a callback: the next step raises it again."""
+
+        def interrupted(number: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+            signal.default_int_handler(number, frame)
+
+        before = signal.getsignal(signal.SIGINT)
+        ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+        if ours:
+            signal.signal(signal.SIGINT, interrupted)
+        try:
+            with self._bar:
+                yield self
+        finally:
+            if ours:
+                signal.signal(signal.SIGINT, before)
 
     def say(self, text: str) -> None:
         self._console.print(Text(f"parnet: {shown(text)}", style="yellow"), soft_wrap=True)
 
     def step(self, done: int, total: int, epoch: int, loss: float, rate: float) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
         about = f"epoch {epoch + 1}  loss {loss:.3f}  {rate:.0f} images/s"
         now = time.monotonic()
         if self._since is None:

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from parnet_kernels import _native, whole
 from parnet_kernels.checks import is_channels_last
-from parnet_kernels.cpu import int8
+from parnet_kernels.cpu import bfloat16, direct
 from parnet_kernels.cpu import pack as cpu
 from parnet_kernels.cpu.backend import DTYPES
+from parnet_kernels.cpu.bfloat16 import Bfloat16
 from parnet_kernels.locks import Lock
 from parnet_kernels.whole import WholeNetwork
 
 STORAGES = ("auto", *cpu.CODES["storage"])
+PRODUCTS = ("float32", "bfloat16")
 
 
 def storages(network: WholeNetwork, storage: str) -> list[str]:
@@ -29,13 +31,15 @@ def storages(network: WholeNetwork, storage: str) -> list[str]:
     return found
 
 
-def why_not_16_bit_products() -> str:
-    """Why 16-bit networks multiply in float32 on this processor (docs/cpu.md, "16-bit networks")."""
-    if _native.cpu_error:
-        return _native.cpu_error
-    if "amx" in int8.supported():
-        return "float32: products in AMX tiles are not written but for int8 networks"
-    return "float32: 16-bit products are no faster here than Winograd's algorithm in float32"
+def products_of_16_bits() -> str:
+    """How 16-bit networks multiply on this processor (docs/cpu.md, "16-bit networks")."""
+    if reason := direct.why_not(torch.bfloat16):
+        return f"float32: {reason}"
+    return "float32; bfloat16 networks after prepare(products='bfloat16') in AMX tiles"
+
+
+def _tensors(network: WholeNetwork) -> list[Tensor]:
+    return [*network.head, *(t for arguments in network.arguments for t in arguments.values())]
 
 
 class _Packed(NamedTuple):
@@ -51,13 +55,14 @@ class CpuNetwork:
     Not copied, pickled or saved with the network: the copy packs its own.
     """
 
-    def __init__(self, storage: str = "auto") -> None:
-        self.storage = storage
+    def __init__(self, storage: str = "auto", products: str = "float32") -> None:
+        self.storage, self.products = storage, products
         self._packed: _Packed | None = None
+        self._bfloat16: tuple[WholeNetwork, Bfloat16 | None] | None = None
         self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type[CpuNetwork], tuple[str]]:
-        return CpuNetwork, (self.storage,)
+    def __reduce__(self) -> tuple[type[CpuNetwork], tuple[str, str]]:
+        return CpuNetwork, (self.storage, self.products)
 
     def why_not(self, network: WholeNetwork, x: Tensor) -> str | None:
         """The reason why this call must go layer by layer, or None."""
@@ -67,16 +72,18 @@ class CpuNetwork:
             return f"x is {x.dtype}, not one of {DTYPES}"
         return whole.why_not("cpu", network, x)
 
-    def use(self, storage: str | None) -> None:
-        """Packs anew at the next use, with `storage` from now on (None: as before)."""
-        if storage not in (None, *STORAGES):
-            raise ValueError(f"parnet_kernels: `storage` must be one of {STORAGES}, got {storage!r}")
+    def use(self, storage: str | None, products: str | None = None) -> None:
+        """Packs anew at the next use, with `storage` and `products` from now on (None: as before)."""
+        for name, value, known in (("storage", storage, STORAGES), ("products", products, PRODUCTS)):
+            if value not in (None, *known):
+                raise ValueError(f"parnet_kernels: `{name}` must be one of {known}, got {value!r}")
         with self._lock:
-            self.storage, self._packed = storage or self.storage, None
+            self.storage, self.products = storage or self.storage, products or self.products
+            self.forget()
 
     def forget(self) -> None:
         """Frees the packed weights; the next call makes them again."""
-        self._packed = None
+        self._packed = self._bfloat16 = None
 
     def prepare(self, network: WholeNetwork) -> _Packed | None:
         """Packs the weights if they are not; None if they are not finite."""
@@ -88,9 +95,27 @@ class CpuNetwork:
                     self._packed = packed = self._pack(network)
         return packed if packed.weights is not None else None
 
+    def ready(self, network: WholeNetwork) -> None:
+        """Packs what calls will use."""
+        if self._in_bfloat16(network) is None:
+            self.prepare(network)
+
+    def _in_bfloat16(self, network: WholeNetwork) -> Bfloat16 | None:
+        """The weights for products in bfloat16, if those are asked for and this processor and network can have them."""
+        if self.products != "bfloat16":
+            return None
+        known = self._bfloat16
+        if known is None or known[0] is not network:
+            with self._lock:
+                known = self._bfloat16
+                if known is None or known[0] is not network:
+                    able = bfloat16.why_not(network) is None and cpu.are_finite(_tensors(network))
+                    packed = bfloat16.pack(network, direct.choose(None, torch.bfloat16)) if able else None
+                    self._bfloat16 = known = network, packed
+        return known[1]
+
     def _pack(self, network: WholeNetwork) -> _Packed:
-        every = [*network.head, *(t for arguments in network.arguments for t in arguments.values())]
-        if not cpu.are_finite(every):
+        if not cpu.are_finite(_tensors(network)):
             return _Packed(network, None, None, None)
         operators, activation = network.operators(), network.config.activation
         weights, starts = cpu.pack_layers(
@@ -112,6 +137,10 @@ class CpuNetwork:
 
     def run(self, network: WholeNetwork, x: Tensor, result: str) -> Tensor | None:
         """result: "logits" [N, classes], "pooled" [N, P] or "features", the last map. None: not with these weights."""
+        if len(x) and (narrow := self._in_bfloat16(network)):
+            made = bfloat16.run(narrow, network, x, result)
+            if made is not None:
+                return made
         packed = self.prepare(network)
         if packed is None:
             return None

@@ -17,7 +17,7 @@
 
 using namespace parnet::cpu;
 
-bool run_int8(int seeds);  // int8.cpp
+bool run_direct(int seeds);  // direct.cpp
 
 namespace {
 
@@ -275,5 +275,5 @@ int main(int, char** arguments) {
   for (; std::chrono::steady_clock::now() < end || cases < 20; cases++)
     cases % 8 ? one_layer() : small_network();
   std::printf("%s: %d cases\n", kernels().name, cases);
-  return run_int8(10) ? 0 : 1;
+  return run_direct(10) ? 0 : 1;
 }

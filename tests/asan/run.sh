@@ -23,13 +23,14 @@ compile() {
           isa_avx512*) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c" ;;
         esac
         ;;
-      int8_*)
+      int8_* | bf16_*)
         flags="$flags -ffp-contract=off -Wno-psabi"
         [ "$(uname -m)" = x86_64 ] && case $name in
           int8_avx2) flags="$flags -mavx2 -mfma -mf16c" ;;
           int8_avx_vnni) flags="$flags -mavx2 -mfma -mf16c -mavxvnni" ;;
           int8_avx512_vnni) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mavx512vnni" ;;
           int8_amx) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mamx-tile -mamx-int8" ;;
+          bf16_amx) flags="$flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mamx-tile -mamx-bf16" ;;
         esac
         ;;
     esac

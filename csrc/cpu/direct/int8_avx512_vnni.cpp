@@ -17,7 +17,7 @@ inline __attribute__((always_inline)) void dot(Sum& sum, int32_t bytes, Weights 
 
 #include "epilogue.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 extern const Kernels kernels_avx512_vnni;
 constinit const Kernels kernels_avx512_vnni = table_of("avx512_vnni", 1);
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

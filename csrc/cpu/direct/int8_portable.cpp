@@ -33,7 +33,7 @@ inline void dot(Sum& sum, int32_t bytes, const Weights& w) {
 
 #include "epilogue.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 extern const Kernels kernels_portable;
 constinit const Kernels kernels_portable = table_of("portable", 1);
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

@@ -3,7 +3,7 @@
 //
 #include "epilogue.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 extern const Kernels kernels_tiles;
 constinit const Kernels kernels_tiles = table_of("tiles", kTileQuads);
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

@@ -9,17 +9,21 @@
 
 #include "../waiting.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 namespace {
 
 constexpr int64_t kAlign = 64;
-constexpr int64_t kSlack = 256;         // what kernels may read around a map
+constexpr int64_t kSlack = 256;  // bytes that kernels may read around a map
+static_assert(kReadBeyond <= kSlack / 2);
 constexpr int64_t kItemsPerThread = 8;  // of a layer: few enough to use weights often, enough to share out
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t padded(int64_t channels) { return div_up(channels, 4) * 4; }
 // The start of part i of `parts` of `count`, as equal as they can be.
 int64_t part(int64_t count, int64_t parts, int64_t i) { return count * i / parts; }
+// The same of a map's rows, of which kernels multiply `map_rows` at a time.
+int64_t row_part(int64_t rows, int64_t map_rows, int64_t parts, int64_t i) {
+  return std::min(rows, part(div_up(rows, map_rows), parts, i) * map_rows);
+}
 
 }  // namespace
 
@@ -72,8 +76,9 @@ void Network::plan_stages() {
   };
   Value& x = values_[0];
   const int64_t images = x.shape[0], wanted = div_up(kItemsPerThread * threads_, images);
-  x.sum_rows = std::min(x.shape[2], wanted);
-  add(Stage::Work::kEnter, -1, images, x.sum_rows, 1, true);
+  const int64_t entering = std::min(x.shape[2], wanted);
+  x.sum_rows = sums_by_row() ? x.shape[2] : entering;
+  add(Stage::Work::kEnter, -1, images, entering, 1, true);
   for (size_t first = 0, last; first < steps_.size(); first = last) {
     const int level = values_[steps_[first].output].level;
     for (last = first; last < steps_.size() && values_[steps_[last].output].level == level;) last++;
@@ -87,15 +92,16 @@ void Network::plan_stages() {
       const int64_t pairs = l.panels / l.groups, weights = l.panels * l.panel_bytes;
       const int64_t pixels = out.shape[2] * out.shape[3] * l.in_channels * l.stride * l.stride;
       // What is larger is split, so that each part of it is read by one thread only.
+      const int64_t most_rows = div_up(out.shape[2], kernels_.map_rows);
       int64_t panels = 1, rows = 1;
       if (weights > pixels) {
         panels = std::min(pairs, wanted);
-        rows = std::min(out.shape[2], div_up(wanted, panels));
+        rows = std::min(most_rows, div_up(wanted, panels));
       } else {
-        rows = std::min(out.shape[2], wanted);
+        rows = std::min(most_rows, wanted);
         panels = std::min(pairs, div_up(wanted, rows));
       }
-      out.sum_rows = rows;
+      out.sum_rows = sums_by_row() ? out.shape[2] : rows;
       add(Stage::Work::kConvolve, i, images, rows, panels, i == first);
     }
   }
@@ -105,6 +111,13 @@ int64_t Network::reserve(int64_t bytes) {
   const int64_t at = bytes_;
   bytes_ += div_up(bytes, kAlign) * kAlign;
   return at;
+}
+
+// Pixels in bfloat16 are whole panels: other channels than a pixel's own would be multiplied with zeros,
+// which does not make zero of infinity.
+int64_t Network::pixel_bytes(const Value& v) const {
+  return kernels_.element == Element::kByte ? div_up(v.shape[1], 4) * 4
+                                            : div_up(v.shape[1], kPanel) * kPanel * 2;
 }
 
 // Maps whose last readers' level is past are overwritten by later levels' results.
@@ -119,7 +132,7 @@ void Network::plan_memory() {
   const auto place = [&](Value& v) {
     const auto& s = v.shape;
     v.sums = reserve(images * v.sum_rows * s[1] * sizeof(int32_t));
-    v.bytes = div_up((s[2] + 2) * (s[3] + 2) * padded(s[1]) + kSlack, kAlign) * kAlign;
+    v.bytes = div_up((s[2] + 2) * (s[3] + 2) * pixel_bytes(v) + kSlack, kAlign) * kAlign;
     const int64_t whole = v.bytes * images;
     Room* best = nullptr;
     for (Room& r : rooms) {
@@ -144,14 +157,14 @@ void Network::plan_memory() {
 }
 
 Map Network::map_of(const Value& v, char* workspace, int64_t image) const {
-  const int64_t pixel = padded(v.shape[1]), row = (v.shape[3] + 2) * pixel;
+  const int64_t pixel = pixel_bytes(v), row = (v.shape[3] + 2) * pixel;
   auto* base = reinterpret_cast<uint8_t*>(workspace) + v.start + image * v.bytes + kSlack / 2;
   return {base + row + pixel, v.bytes, row, pixel};
 }
 
 class Network::Run {
  public:
-  Run(const Network& n, const float* x, float* result, char* workspace)
+  Run(const Network& n, const void* x, float* result, char* workspace)
       : n_(n), x_(x), result_(result), workspace_(workspace), patience_(n.threads_) {
     const int64_t images = n.values_[0].shape[0];
     std::fill_n(reinterpret_cast<int32_t*>(workspace + n.finite_), images, 1);
@@ -203,24 +216,31 @@ class Network::Run {
     const int64_t channels = v.shape[1], height = v.shape[2], width = v.shape[3];
     const Layer& reader = n_.steps_[0].layer;  // all readers of the map know its scale
     const Map to = n_.map_of(v, workspace_, image);
-    int32_t* sums = sums_of(v, image, chunk);
-    std::fill_n(sums, channels, 0);
+    const int64_t item_bytes =
+        n_.kernels_.element == Element::kByte ? sizeof(float) : bytes_of(Element::kBfloat16);
+    const int64_t first_row = part(height, s.rows, chunk), last_row = part(height, s.rows, chunk + 1);
+    const int64_t sum_step = n_.sums_by_row() ? channels : 0;
+    int32_t* sums = sums_of(v, image, n_.sums_by_row() ? first_row : chunk);
+    std::fill_n(sums, sum_step ? channels * (last_row - first_row) : channels, 0);
     bool finite = true;
-    for (int64_t row = part(height, s.rows, chunk); row < part(height, s.rows, chunk + 1); row++) {
+    for (int64_t row = first_row; row < last_row; row++, sums += sum_step) {
       uint8_t* line = to.base + row * to.row;
-      const float* from = x_ + (image * height + row) * width * channels;
+      const char* from =
+          static_cast<const char*>(x_) + (image * height + row) * width * channels * item_bytes;
       finite &= n_.kernels_.enter({from, line, to.pixel, static_cast<int32_t>(width),
                                    static_cast<int32_t>(channels), 1.f / reader.in_scale,
                                    static_cast<float>(reader.in_zero), sums});
       std::memset(line - to.pixel, reader.in_zero, to.pixel);
       std::memset(line + width * to.pixel, reader.in_zero, to.pixel);
       if (row == 0) std::memset(line - to.row - to.pixel, reader.in_zero, to.row);
-      if (row == height - 1) std::memset(line + to.row - to.pixel, reader.in_zero, to.row);
+      if (row == height - 1) std::memset(line + to.row - to.pixel, reader.in_zero, to.row + kReadBeyond);
     }
-    if (!finite) {
-      auto* flag = reinterpret_cast<int32_t*>(workspace_ + n_.finite_) + image;
-      __atomic_store_n(flag, 0, __ATOMIC_RELAXED);
-    }
+    if (!finite) not_finite(image);
+  }
+
+  void not_finite(int64_t image) {
+    auto* flag = reinterpret_cast<int32_t*>(workspace_ + n_.finite_) + image;
+    __atomic_store_n(flag, 0, __ATOMIC_RELAXED);
   }
 
   void gate(const Stage& s, int64_t image, int64_t chunk, float* means) {
@@ -237,7 +257,9 @@ class Network::Run {
     a.gates = gates_of(s.step, image);
     a.means = means;
     const int64_t pairs = l.panels / l.groups;
-    n_.kernels_.gate(a, part(pairs, s.panels, chunk) * l.groups, part(pairs, s.panels, chunk + 1) * l.groups);
+    const int first = part(pairs, s.panels, chunk) * l.groups,
+              last = part(pairs, s.panels, chunk + 1) * l.groups;
+    if (!n_.kernels_.gate(a, first, last)) not_finite(image);
   }
 
   void convolve(const Stage& s, int64_t image, int64_t row_chunk, int64_t panel_chunk) {
@@ -253,21 +275,26 @@ class Network::Run {
     const int64_t pairs = l.panels / l.groups, height = out.shape[2];
     const int first = part(pairs, s.panels, panel_chunk) * l.groups,
               last = part(pairs, s.panels, panel_chunk + 1) * l.groups;
-    const int first_row = part(height, s.rows, row_chunk), last_row = part(height, s.rows, row_chunk + 1);
+    const int64_t map_rows = n_.kernels_.map_rows;
+    const int first_row = row_part(height, map_rows, s.rows, row_chunk),
+              last_row = row_part(height, map_rows, s.rows, row_chunk + 1);
     if (l.last) {
       a.out_floats = result_ + image * height * out.shape[3] * out.shape[1];
     } else {
       a.out = n_.map_of(out, workspace_, image);
-      a.sums = sums_of(out, image, row_chunk);
-      const int64_t channels = out.shape[1];
-      std::fill(a.sums + std::min<int64_t>(channels, first * kPanel),
-                a.sums + std::min<int64_t>(channels, last * kPanel), 0);
+      const int64_t channels = out.shape[1], from = std::min<int64_t>(channels, first * kPanel),
+                    to = std::min<int64_t>(channels, last * kPanel);
+      int32_t* sums = sums_of(out, image, n_.sums_by_row() ? first_row : row_chunk);
+      a.sums = sums, a.sum_step = n_.sums_by_row() ? channels : 0;
+      for (int row = first_row; row < (a.sum_step ? last_row : first_row + 1); row++, sums += channels) {
+        std::fill(sums + from, sums + to, 0);
+      }
     }
     n_.kernels_.convolve(a, first_row, last_row, first, last);
   }
 
   const Network& n_;
-  const float* x_;
+  const void* x_;
   float* result_;
   char* workspace_;
   Patience patience_;
@@ -276,7 +303,7 @@ class Network::Run {
   alignas(64) std::atomic<int64_t> done_{0};
 };
 
-void Network::run(const float* x, float* result, char* workspace, RunParallel parallel) const {
+void Network::run(const void* x, float* result, char* workspace, RunParallel parallel) const {
   Run run(*this, x, result, workspace);
   parallel(threads_, [](void* context) { static_cast<Run*>(context)->work(); }, &run);
   const auto shape = result_shape();
@@ -289,4 +316,4 @@ void Network::run(const float* x, float* result, char* workspace, RunParallel pa
   }
 }
 
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

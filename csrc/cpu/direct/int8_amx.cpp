@@ -5,7 +5,7 @@
 //
 #include "epilogue.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 extern const Kernels kernels_amx;
 constinit const Kernels kernels_amx = table_of("amx", kTileQuads);
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

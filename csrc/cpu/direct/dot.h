@@ -1,20 +1,20 @@
-// Products of bytes and 8-bit weights: `rows` pixels times kPanel output channels, sums in registers.
+// Products of a map's values and weights: `rows` pixels times kPanel output channels, sums in registers.
 //
 // What an isa file defines before: PARNET_DOT_LANES (32-bit sums in a vector), PARNET_DOT_ROWS (pixels whose
 // two vectors of sums fit the registers) and dot(sum, bytes, weights), or PARNET_DOT_TILES.
 #pragma once
 #include <string.h>
 
-#include "lanes.h"
-#include "layer.h"
+#include "element.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 namespace {
 
-// The pixels of one call: the first one's first byte, and the bytes from one to the next.
+// The pixels of one call, in one or two rows of the map: the first one's first byte, and the bytes from one
+// to the next and from row to row.
 struct Pixels {
   const uint8_t* first;
-  int64_t step;
+  int64_t step, row_step;
 };
 
 #ifndef PARNET_DOT_TILES
@@ -66,9 +66,12 @@ MultiplyRows choose_rows(int rows) {
 }
 
 struct Multiplier {
-  // sums: [pixel][kPanel], added to. x: the corner of the first pixel's 3x3 window. `row`, `pixel`: bytes
-  // from one row or column of the window to the next.
-  void multiply(Pixels x, int64_t row, int64_t pixel, int quads, const int8_t* w, int count, int32_t* sums) {
+  static constexpr int kMapRows = 1;  // that one call may multiply
+
+  // `count` pixels a map's row. sums: [map row][kMaxRows][kPanel], added to. x: the corner of the first
+  // pixel's 3x3 window. `row`, `pixel`: bytes from one row or column of the window to the next.
+  void multiply(Pixels x, int /*map_rows*/, int64_t row, int64_t pixel, int quads, const int8_t* w, int count,
+                int32_t* sums) {
     const int parts = (count + PARNET_DOT_ROWS - 1) / PARNET_DOT_ROWS;
     for (int i = 0; i < parts; i++) {
       const int rows = (count + parts - 1 - i) / parts;  // as equal as they can be
@@ -82,4 +85,4 @@ struct Multiplier {
 #endif
 
 }  // namespace
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

@@ -1,18 +1,19 @@
-// Random int8 networks through every kind of int8 kernels that this processor can run: the same bytes from
-// all.
+// Random networks in int8 and bfloat16 through every kind of kernels that this processor can run: the same
+// bits from all of one element and multiple of quads, which decides what weights there are.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/int8/network.h"
+#include "../../csrc/cpu/direct/network.h"
 
 namespace {
 
-using namespace parnet::cpu::int8;
+using namespace parnet::cpu::direct;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -32,9 +33,17 @@ struct Owned {
   }
 };
 
+uint16_t bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits >> 16;
+}
+
 Owned random_layer(std::mt19937& random, Kind kind, int in_channels, int out_channels, int stride, bool last,
-                   int quad_multiple) {
+                   const Kernels& k) {
+  const bool bytes = k.element == Element::kByte;
   const auto byte = [&] { return static_cast<int8_t>(static_cast<int>(random() % 255) - 127); };
+  const auto narrow = [&] { return bfloat16((static_cast<int>(random() % 255) - 127) / 1000.f); };
   const auto small = [&] { return static_cast<float>(random() % 1000) / 100000.f; };
   Owned o;
   Layer& l = o.layer;
@@ -46,21 +55,27 @@ Owned random_layer(std::mt19937& random, Kind kind, int in_channels, int out_cha
       kind == Kind::kFusion ? in_channels / 2 : in_channels;  // even channels: groups read halves
   for (int g = 0; g < l.groups; g++) {
     for (int j = 0; j < l.inputs; j++) {
-      const int first = g * half / 4 * 4;
-      l.segments[g][j] = {first,
-                          static_cast<int32_t>(div_up(div_up(half + 3, 4), quad_multiple) * quad_multiple)};
+      const int first = g * half * bytes_of(k.element) / 4 * 4;
+      const int64_t quads = div_up(half * bytes_of(k.element) + 3, 4);
+      l.segments[g][j] = {first, static_cast<int32_t>(div_up(quads, k.quad_multiple) * k.quad_multiple)};
     }
   }
   for (int j = 0; j < l.inputs; j++) l.panel_bytes += int64_t{9} * l.segments[0][j].quads * 4 * kPanel;
   const int64_t lanes = int64_t{l.panels} * kPanel;
-  l.weight = o.array<int8_t>(l.panels * l.panel_bytes, byte);
-  l.start = o.array<int32_t>(lanes, [&] { return static_cast<int32_t>(random() % 1000); });
+  if (bytes) {
+    l.weight = o.array<int8_t>(l.panels * l.panel_bytes, byte);
+    l.start = o.array<int32_t>(lanes, [&] { return static_cast<int32_t>(random() % 1000); });
+    l.gate_weight = o.array<int8_t>(lanes * l.gate_channels, byte);
+  } else {
+    l.weight = reinterpret_cast<const int8_t*>(o.array<uint16_t>(l.panels * l.panel_bytes / 2, narrow));
+    l.start = o.array<float>(lanes, small);
+    l.gate_weight = o.array<uint16_t>(lanes * l.gate_channels, narrow);
+  }
   for (const float** f : {&l.multiplier, &l.bias, &l.skip_scale, &l.skip_shift, &l.out_scale, &l.out_shift,
                           &l.gate_multiplier, &l.gate_bias}) {
     *f = o.array<float>(lanes, small);
   }
-  l.gate_weight = o.array<int8_t>(lanes * l.gate_channels, byte);
-  l.in_scale = .02f, l.in_zero = 7, l.out_zero = 7, l.last = last;
+  l.in_scale = bytes ? .02f : 1.f, l.in_zero = l.out_zero = bytes ? 7 : 0, l.last = last;
   return o;
 }
 
@@ -73,9 +88,9 @@ void on_threads(int threads, Network::Body body, void* context) {
 }  // namespace
 
 // False if kernels of one kind give other bytes than those before.
-bool run_int8(int seeds) {
+bool run_direct(int seeds) {
   for (int seed = 0; seed < seeds; seed++) {
-    std::vector<float> expected[2];  // for each multiple of quads: it decides which weights are random
+    std::map<std::pair<Element, int>, std::vector<float>> expected;
     for (int64_t index = 0; index < count(); index++) {
       if (!supported(index)) continue;
       const Kernels& k = kernels(index);
@@ -83,11 +98,11 @@ bool run_int8(int seeds) {
       const int c = 2 * (1 + random() % 40), wide = 2 * (1 + random() % 40), height = 1 + random() % 20,
                 width = 1 + random() % 40, images = 1 + random() % 2;
       std::vector<Owned> owned;
-      owned.push_back(random_layer(random, Kind::kSkip, c, c, 1, false, k.quad_multiple));
-      owned.push_back(random_layer(random, Kind::kPlain, c, wide, 2, false, k.quad_multiple));
-      owned.push_back(random_layer(random, Kind::kPlain, c, wide, 2, false, k.quad_multiple));
-      owned.push_back(random_layer(random, Kind::kFusion, wide, c, 1, false, k.quad_multiple));
-      owned.push_back(random_layer(random, Kind::kPlain, c, wide, 2, true, k.quad_multiple));
+      owned.push_back(random_layer(random, Kind::kSkip, c, c, 1, false, k));
+      owned.push_back(random_layer(random, Kind::kPlain, c, wide, 2, false, k));
+      owned.push_back(random_layer(random, Kind::kPlain, c, wide, 2, false, k));
+      owned.push_back(random_layer(random, Kind::kFusion, wide, c, 1, false, k));
+      owned.push_back(random_layer(random, Kind::kPlain, c, wide, 2, true, k));
       const std::vector<Step> steps = {{owned[0].layer, 0, -1, 1},
                                        {owned[1].layer, 1, -1, 2},
                                        {owned[2].layer, 0, -1, 3},
@@ -96,17 +111,20 @@ bool run_int8(int seeds) {
       const Network network(steps, {images, c, height, width}, 2, k);
       std::vector<float> x(int64_t{images} * c * height * width);
       for (float& v : x) v = static_cast<float>(random() % 500) / 100.f;
+      std::vector<uint16_t> narrow;
+      for (const float v : x) narrow.push_back(bfloat16(v));
       const auto shape = network.result_shape();
       std::vector<float> y(shape[0] * shape[1] * shape[2] * shape[3]);
       const int64_t bytes = network.workspace_bytes();
       auto* workspace = static_cast<char*>(std::aligned_alloc(64, div_up(bytes, 64) * 64));
       std::memset(workspace, 0xa5, bytes);
-      network.run(x.data(), y.data(), workspace, on_threads);
+      const void* entered = k.element == Element::kByte ? static_cast<const void*>(x.data()) : narrow.data();
+      network.run(entered, y.data(), workspace, on_threads);
       std::free(workspace);
-      std::vector<float>& before = expected[k.quad_multiple > 1];
+      std::vector<float>& before = expected[{k.element, k.quad_multiple}];
       if (before.empty()) before = y;
       if (std::memcmp(before.data(), y.data(), y.size() * sizeof(float)) != 0) {
-        std::printf("int8 kernels %s: other values than kernels before (seed %d)\n", k.name, seed);
+        std::printf("kernels %s: other values than kernels before (seed %d)\n", k.name, seed);
         return false;
       }
     }

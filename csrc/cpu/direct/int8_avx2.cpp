@@ -34,7 +34,7 @@ inline __attribute__((always_inline)) void dot(Sum& sum, int32_t bytes, const We
 
 #include "epilogue.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 extern const Kernels kernels_avx2;
 constinit const Kernels kernels_avx2 = table_of("avx2", 1);
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

@@ -1,5 +1,5 @@
-// An int8 network: its layers in levels; a level's gates, then its convolutions, are items that any thread
-// may take.
+// A network in int8 or bfloat16: its layers in levels; a level's gates, then its convolutions, are items that
+// any thread may take.
 //
 // Running: threads take items in order from one counter, and start one when all items of earlier stages are
 // done. The oldest unfinished item can always run and is held by a thread that runs it: no deadlock, however
@@ -11,7 +11,7 @@
 
 #include "layer.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 
 struct Step {
   Layer layer;
@@ -20,7 +20,7 @@ struct Step {
 
 class Network {
  public:
-  // shape: N, C, H, W of the entered map, channels_last floats. Throws std::runtime_error if steps and shape
+  // shape: N, C, H, W of the entered map, channels_last. Throws std::runtime_error if steps and shape
   // do not fit each other.
   Network(std::vector<Step> steps, const std::array<int64_t, 4>& shape, int threads, const Kernels&);
 
@@ -29,9 +29,9 @@ class Network {
 
   using Body = void (*)(void* context);
   using RunParallel = void (*)(int threads, Body, void* context);
-  // x: the entered map; result: [image][row][pixel][channel] floats, NaN for images with values that are not
-  // finite.
-  void run(const float* x, float* result, char* workspace, RunParallel) const;
+  // x: the entered map, floats or bfloat16 as the kernels want it; result: [image][row][pixel][channel]
+  // floats, NaN for images with values that are not finite in x or, in bfloat16, in any map but the last.
+  void run(const void* x, float* result, char* workspace, RunParallel) const;
 
  private:
   struct Value {
@@ -53,6 +53,9 @@ class Network {
   void plan_stages();
   void plan_memory();
   int64_t reserve(int64_t bytes);
+  int64_t pixel_bytes(const Value&) const;
+  // Sums of bytes are exact, so an item adds up its rows; sums in bfloat16 must not depend on the items.
+  bool sums_by_row() const { return kernels_.element == Element::kBfloat16; }
   Map map_of(const Value&, char* workspace, int64_t image) const;
 
   std::vector<Step> steps_;  // by level
@@ -65,4 +68,4 @@ class Network {
   int64_t bytes_ = 0, items_ = 0, means_ = 0, means_bytes_ = 0, finite_ = 0;
 };
 
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

@@ -1,4 +1,5 @@
-// Binds int8 networks to the operators of schemas.inc: packed bytes to layers, torch's threads.
+// Binds networks in int8 and bfloat16 to the operators of schemas.inc: packed bytes to layers, torch's
+// threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,13 +10,13 @@
 
 namespace {
 
-using namespace parnet::cpu::int8;
+using namespace parnet::cpu::direct;
 using torch::headeronly::MemoryFormat, torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The columns of a row of `program`: parnet_kernels/cpu/int8.py writes them in this order.
+// The columns of a row of `program`: parnet_kernels/cpu/direct.py writes them in this order.
 struct Row {
   int64_t kind, activation, stride, input, other, output, in_channels, out_channels, last, in_zero, out_zero,
       in_scale;
@@ -67,12 +68,14 @@ Step step_of(const Row& r, const Packed& packed, const Kernels& k) {
   l.gate_channels = r.in_channels;  // a group of a fusion reads half of each of two inputs
   // A fusion interleaves its inputs: channel 2*c + j is channel c of input j. Group g reads from
   // g*in_channels on.
+  const int64_t in_quad = 4 / bytes_of(k.element);
   for (int g = 0; g < l.groups; g++) {
     for (int j = 0; j < l.inputs; j++) {
       const int64_t c0 = div_up(g * r.in_channels - j * (l.inputs - 1), l.inputs),
-                    c1 = div_up((g + 1) * r.in_channels - j * (l.inputs - 1), l.inputs), first = c0 / 4 * 4;
-      const int64_t quads = div_up(div_up(c1 - first, 4), k.quad_multiple) * k.quad_multiple;
-      l.segments[g][j] = {static_cast<int32_t>(first), static_cast<int32_t>(quads)};
+                    c1 = div_up((g + 1) * r.in_channels - j * (l.inputs - 1), l.inputs),
+                    first = c0 / in_quad * in_quad;
+      const int64_t quads = div_up(div_up(c1 - first, in_quad), k.quad_multiple) * k.quad_multiple;
+      l.segments[g][j] = {static_cast<int32_t>(first * bytes_of(k.element)), static_cast<int32_t>(quads)};
     }
   }
   // Both groups have as many, so that panels are of one size.
@@ -92,7 +95,10 @@ Step step_of(const Row& r, const Packed& packed, const Kernels& k) {
   }
   l.out_scale = packed.at<float>(r.out_scale, lanes);
   l.out_shift = packed.at<float>(r.out_shift, lanes);
-  l.gate_weight = packed.at<int8_t>(r.gate_weight, lanes * l.gate_channels);
+  const int64_t gate_weights = lanes * l.gate_channels;
+  l.gate_weight = k.element == Element::kByte
+                      ? static_cast<const void*>(packed.at<int8_t>(r.gate_weight, gate_weights))
+                      : packed.at<uint16_t>(r.gate_weight, gate_weights);
   l.gate_multiplier = packed.at<float>(r.gate_multiplier, lanes);
   l.gate_bias = packed.at<float>(r.gate_bias, lanes);
   l.in_scale = *packed.at<float>(r.in_scale, 1);
@@ -125,8 +131,10 @@ int64_t workspace_bytes(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor
 
 Tensor run(const Tensor& x, const Tensor& packed, const Tensor& program, int64_t index,
            const Tensor& workspace) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float,
-                  "`x` must be a float32 CPU tensor [N, C, H, W]");
+  const bool bytes = kernels(index).element == Element::kByte;
+  STD_TORCH_CHECK(
+      x.is_cpu() && x.dim() == 4 && x.scalar_type() == (bytes ? ScalarType::Float : ScalarType::BFloat16),
+      "`x` must be a ", bytes ? "float32" : "bfloat16", " CPU tensor [N, C, H, W]");
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t strides[] = {h * w * c, 1, w * c, c};
   for (int i = 0; i < 4; i++) {
@@ -140,7 +148,7 @@ Tensor run(const Tensor& x, const Tensor& packed, const Tensor& program, int64_t
   const auto shape = network.result_shape();
   Tensor result = torch::stable::empty({shape[0], shape[1], shape[2], shape[3]}, ScalarType::Float,
                                        std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
-  network.run(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(result.mutable_data_ptr()),
+  network.run(x.const_data_ptr(), static_cast<float*>(result.mutable_data_ptr()),
               static_cast<char*>(workspace.mutable_data_ptr()),
               [](int threads, Network::Body body, void* context) {
                 torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
@@ -148,10 +156,10 @@ Tensor run(const Tensor& x, const Tensor& packed, const Tensor& program, int64_t
   return result;
 }
 
-// The number of the best kernels (-1: none is worth it), then for each 1 if this processor can run them, and
-// their multiple of quads.
+// The numbers of the best kernels of bytes and of bfloat16 (-1: none is worth it), then for each 1 if this
+// processor can run them, and their multiple of quads.
 std::vector<int64_t> info() {
-  std::vector<int64_t> result = {best()};
+  std::vector<int64_t> result = {best(Element::kByte), best(Element::kBfloat16)};
   for (int64_t i = 0; i < count(); i++) {
     result.push_back(supported(i));
     result.push_back(supported(i) ? kernels(i).quad_multiple : 0);
@@ -161,9 +169,9 @@ std::vector<int64_t> info() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) { m.impl("_cpu_int8_network", TORCH_BOX(&run)); }
+STABLE_TORCH_LIBRARY_IMPL(parnet, CPU, m) { m.impl("_cpu_direct_network", TORCH_BOX(&run)); }
 
 STABLE_TORCH_LIBRARY_IMPL(parnet, CompositeExplicitAutograd, m) {
-  m.impl("_cpu_int8_workspace", TORCH_BOX(&workspace_bytes));
-  m.impl("_cpu_int8_info", TORCH_BOX(&info));
+  m.impl("_cpu_direct_workspace", TORCH_BOX(&workspace_bytes));
+  m.impl("_cpu_direct_info", TORCH_BOX(&info));
 }

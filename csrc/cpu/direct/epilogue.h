@@ -1,10 +1,10 @@
-// What surrounds the products: the gate, and the way from sums of products to the next layer's bytes. Float
+// What surrounds the products: the gate, and the way from sums of products to the next layer's map. Float
 // operations on 16 lanes whatever the instruction set, each rounded alone (-ffp-contract=off), so that every
 // instruction set gives the same bytes.
 #pragma once
 #include "dot.h"
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 namespace {
 
 // 1 + 2^t with t = -x/ln 2: 2^round(t) goes into the exponent bits, a polynomial does the rest.
@@ -23,33 +23,28 @@ PARNET_INLINE Floats one_plus_exp_minus(Floats x) {
 PARNET_INLINE Floats activate(Floats x, Activation activation) {
   return activation == Activation::kSiLU ? x / one_plus_exp_minus(x) : most(x, Floats{});
 }
-// Rounded to even, limited to 0...255, as integers.
-PARNET_INLINE Ints to_byte(Floats x) {
-  const Floats limited = most(least(x, splat(255.f)), Floats{});
-  return (Ints)(limited + 12582912.f) & 0xff;
-}
-
 // Sums of a group's weights times the channel means.
-void gate(const GateArgs& a, int first, int last) {
+bool gate(const GateArgs& a, int first, int last) {
   const Layer& l = *a.layer;
+  bool finite = true;
   // Means of the whole inputs, in the order in which a group reads them.
   float* means = a.means;
   for (int j = 0; j < l.inputs; j++) {
     for (int c = 0; c < a.channels[j]; c++) {
-      int64_t total = 0;
-      for (int r = 0; r < a.sum_rows[j]; r++) total += a.sums[j][int64_t{r} * a.channels[j] + c];
+      const auto* sums = static_cast<const ProductSum*>(a.sums[j]) + c;
+      Total total = 0;
+      for (int r = 0; r < a.sum_rows[j]; r++, sums += a.channels[j]) total += *sums;
       const float mean = static_cast<float>(total) / static_cast<float>(a.pixels);
+      finite &= mean - mean == 0.f;
       means[c * l.inputs + j] = l.in_scale * (mean - static_cast<float>(l.in_zero));
     }
   }
   for (int k = first; k < last; k++) {
     const float* mean = means + k % l.groups * l.gate_channels;
-    const int8_t* w = l.gate_weight + int64_t{k} * l.gate_channels * kPanel;
+    const Factor* w = static_cast<const Factor*>(l.gate_weight) + int64_t{k} * l.gate_channels * kPanel;
     Floats total[2] = {};
     for (int c = 0; c < l.gate_channels; c++, w += kPanel) {
-      PARNET_UNROLL for (int i = 0; i < 2; i++) {
-        total[i] = total[i] + mean[c] * to_floats(widen(w + i * kLanes));
-      }
+      PARNET_UNROLL for (int i = 0; i < 2; i++) { total[i] = total[i] + mean[c] * values_of(w + i * kLanes); }
     }
     PARNET_UNROLL for (int i = 0; i < 2; i++) {
       const int from = k * kPanel + i * kLanes;
@@ -66,12 +61,14 @@ void gate(const GateArgs& a, int first, int last) {
       }
     }
   }
+  return finite;
 }
 
-// One panel of one run of pixels: sums of products to bytes (as integers) or, for the last layer, to floats.
+// One panel of one run of pixels: sums of products to what the map will hold or, for the last layer, to
+// floats.
 template <Activation A, bool Skip, bool Last>
-PARNET_INLINE void finish(const ConvArgs& a, int panel, const uint8_t* skip, int64_t skip_step, int32_t* sums,
-                          int rows) {
+PARNET_INLINE void finish(const ConvArgs& a, int panel, const uint8_t* skip, int64_t skip_step,
+                          ProductSum* sums, int rows) {
   const Layer& l = *a.layer;
   PARNET_UNROLL for (int i = 0; i < 2; i++) {
     const int lane = panel * kPanel + i * kLanes;
@@ -80,20 +77,21 @@ PARNET_INLINE void finish(const ConvArgs& a, int panel, const uint8_t* skip, int
     const Floats skip_scale = Skip ? load_floats(a.gates.skip + lane) : Floats{};
     const Floats scale = load_floats(l.out_scale + lane), shift = load_floats(l.out_shift + lane);
     for (int r = 0; r < rows; r++) {
-      int32_t* sum = sums + r * kPanel + i * kLanes;
-      Floats y = to_floats(load<Ints>(sum)) * multiplier + offset;
+      ProductSum* sum = sums + r * kPanel + i * kLanes;
+      Floats y = values_of(load<Sums>(sum)) * multiplier + offset;
       if (Skip) {
-        y = y + to_floats(widen(skip + r * skip_step + i * kLanes)) * skip_scale;
+        const auto* x = reinterpret_cast<const Item*>(skip + r * skip_step) + i * kLanes;
+        y = y + values_of(x) * skip_scale;
       }
       y = activate(y, A) * scale + shift;
-      store(sum, Last ? (Ints)y : to_byte(y));
+      store(sum, Last ? (Sums)y : rounded(y));
     }
   }
 }
 
 // The lanes of one panel, or of the two panels of a pair of groups alternately, to memory, and their sums.
-PARNET_INLINE void leave(const ConvArgs& a, const int32_t* const* values, int groups, int channel, int rows,
-                         int row, int col) {
+PARNET_INLINE void leave(const ConvArgs& a, const ProductSum* const* values, int groups, int channel,
+                         int rows, int row, int col, ProductSum* sums) {
   const Layer& l = *a.layer;
   const int count = l.out_channels - channel < groups * kPanel ? l.out_channels - channel : groups * kPanel;
   if (l.last) {
@@ -107,34 +105,41 @@ PARNET_INLINE void leave(const ConvArgs& a, const int32_t* const* values, int gr
     }
     return;
   }
-  uint8_t* to = a.out.base + row * a.out.row + col * a.out.pixel + channel;
-  Ints totals[2][2] = {};
+  const int written = kWholePanels ? (count + kPanel - 1) / kPanel * kPanel : count;
+  uint8_t* to = a.out.base + row * a.out.row + col * a.out.pixel + channel * sizeof(Item);
+  Sums totals[2][2] = {};
   for (int r = 0; r < rows; r++, to += a.out.pixel) {
-    Bytes bytes[2][2];
+    Items items[2][2];
     for (int g = 0; g < groups; g++) {
       PARNET_UNROLL for (int i = 0; i < 2; i++) {
-        const Ints q = load<Ints>(values[g] + r * kPanel + i * kLanes);
+        const Sums q = load<Sums>(values[g] + r * kPanel + i * kLanes);
         totals[g][i] += q;
-        bytes[g][i] = narrow(q);
+        items[g][i] = narrow(q);
       }
     }
-    uint8_t made[2 * kPanel];
+    Item made[2 * kPanel];
     PARNET_UNROLL for (int i = 0; i < 2; i++) {
       if (groups == 1) {
-        store(made + i * kLanes, bytes[0][i]);
+        store(made + i * kLanes, items[0][i]);
       } else {
-        store(made + 2 * i * kLanes, alternate_low(bytes[0][i], bytes[1][i]));
-        store(made + (2 * i + 1) * kLanes, alternate_high(bytes[0][i], bytes[1][i]));
+        store(made + 2 * i * kLanes, alternate_low(items[0][i], items[1][i]));
+        store(made + (2 * i + 1) * kLanes, alternate_high(items[0][i], items[1][i]));
       }
     }
-    for (int c = 0; c < count; c += kPanel) copy(to + c, made + c, count - c < kPanel ? count - c : kPanel);
+    for (int c = 0; c < written; c += kPanel) {
+      if (kWholePanels) {
+        memcpy(to + c * sizeof(Item), made + c, kPanel * sizeof(Item));
+      } else {
+        copy(to + c, reinterpret_cast<uint8_t*>(made + c), count - c < kPanel ? count - c : kPanel);
+      }
+    }
   }
-  int32_t* sums = a.sums + channel;
+  sums += channel;
   if (groups == 1 && count == kPanel) {
-    for (int i = 0; i < 2; i++) store(sums + i * kLanes, load<Ints>(sums + i * kLanes) + totals[0][i]);
+    for (int i = 0; i < 2; i++) store(sums + i * kLanes, load<Sums>(sums + i * kLanes) + totals[0][i]);
     return;
   }
-  int32_t lanes[2][kPanel];
+  ProductSum lanes[2][kPanel];
   memcpy(lanes, totals, sizeof(lanes));
   for (int c = 0; c < count; c++) sums[c] += lanes[c % groups][c / groups];
 }
@@ -147,7 +152,7 @@ PARNET_INLINE void pad(const ConvArgs& a, int row) {
   memset(line + a.out_cols * m.pixel, a.layer->out_zero, m.pixel);
   const int64_t whole = (a.out_cols + 2) * m.pixel;
   if (row == 0) memset(line - m.row - m.pixel, a.layer->out_zero, whole);
-  if (row == a.out_rows - 1) memset(line + m.row - m.pixel, a.layer->out_zero, whole);
+  if (row == a.out_rows - 1) memset(line + m.row - m.pixel, a.layer->out_zero, whole + kReadBeyond);
 }
 
 template <Activation A, bool Skip, bool Last>
@@ -155,33 +160,43 @@ void convolve_rows(const ConvArgs& a, int first_row, int last_row, int first, in
   const Layer& l = *a.layer;
   const int runs = (a.out_cols + kMaxRows - 1) / kMaxRows;
   Multiplier multiplier;
-  alignas(64) int32_t sums[2][kMaxRows * kPanel];
+  alignas(64) ProductSum sums[2][Multiplier::kMapRows][kMaxRows * kPanel];
   for (int k = first; k < last; k += l.groups) {
-    for (int row = first_row; row < last_row; row++) {
+    for (int row = first_row; row < last_row; row += Multiplier::kMapRows) {
+      const int map_rows = last_row - row < Multiplier::kMapRows ? last_row - row : Multiplier::kMapRows;
       for (int i = 0, col = 0; i < runs; i++) {
-        const int rows = (a.out_cols - col + runs - 1 - i) / (runs - i);
+        const int count = (a.out_cols - col + runs - 1 - i) / (runs - i);
         for (int g = 0; g < l.groups; g++) {
-          const int32_t* start = l.start + (k + g) * kPanel;
-          for (int r = 0; r < rows; r++) memcpy(sums[g] + r * kPanel, start, 4 * kPanel);
+          const auto* start = static_cast<const ProductSum*>(l.start) + (k + g) * kPanel;
+          for (int m = 0; m < map_rows; m++) {
+            for (int r = 0; r < count; r++) memcpy(sums[g][m] + r * kPanel, start, 4 * kPanel);
+          }
           const int8_t* w = l.weight + (k + g) * l.panel_bytes;
           for (int j = 0; j < l.inputs; j++) {
             const Map& in = a.in[j];
             const Segment& s = l.segments[g][j];
             const uint8_t* corner =
                 in.base + (l.stride * row - 1) * in.row + (l.stride * col - 1) * in.pixel + s.first;
-            multiplier.multiply({corner, l.stride * in.pixel}, in.row, in.pixel, s.quads, w, rows, sums[g]);
+            multiplier.multiply({corner, l.stride * in.pixel, l.stride * in.row}, map_rows, in.row, in.pixel,
+                                s.quads, w, count, sums[g][0]);
             w += int64_t{9} * s.quads * 4 * kPanel;
           }
-          const uint8_t* skip = a.in[0].base + row * a.in[0].row + col * a.in[0].pixel + k * kPanel;
-          finish<A, Skip, Last>(a, k + g, skip, a.in[0].pixel, sums[g], rows);
+          const uint8_t* skip =
+              a.in[0].base + row * a.in[0].row + col * a.in[0].pixel + k * kPanel * sizeof(Item);
+          for (int m = 0; m < map_rows; m++, skip += a.in[0].row) {
+            finish<A, Skip, Last>(a, k + g, skip, a.in[0].pixel, sums[g][m], count);
+          }
         }
-        const int32_t* values[2] = {sums[0], sums[1]};
-        if (l.groups == 1) {
-          leave(a, values, 1, k * kPanel, rows, row, col);
-        } else {
-          leave(a, values, 2, k * kPanel, rows, row, col);
+        for (int m = 0; m < map_rows; m++) {
+          const ProductSum* values[2] = {sums[0][m], sums[1][m]};
+          auto* row_sums = static_cast<ProductSum*>(a.sums) + (row + m - first_row) * a.sum_step;
+          if (l.groups == 1) {
+            leave(a, values, 1, k * kPanel, count, row + m, col, row_sums);
+          } else {
+            leave(a, values, 2, k * kPanel, count, row + m, col, row_sums);
+          }
         }
-        col += rows;
+        col += count;
       }
     }
   }
@@ -203,34 +218,60 @@ void convolve(const ConvArgs& a, int first_row, int last_row, int first, int las
   run(a, first_row, last_row, first, last);
 }
 
+#ifdef PARNET_BFLOAT16
+bool enter(const EnterArgs& a) {
+  auto* sums = static_cast<float*>(a.sums);
+  for (int i = 0; i < a.pixels; i++) {
+    const auto* from = static_cast<const uint16_t*>(a.from) + int64_t{i} * a.channels;
+    auto* to = reinterpret_cast<uint16_t*>(a.to + i * a.pixel);
+    int c = 0;
+    for (; c + kLanes <= a.channels; c += kLanes) {
+      store(to + c, load<Items>(from + c));
+      store(sums + c, load_floats(sums + c) + values_of(from + c));
+    }
+    uint16_t rest[kLanes] = {};
+    memcpy(rest, from + c, (a.channels - c) * sizeof(Item));
+    const Floats values = values_of(rest);
+    for (int lane = 0; c + lane < a.channels; lane++) sums[c + lane] += values[lane];
+    for (const int64_t whole = a.pixel / sizeof(Item); c < whole; c += kLanes) {
+      store(to + c, load<Items>(rest));
+      memset(rest, 0, sizeof(rest));
+    }
+  }
+  return true;  // the gate looks at the sums
+}
+#else
 bool enter(const EnterArgs& a) {
   bool finite = true;
+  auto* sums = static_cast<int32_t*>(a.sums);
   for (int i = 0; i < a.pixels; i++) {
-    const float* from = a.from + int64_t{i} * a.channels;
+    const float* from = static_cast<const float*>(a.from) + int64_t{i} * a.channels;
     uint8_t* to = a.to + i * a.pixel;
     int c = 0;
     Ints odd = {};
     for (; c + kLanes <= a.channels; c += kLanes) {
       const Floats x = load_floats(from + c);
       odd |= (x - x == 0.f) ^ -1;
-      const Ints q = to_byte(x * a.inverse_scale + a.zero);
+      const Ints q = rounded(x * a.inverse_scale + a.zero);
       store(to + c, narrow(q));
-      store(a.sums + c, load<Ints>(a.sums + c) + q);
+      store(sums + c, load<Ints>(sums + c) + q);
     }
     for (int lane = 0; lane < kLanes; lane++) finite &= !odd[lane];
     for (; c < a.channels; c++) {
       finite &= from[c] - from[c] == 0.f;
-      const int32_t q = to_byte(splat(from[c] * a.inverse_scale + a.zero))[0];
+      const int32_t q = rounded(splat(from[c] * a.inverse_scale + a.zero))[0];
       to[c] = static_cast<uint8_t>(q);
-      a.sums[c] += q;
+      sums[c] += q;
     }
   }
   return finite;
 }
 
+#endif
+
 constexpr Kernels table_of(const char* name, int quad_multiple) {
-  return {name, quad_multiple, convolve, gate, enter};
+  return {name, kElement, quad_multiple, Multiplier::kMapRows, convolve, gate, enter};
 }
 
 }  // namespace
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

@@ -1,4 +1,4 @@
-// Which int8 kernels run.
+// Which kernels of int8 and bfloat16 networks run.
 #include <iterator>
 #include <stdexcept>
 #include <string>
@@ -11,11 +11,11 @@
 #include <unistd.h>
 #endif
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 
-extern const Kernels kernels_portable, kernels_tiles;
+extern const Kernels kernels_portable, kernels_tiles, kernels_bf16_tiles;
 #ifdef __x86_64__
-extern const Kernels kernels_avx2, kernels_avx_vnni, kernels_avx512_vnni, kernels_amx;
+extern const Kernels kernels_avx2, kernels_avx_vnni, kernels_avx512_vnni, kernels_amx, kernels_bf16_amx;
 #endif
 
 namespace {
@@ -44,21 +44,23 @@ bool may_use_tiles() {
 }
 #endif
 
-// Best last. The order is that of KERNELS in parnet_kernels/cpu/int8.py.
+// Best last. The order is that of KERNELS in parnet_kernels/cpu/direct.py.
 const Level* levels(int64_t* count) {
 #ifdef __x86_64__
   static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"),
                     vnni = avx512 && __builtin_cpu_supports("avx512vnni"),
                     avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-                    avx_vnni = avx2 && has(1, 0, 4),
-                    amx = avx512 && has(0, 3, 24) && has(0, 3, 25) && may_use_tiles();
+                    avx_vnni = avx2 && has(1, 0, 4), tiles = avx512 && has(0, 3, 24) && may_use_tiles(),
+                    amx = tiles && has(0, 3, 25), amx_bf16 = tiles && has(0, 3, 22);
 #endif
   static const Level all[] = {
-      {&kernels_portable, true, false},   {&kernels_tiles, true, false},
+      {&kernels_portable, true, false},    {&kernels_tiles, true, false},
+      {&kernels_bf16_tiles, true, false},
 #ifdef __x86_64__
-      {&kernels_avx2, avx2, false},       {&kernels_avx_vnni, avx_vnni, true},
-      {&kernels_avx512_vnni, vnni, true}, {&kernels_amx, amx, true},
+      {&kernels_avx2, avx2, false},        {&kernels_avx_vnni, avx_vnni, true},
+      {&kernels_avx512_vnni, vnni, true},  {&kernels_amx, amx, true},
+      {&kernels_bf16_amx, amx_bf16, true},
 #endif
   };
   *count = std::size(all);
@@ -83,19 +85,18 @@ const Kernels& kernels(int64_t index) {
   int64_t n;
   const Level* all = levels(&n);
   if (!supported(index)) {
-    throw std::runtime_error("int8 kernels number " + std::to_string(index) +
-                             " cannot run on this processor");
+    throw std::runtime_error("kernels number " + std::to_string(index) + " cannot run on this processor");
   }
   return *all[index].kernels;
 }
 
-int64_t best() {
+int64_t best(Element element) {
   int64_t n, found = -1;
   const Level* all = levels(&n);
   for (int64_t i = 0; i < n; i++) {
-    if (all[i].supported && all[i].chosen) found = i;
+    if (all[i].supported && all[i].chosen && all[i].kernels->element == element) found = i;
   }
   return found;
 }
 
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct

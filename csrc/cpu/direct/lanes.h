@@ -11,7 +11,7 @@
 #define PARNET_INLINE inline __attribute__((always_inline))
 #define PARNET_UNROLL _Pragma("GCC unroll 16")
 
-namespace parnet::cpu::int8 {
+namespace parnet::cpu::direct {
 namespace {
 
 constexpr int kLanes = 16;
@@ -79,14 +79,6 @@ PARNET_INLINE Bytes narrow(Ints x) {
 }
 #endif
 
-// Bytes of two vectors alternately: their first halves, or their second ones.
-PARNET_INLINE Bytes alternate_low(Bytes a, Bytes b) {
-  return __builtin_shuffle(a, b, Bytes{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-}
-PARNET_INLINE Bytes alternate_high(Bytes a, Bytes b) {
-  return __builtin_shuffle(a, b, Bytes{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-}
-
 template <class T>
 PARNET_INLINE void copy_ends(uint8_t* to, const uint8_t* from, int count) {
   const T first = load<T>(from), last = load<T>(from + count - sizeof(T));
@@ -102,4 +94,4 @@ PARNET_INLINE void copy(uint8_t* to, const uint8_t* from, int count) {
 }
 
 }  // namespace
-}  // namespace parnet::cpu::int8
+}  // namespace parnet::cpu::direct
