@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 from parnet_kernels.locks import Lock
 
@@ -92,11 +93,14 @@ def _globals(path: Path) -> set[str]:
 
 
 def _named(file: BinaryIO | io.BytesIO) -> set[str]:
+    """What a pickle asks for, by the names that torch.load gives them: `__builtin__` is Python 2's `builtins`."""
     found = set()
     try:
         for code, argument, _ in pickletools.genops(file):
             if code.name == "GLOBAL":
-                found.add(str(argument).replace(" ", "."))
+                module, _, name = str(argument).partition(" ")
+                module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                found.add(f"{module}.{name}")
     except ValueError:  # what torch.load makes of the rest is its matter
         pass
     return found
