@@ -10,6 +10,7 @@
     python -m bench int8                    int8 and bfloat16 networks: see "How it measures"
     python -m bench ablation                what ParNet's parts are worth: see bench/ablation.py
     python -m bench gpu                     on a GPU: see bench/gpu/__init__.py
+    python -m bench convolutions --write    on a GPU: which convolutions training takes, see bench/gpu/convolutions.py
     pip install -e '.[peers]'               the other engines; a missing one is reported
 
 `cpu`, `int8` and `gpu` write results.csv, results.json, results.md and plots to out/bench/<time>. Tables have

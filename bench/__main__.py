@@ -338,6 +338,37 @@ def gpu(
 
 
 @app.command()
+def convolutions(
+    variants: Variants = "s",
+    batch: Batch = "64,256",
+    dtypes: Annotated[str, typer.Option(help="of fp16,bf16,tf32,fp32")] = "fp16,bf16,tf32",
+    size: Size = 224,
+    rounds: Rounds = 3,
+    minutes: Minutes = 10,
+    write: Annotated[
+        bool, typer.Option("--write", help="add the choices to the table that training reads on this model of GPU")
+    ] = False,
+    out: Out = None,
+) -> None:
+    """The convolutions of training steps on a CUDA device, the library's beside ours: which to take.
+
+    Both are compared with each other first. See bench/gpu/convolutions.py.
+    """
+    from bench.gpu import convolutions as what
+    from bench.gpu.tasks import DTYPES
+
+    request = what.Request(
+        _list("--variants", variants, list(VARIANTS)),
+        _numbers("--batch", batch),
+        size,
+        _list("--dtypes", dtypes, list(DTYPES)),
+        rounds,
+        minutes,
+    )
+    raise typer.Exit(what.main(request, _folder(out), write, Console()))
+
+
+@app.command()
 def profile(
     variants: Variants = "s,m",
     batch: Batch = "1,8",

@@ -20,5 +20,5 @@ How it measures
 
 The files: `timing` (events, cache, graphs; the one part that needs a device), `tasks` (what is run and what is right),
 `engines`, `tensorrt`, `measure` (order and statistics), `levels` (each launch of ours beside its modelled time),
-`main`. Workloads, tables and plots are those of the CPU's benchmark.
+`main`; `convolutions` is a command of its own. Workloads, tables and plots are those of the CPU's benchmark.
 """

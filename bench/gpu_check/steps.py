@@ -68,6 +68,11 @@ def _training(folder: Path) -> list[str]:
     return [*BENCH, *arguments, "--out", str(folder / "training")]
 
 
+def _convolutions(folder: Path) -> list[str]:
+    formats = ["--variants", "s", "--batch", "64", "--dtypes", "fp16", "--rounds", "2", "--minutes", "0.1"]
+    return [PYTHON, "-m", "bench", "convolutions", *formats, "--out", str(folder / "convolutions")]
+
+
 def _levels(folder: Path) -> list[str]:
     return _bench(folder / "levels", "--suite", "levels", "--batch", "1", "--dtypes", "fp16")
 
@@ -101,6 +106,7 @@ def on_gpu(facts: Facts, folder: Path) -> list[Step]:
         Step("levels", _levels(folder), 25, {}, benchmark, "build"),
         Step("networks", _networks(folder), 80, {}, benchmark, "build"),
         Step("training step", _training(folder), 35, {}, benchmark, "build"),
+        Step("convolutions", _convolutions(folder), 15, {}, benchmark, "build"),
         Step("tests", tests, 100, {}, no_pytest, "build"),
         Step("profile", [*ncu, *_network("s", "--profiled")], 25, {}, no["ncu"], "build"),
         *(
@@ -125,6 +131,7 @@ def rehearsed(facts: Facts, folder: Path) -> list[Step]:
         "levels": _levels,
         "networks": _networks,
         "training step": _training,
+        "convolutions": _convolutions,
     }
     return [
         Step("build", [facts.nvcc or "nvcc", *flags], 140, {}, no_nvcc),

@@ -47,6 +47,7 @@ from parnet_kernels.cpu import direct
 from parnet_kernels.cpu.network import products_of_16_bits
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.model import ParNet
+from parnet_kernels.triton import convolution_table, policy
 
 app = typer.Typer(
     help="ParNet (Non-deep Networks) with fused kernels.",
@@ -76,8 +77,15 @@ def installation() -> dict[str, Any]:
             "int8": direct.why_not() or direct.KERNELS[direct.choose(None)],
             "float16, bfloat16": products_of_16_bits(),
         },
+        "training_convolutions": _convolutions(),
         "cuda_library": _native.cuda_error or f"built for sm_{', sm_'.join(_native.cuda_architectures())}",
     }
+
+
+def _convolutions() -> str | dict[str, str]:
+    """For each GPU, what is known of the convolutions that training takes there."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    return {f"cuda:{i}": convolution_table.told(policy.model(torch.device("cuda", i))) for i in devices} or "no GPU"
 
 
 def _choice(call: str) -> dict[str, Any]:

@@ -5,9 +5,6 @@ All maps are channels_last. Ours are the implicit GEMMs of `conv_fwd` and `conv_
 
 from __future__ import annotations
 
-import functools
-import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,9 +16,11 @@ from torch import Tensor
 from parnet_kernels.precision import current_precision
 from parnet_kernels.training import as_pixels
 from parnet_kernels.triton import conv_bwd, conv_fwd, layers, policy
+from parnet_kernels.triton.convolution_table import LIBRARY, OWN, measured
 from parnet_kernels.triton.pack import Map, Slices, pack_map, pack_weight
 
-LIBRARY, OWN = "library", "own"
+#: What is made: the result, the gradient of its input, that of its weight.
+FORWARD, OF_INPUT, OF_WEIGHT = ROLES = ("forward", "input gradient", "weight gradient")
 
 
 class Choice(NamedTuple):
@@ -46,34 +45,21 @@ def forced(which: str) -> Iterator[None]:
 
 
 def key(role: str, x: Tensor, weight: Tensor, stride: int) -> str:
-    """Of the measured table. Pixels count by powers of two, so that it serves neighbouring batch sizes."""
+    """Of the measured table. Pixels count by powers of two, so that it serves neighbouring batch sizes; float32 counts
+    by its products, as PyTorch is set.
+    """
     pixels = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-    return f"{role}/{str(x.dtype)[6:]}/{pixels.bit_length()}/{weight.shape[1]}x{weight.shape[0]}/{stride}"
-
-
-@functools.cache
-def measured(model: str) -> dict[str, str]:
-    """{`key`: LIBRARY or OWN} of convolutions-MODEL.json, beside `policy.table_path`; or nothing."""
-    path = policy.table_path(model)
-    path = path.with_name(path.name.replace("triton-", "convolutions-", 1))
-    try:
-        table: dict[str, str] = json.loads(path.read_text())
-        if not set(table.values()) <= {LIBRARY, OWN}:
-            raise ValueError(f"its values must be {LIBRARY!r} or {OWN!r}")
-        return table
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        warnings.warn(f"parnet_kernels: ignoring the table {path}: {error}", stacklevel=2)
-        return {}
+    numbers = str(x.dtype)[6:] + (f" {current_precision()}" if x.dtype == torch.float32 else "")
+    return f"{role}/{numbers}/{pixels.bit_length()}/{weight.shape[1]}x{weight.shape[0]}/{stride}"
 
 
 def choose(role: str, x: Tensor, weight: Tensor, stride: int, groups: int) -> Choice:
-    """The convolution for the forward pass or the "gradients" of a layer.
+    """The convolution for a role of a layer, and why.
 
     By arithmetic, ours take 3.8 ms where the library takes 2.0 (192 channels, 28 × 28, batch 256, A100, forward and
     backward, elementwise passes included), and come near it on L4 and RTX 4090: index arithmetic fills the issue slots,
-    and tiles of 128 columns are 75 % full. Nothing was timed on a GPU; a table of measurements goes before this.
+    and tiles of 128 columns are 75 % full. Nothing was timed on a GPU; a table of measurements
+    (`convolution_table`) goes before this.
     """
     if weight.shape[2] != 3 or groups != 1:
         return Choice(LIBRARY, "ours are 3×3 in one group")
@@ -86,7 +72,7 @@ def choose(role: str, x: Tensor, weight: Tensor, stride: int, groups: int) -> Ch
 
 def forward(x: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor:
     """conv(x; weight, padding that keeps the size) [N, K, OH, OW]."""
-    if choose("forward", x, weight, stride, groups).which == OWN:
+    if choose(FORWARD, x, weight, stride, groups).which == OWN:
         c = _convolution(x, weight, stride)
         out = torch.empty(c.images, *c.size, c.k, dtype=x.dtype, device=x.device)
         conv_fwd.convolution(c, conv_fwd.Epilogue(), layers.plan_of(c, current_precision()), out)
@@ -100,12 +86,16 @@ def gradients(
     """Of x and of the weight, from that of the result."""
     if not (need_x or need_weight):
         return None, None
-    if choose("gradients", x, weight, stride, groups).which == OWN:
-        return _own_gradients(d, x, weight, stride, need_x, need_weight)
-    padding, masks = [weight.shape[2] // 2] * 2, [need_x, need_weight, False]
-    settings = [stride] * 2, padding, [1, 1], False, [0, 0], groups, masks
-    found = torch.ops.aten.convolution_backward(d, x, weight, None, *settings)
-    return (as_pixels(found[0]) if need_x else None), found[1]
+    wanted = (OF_INPUT, need_x), (OF_WEIGHT, need_weight)
+    own = [need and choose(role, x, weight, stride, groups).which == OWN for role, need in wanted]
+    masks = [need_x and not own[0], need_weight and not own[1]]
+    d_x, d_weight = _own_gradients(d, x, weight, stride, *own) if any(own) else (None, None)
+    if any(masks):
+        padding = [weight.shape[2] // 2] * 2
+        settings = [stride] * 2, padding, [1, 1], False, [0, 0], groups, [*masks, False]
+        found = torch.ops.aten.convolution_backward(d, x, weight, None, *settings)
+        d_x, d_weight = as_pixels(found[0]) if masks[0] else d_x, found[1] if masks[1] else d_weight
+    return d_x, d_weight
 
 
 def _convolution(x: Tensor, weight: Tensor, stride: int) -> conv_fwd.Convolution:

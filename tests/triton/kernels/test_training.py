@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from parnet_kernels import training, training_ops, training_sync
 from parnet_kernels.config import ParNetConfig
 from parnet_kernels.model import Block, ParNet
 from parnet_kernels.ops import use_backend
-from parnet_kernels.triton import convolutions, float32_precision, policy
+from parnet_kernels.triton import convolution_table, convolutions, float32_precision, launch, policy
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # n, c, k, height, width, stride, groups, activation; a skip where c = k, at stride 1 in one group
@@ -133,21 +132,52 @@ def test_either_convolution(case: tuple[Any, ...], which: str, where: torch.devi
     near(found, expected, torch.float32)
 
 
-def test_a_measured_table_goes_before_arithmetic(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [convolutions.OF_INPUT, convolutions.OF_WEIGHT])
+def test_a_measured_table_goes_before_arithmetic(
+    own: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, where: torch.device
+) -> None:
+    """One gradient ours, the other the library's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    convolutions.measured.cache_clear()
-    x, weight = torch.randn(2, 8, 5, 5), torch.randn(8, 8, 3, 3)
-    path = policy.table_path(policy.model(x.device))
-    path = path.with_name(path.name.replace("triton", "convolutions", 1))
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({convolutions.key("forward", x, weight, 1): "own"}))
-    assert convolutions.choose("forward", x, weight, 1, 1) == ("own", "measured on this model of GPU")
-    assert convolutions.choose("gradients", x, weight, 1, 1).which == "library"
-    convolutions.measured.cache_clear()
-    path.write_text('{"a": "b"}')
-    with pytest.warns(UserWarning, match="ignoring the table"):
-        assert convolutions.choose("forward", x, weight, 1, 1).which == "library"
-    convolutions.measured.cache_clear()
+    convolution_table.measured.cache_clear()
+    x, block = blocks.make(CASES[7])
+    keys = [convolutions.key(role, x, block.weight3, 2) for role in convolutions.ROLES]
+    entries = {key: {"which": "own" if key.startswith(own) else "library"} for key in keys}
+    assert convolution_table.write(policy.model(where), entries).is_relative_to(tmp_path)
+    launched: list[str] = []
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, *rest: (launched.append(kernel.__name__), run(kernel, *rest)))
+    expected, g = blocks.reference(x, block)
+    with float32_precision("ieee"):
+        found = blocks.differentiated(x.to(where), moved(block, where), g.to(where))
+    near(found, expected, torch.float32)
+    # `conv_se_fwd_kernel` makes the input's, which is a convolution too
+    assert ("conv_se_fwd_kernel" in launched) == (own == convolutions.OF_INPUT)
+    assert ("weight_se_bwd_kernel" in launched) == (own == convolutions.OF_WEIGHT)
+    convolution_table.measured.cache_clear()
+
+
+@pytest.mark.parametrize(("role", "dtype"), [*zip(convolutions.ROLES, ("fp16", "fp32", "bf16"), strict=True)])
+def test_measuring_convolutions(
+    role: str, dtype: str, where: torch.device, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command's own way, kernels and clock as they are; ours are right in each role."""
+    pytest.importorskip("typer")
+    from fake_device import HostDevice
+
+    from bench.gpu import convolutions as bench
+    from bench.gpu.timing import CudaDevice
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(bench, "SAMPLES", 1)
+    launched: list[str] = []
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, *rest: (launched.append(kernel.__name__), run(kernel, *rest)))
+    device = CudaDevice() if where.type == "cuda" else HostDevice()
+    row = bench.time_one(bench.Shape((2, 12, 7, 6), 20, 2), role, dtype, device, 1)
+    assert not row.reason, row.reason
+    assert row.difference <= bench.PEER_TOLERANCE[dtype][0]
+    assert min(row.milliseconds.values()) > 0
+    assert ("weight_se_bwd_kernel" if role == convolutions.OF_WEIGHT else "conv_se_fwd_kernel") in launched
 
 
 @pytest.mark.parametrize("case", [SKIP, STRIDED], ids=str)
