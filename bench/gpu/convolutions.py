@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, NamedTuple
@@ -121,14 +121,15 @@ def calls_of(shape: Shape, role: str, dtype: str, device: torch.device) -> tuple
     return convolutions.key(role, x, weight, shape.stride), {which: call(which) for which in (LIBRARY, OWN)}
 
 
-def _compile(call: Call, device: torch.device) -> None:
-    """What ours launches, side by side: time that no sample shows."""
-    from parnet_kernels.triton import launch
+def compile_all(every: Iterable[tuple[Shape, str, str]], device: torch.device) -> int:
+    """What ours launch, side by side; returns how many kernels that were."""
+    from parnet_kernels.triton import compilation
 
-    if device.type == "cuda":
-        with launch.recorded() as launches:
-            call()
-        launch.compile_together(launches)
+    with compilation.compiling() as compiled:
+        for shape, role, dtype in every:
+            with products_in(dtype):
+                calls_of(shape, role, dtype, device)[1][OWN]()
+    return len(compiled.names)
 
 
 def time_one(shape: Shape, role: str, dtype: str, device: Device, rounds: int) -> Timed:
@@ -136,7 +137,6 @@ def time_one(shape: Shape, role: str, dtype: str, device: Device, rounds: int) -
     row = Timed(shape, role, dtype, "")
     try:
         row.key, calls = calls_of(shape, role, dtype, device.torch_device)
-        _compile(calls[OWN], device.torch_device)
         row.difference = error_of([calls[OWN]()], [calls[LIBRARY]().double()])
         if not row.difference <= PEER_TOLERANCE[dtype][0]:
             row.reason = f"they differ: {row.difference:.1e} > {PEER_TOLERANCE[dtype][0]:.0e}"
@@ -169,6 +169,12 @@ def measure(
         for batch in request.batches
         for shape, role in products(variant, batch, request.size)
     )
+    if device.torch_device.type == "cuda":
+        tell("compiling", 0, len(every))
+        try:
+            compile_all(every, device.torch_device)
+        except RuntimeError as error:  # of one: the others are compiled when they are called
+            say(reason_of(error))
     start = monotonic()
     for done, (shape, role, dtype) in enumerate(every):
         if monotonic() - start > 60 * request.minutes:

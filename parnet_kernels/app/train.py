@@ -98,6 +98,8 @@ def _run(given: dict[str, Any], resume: bool) -> int:
             if ranks.first:
                 _tell(console, run)
             try:
+                if run.done < run.total:
+                    run.learner.compile_kernels()  # has a line of its own: before the bar
                 with screen.watching():
                     scores = run()
             except KeyboardInterrupt:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parnet_kernels import training_sync
+from parnet_kernels import training_ops, training_sync
+from parnet_kernels.selection import forced_backend
 from parnet_kernels.train.batches import Batch, mixed
 from parnet_kernels.train.ranks import Ranks
 from parnet_kernels.train.settings import Settings
@@ -67,6 +68,21 @@ class Learner:
         self._parallel: Any = self.model
         if ranks.world > 1:
             self._parallel = nn.parallel.DistributedDataParallel(self.model)
+
+    def compile_kernels(self) -> int:
+        """Where the network trains on Triton kernels: compiles those of a step side by side, and shows it; the first
+        step would compile one after the other. All processes call it. Returns how many kernels were compiled.
+        """
+        s, device = self._settings, self._ranks.device
+        missing = training_ops.reasons(torch.empty(1, 1, 1, 1, device=device))["triton"]
+        if missing is not None or forced_backend() not in (None, "triton"):
+            return 0
+        from parnet_kernels.triton.tuning import compile_step
+
+        share = s.batch // (self._ranks.world * s.accumulate)
+        x = torch.zeros(share, self.model.config.in_chans, s.size, s.size, device=device)
+        told = None if self._ranks.first else (lambda done, total: None)
+        return compile_step(self.model, x, autocast=torch.bfloat16 if s.amp else None, told=told)
 
     def momentum(self) -> dict[str, Tensor]:
         """The buffers of SGD, by the names of their parameters."""

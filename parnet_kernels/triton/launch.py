@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -46,18 +44,25 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-_record: ContextVar[list[Launch] | None] = ContextVar("parnet_triton_record", default=None)
+_taker: ContextVar[Callable[[Launch], object] | None] = ContextVar("parnet_triton_taker", default=None)
+
+
+@contextmanager
+def given_to(take: Callable[[Launch], object]) -> Iterator[None]:
+    """Within the block `take` gets this thread's launches, and nothing runs."""
+    token = _taker.set(take)
+    try:
+        yield
+    finally:
+        _taker.reset(token)
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Within the block launches are put on the list, and nothing runs."""
     launches: list[Launch] = []
-    token = _record.set(launches)
-    try:
+    with given_to(launches.append):
         yield launches
-    finally:
-        _record.reset(token)
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
@@ -67,9 +72,9 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: 
         RuntimeError: if it would have to be compiled while the stream is captured into a CUDA graph, which cannot load
             it.
     """
-    launches = _record.get()
-    if launches is not None:
-        launches.append(Launch(kernel, grid, arguments, options))
+    take = _taker.get()
+    if take is not None:
+        take(Launch(kernel, grid, arguments, options))
         return
     tensor = next(v for v in arguments.values() if isinstance(v, Tensor))
     with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
@@ -96,20 +101,6 @@ def _without_compiling() -> Iterator[None]:
         yield
     finally:
         triton.knobs.runtime.jit_cache_hook = before
-
-
-def compile_together(launches: Iterable[Launch]) -> None:
-    """Compiles what has not been compiled for these arguments, side by side: Triton's passes and assemblers run
-    without Python's lock.
-    """
-    if INTERPRETED:
-        return
-    threads = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
-        for kernel, grid, arguments, options in launches:
-            tensor = next(v for v in arguments.values() if isinstance(v, Tensor))
-            with torch.cuda.device(tensor.device):
-                kernel.warmup(grid=grid, **arguments, **options)
 
 
 def launch(

@@ -1,4 +1,5 @@
-"""Opt-in: compile ahead of use (`warmup`), and measure tiles on this device (`autotune`). Neither runs by itself.
+"""Compile ahead of use (`warmup`, `compile_step`), and measure tiles on this device (`autotune`). Only `parnet train`
+calls one of them by itself: `compile_step`, on a GPU.
 
 The backend never tunes during a call, so a call can be captured in a CUDA graph; kernels compile at the first call with
 a shape class, which is why `warmup` comes before a capture (`launch.run` says so where it did not).
@@ -6,15 +7,16 @@ a shape class, which is why `warmup` comes before a capture (`launch.run` says s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parnet_kernels.call import Call
-from parnet_kernels.triton import launch, policy
+from parnet_kernels.triton import compilation, launch, policy
 from parnet_kernels.triton.backend import backward, run
 
 
@@ -32,8 +34,63 @@ def warmup(op: str, tensors: list[Tensor | None], options: dict[str, Any], *, tr
     work = _work(op, tensors, options, training)
     with launch.recorded() as launches:
         work()
-    launch.compile_together(launches)
+    compilation.together(launches)
     work()
+
+
+def compile_step(
+    model: nn.Module, x: Tensor, *, autocast: torch.dtype | None = None, told: compilation.Told | None = None
+) -> int:
+    """Compiles, side by side on all cores, every Triton kernel that a training step of `model` on inputs like x
+    launches: the first step would compile one after the other. Of a model in eval mode, those of its forward.
+
+    One step is made in which our kernels do not run: it takes the memory of a step, and what it computes means nothing.
+    Parameters, buffers, gradients and the state of random numbers stay as they are; hooks of modules run. In a process
+    group with SyncBatchNorm, all processes call it.
+
+    Args:
+        autocast: the dtype of autocast around the forward pass, if there is one.
+        told: called with the number of kernels that are compiled, and of all. By default a line on standard error shows
+            them while it lasts, if that is a terminal.
+
+    Returns:
+        The number of kernels that were compiled; 0 where all had been.
+
+    Raises:
+        RuntimeError: a kernel cannot be compiled, which it names; or a CUDA graph is being captured.
+        TypeError: the model returns something else than a tensor.
+    """
+    _not_while_capturing("compile_step")
+    training, cpu = model.training, x.device.type == "cpu"
+    buffers = {name: b.clone() for name, b in model.named_buffers(remove_duplicate=False)}
+    x = x.detach().requires_grad_(x.requires_grad)
+    wanted = [t for t in (x, *model.parameters()) if t.requires_grad]
+    with (
+        nullcontext(told) if told is not None else _shown() as tell,
+        torch.random.fork_rng([] if cpu else [x.device]),
+        torch.autograd.set_multithreading_enabled(False),  # backward too: launches are taken from this thread alone
+        torch.set_grad_enabled(training),
+        compilation.compiling(tell) as compiled,
+    ):
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            y = torch.func.functional_call(model, buffers, (x,))
+        if not isinstance(y, Tensor):
+            raise TypeError(f"parnet_kernels: `model` must return a tensor, got a {type(y).__name__}")
+        if training and wanted and y.requires_grad:
+            torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)
+    return len(compiled.names)
+
+
+@contextmanager
+def _shown() -> Iterator[compilation.Told]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("compiling Triton kernels"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _work(op: str, tensors: list[Tensor | None], options: dict[str, Any], training: bool) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from cases import arguments
 from offline import Launch, record
 
 from parnet_kernels.call import Call
-from parnet_kernels.triton import backend, launch, layers, policy, tuning
+from parnet_kernels.triton import backend, compilation, launch, layers, policy, tuning
 
 
 def launches(op: str, batch: int, channels: int, size: int = 6, tile: policy.Tile | None = None) -> list[Launch]:
@@ -117,7 +117,7 @@ def test_warmup_compiles_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None
     """Every launch of forward and backward is compiled, without running, before the first runs."""
     events: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        launch, "compile_together", lambda ones: events.extend(("compiles", o.kernel.__name__) for o in ones)
+        compilation, "together", lambda ones: events.extend(("compiles", o.kernel.__name__) for o in ones)
     )
     tensors, options = arguments("downsample_se", 2, 32, 32, (6, 6), dtype=torch.float16)
     with launch.recorded() as ran:
@@ -133,13 +133,15 @@ def test_kernels_compile_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     class Kernel:
+        __name__ = "a_kernel"
+
         def warmup(self, *, grid: Any, **arguments: Any) -> None:
             mode = triton.runtime._async_compile.active_mode.get()
             seen.append((mode is not None, grid, arguments["num_warps"]))
 
     monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
     one = launch.Launch(Kernel(), (3, 1), {"x": torch.zeros(1)}, {"num_warps": 4})
-    launch.compile_together([one, one])
+    compilation.together([one, one])
     assert seen == [(True, (3, 1), 4)] * 2
 
 
