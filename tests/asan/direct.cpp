@@ -94,6 +94,8 @@ bool run_direct(int seeds) {
     for (int64_t index = 0; index < count(); index++) {
       if (!supported(index)) continue;
       const Kernels& k = kernels(index);
+      // Each product of the emulated ones is a library call.
+      if (seed >= 2 && std::strcmp(k.name, "bf16_tiles") == 0) continue;
       std::mt19937 random(seed);
       const int c = 2 * (1 + random() % 40), wide = 2 * (1 + random() % 40), height = 1 + random() % 20,
                 width = 1 + random() % 40, images = 1 + random() % 2;
