@@ -23,13 +23,13 @@ from parnet_kernels.app.sources import pictures
 
 
 def decode(row: dict[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
-    """A path → its pixels as the network wants them, uint8 [size, size, C], or an error and black pixels."""
+    """A path → its pixels as the network wants them, uint8 [height, width, C], or an error and black pixels."""
     p = preprocessing
     try:
         pixels = fitted(pixels_of(open_image(row["image"], p.color), p), p, row["image"]).numpy()
         return {"image": row["image"], "pixels": np.ascontiguousarray(pixels), "error": ""}
     except (OSError, ValueError) as error:
-        black = np.zeros((p.size, p.size, p.channels), dtype=np.uint8)
+        black = np.zeros((p.height, p.width, p.channels), dtype=np.uint8)
         return {"image": row["image"], "pixels": black, "error": str(error)}
 
 

@@ -28,12 +28,15 @@ def _is_number(value: object, least: float, most: float) -> bool:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes an input [1, C, size, size]: the shorter side is resized to size / crop pixels, the centre
-    is cut out, pixel values in 0…1 become (value − mean) / std. The default is that of ImageNet models.
+    """How a picture becomes an input [1, C, height, width]. It is resized, keeping its shape, until it just covers
+    height / crop by width / crop pixels: for a square its shorter side becomes size / crop. Then the centre is cut out,
+    and pixel values in 0…1 become (value − mean) / std. The default is that of ImageNet models.
 
     Attributes:
-        size: side of the square that the network sees, in pixels, at most 8192.
-        crop: that square's share of the resized picture's shorter side, in 0.01…1.
+        size: what the network sees, in pixels: the side of a square, or (height, width), each at most 8192. A pair of
+            equal numbers becomes the one number.
+        crop: the share of the resized picture's height or width that is cut out, in 0.01…1; the other share is smaller
+            where picture and input differ in shape.
         interpolation: the resizing filter: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
         mean: for each channel of the network, in its colour order.
         std: as `mean`, > 0.
@@ -43,7 +46,7 @@ class Preprocessing:
         ValueError: for other values.
     """
 
-    size: int = 224
+    size: int | tuple[int, int] = 224
     crop: float = 0.875
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -51,18 +54,21 @@ class Preprocessing:
     color: str = "rgb"
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            if isinstance(getattr(self, name), list):
+        for name in ("size", "mean", "std"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
         def require(condition: bool, argument: str, requirement: str) -> None:
             if not condition:
                 raise ValueError(f"Preprocessing: `{argument}` must {requirement}, got {getattr(self, argument)!r}")
 
-        whole = isinstance(self.size, int) and _is_number(self.size, 1, MAX_SIZE)
-        require(whole, "size", f"be an integer in 1…{MAX_SIZE}")
+        sides = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        whole = len(sides) == 2 and all(isinstance(side, int) and _is_number(side, 1, MAX_SIZE) for side in sides)
+        require(whole, "size", f"be an integer in 1…{MAX_SIZE}, or two of them, (height, width)")
+        object.__setattr__(self, "size", sides[0] if sides[0] == sides[1] else (sides[0], sides[1]))
         require(_is_number(self.crop, 0.01, 1), "crop", "be a number in 0.01…1")
-        require(self.size / self.crop <= MAX_RESIZED, "crop", f"leave size / crop ≤ {MAX_RESIZED} (size {self.size})")
+        fits = max(sides) / self.crop <= MAX_RESIZED
+        require(fits, "crop", f"leave size / crop ≤ {MAX_RESIZED} (size {self._size()})")
         require(self.interpolation in INTERPOLATIONS, "interpolation", f"be one of {', '.join(INTERPOLATIONS)}")
         require(isinstance(self.color, str) and self.color in COLORS, "color", f"be one of {', '.join(COLORS)}")
         for name, least in (("mean", -1e6), ("std", 1e-6)):
@@ -75,6 +81,16 @@ class Preprocessing:
     def channels(self) -> int:
         """Of the network's input."""
         return COLORS[self.color]
+
+    @property
+    def height(self) -> int:
+        """Of the network's input."""
+        return self.size[0] if isinstance(self.size, tuple) else self.size
+
+    @property
+    def width(self) -> int:
+        """Of the network's input."""
+        return self.size[1] if isinstance(self.size, tuple) else self.size
 
     @classmethod
     def assumed(cls, channels: int) -> Preprocessing:
@@ -93,9 +109,12 @@ class Preprocessing:
         """A copy with other fields."""
         return dataclasses.replace(self, **changes)
 
+    def _size(self) -> str:
+        return f"{self.height}x{self.width}" if isinstance(self.size, tuple) else str(self.size)
+
     def __str__(self) -> str:
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
-        return f"size {self.size}, crop {self.crop:g}, {self.interpolation}, mean {mean}, std {std}, {self.color}"
+        return f"size {self._size()}, crop {self.crop:g}, {self.interpolation}, mean {mean}, std {std}, {self.color}"
 
 
 class Described(Pretrained, nn.Module):

@@ -218,10 +218,10 @@ class TimmParNet(nn.Module):
 
     def describe(self, cfg: Mapping[str, Any]) -> Self:
         """This model, whose network says how pictures become inputs and what its classes are, as timm says it."""
-        channels, size = self.in_chans, cfg["input_size"][-1]
+        channels, (height, width) = self.in_chans, cfg["input_size"][-2:]
         if channels == len(cfg["mean"]) == 3 and cfg["interpolation"] in INTERPOLATIONS:
             mean, std = tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"]))
-            self.model.preprocessing = Preprocessing(size, cfg["crop_pct"], cfg["interpolation"], mean, std)
+            self.model.preprocessing = Preprocessing((height, width), cfg["crop_pct"], cfg["interpolation"], mean, std)
         names = cfg.get("label_names")
         if names and len(names) == self.num_classes:
             self.model.class_names = names

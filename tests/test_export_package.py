@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,23 @@ def test_metadata(package: Path) -> None:
     told = torch._inductor.aoti_load_package(str(package)).get_metadata()
     assert told["parnet_isa"] == _native.cpu_info()["isa"]
     assert '"Name 9"' in told["parnet_class_names"]
+    assert Preprocessing(**json.loads(told["parnet_preprocessing"])) == tiny().preprocessing
+
+
+def of_another_size(package: Path, path: Path, size: int | tuple[int, int]) -> Preprocessing:
+    """Writes a copy of the package of `tiny()`, which says `size`; returns what it says."""
+    said = tiny().preprocessing
+    assert said is not None
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.infolist():
+            content = old.read(item)
+            if item.filename.endswith(".json"):
+                content = content.replace(b'{\\"size\\": 40,', b'{\\"size\\": %s,' % json.dumps(size).encode())
+            new.writestr(item, content)
+    made = said.replace(size=size)
+    told = torch._inductor.aoti_load_package(str(path)).get_metadata()
+    assert Preprocessing(**json.loads(told["parnet_preprocessing"])) == made
+    return made
 
 
 def test_another_length_of_vectors(package: Path, tmp_path: Path) -> None:
@@ -146,12 +166,12 @@ def test_cpp_program(package: Path, tmp_path: Path) -> None:
     subprocess.run(["cmake", "--build", tmp_path], check=True)
     assert len((ROOT / "examples" / "cpp" / "main.cpp").read_text().splitlines()) <= 80
     network = tiny()
-    preprocessing = network.preprocessing
-    assert preprocessing is not None
-    for size in ((90, 61), (33, 47), (40, 40)):
+    sizes: tuple[int | tuple[int, int], ...] = (40, (40, 56), (33, 9))
+    packages = [(of_another_size(package, tmp_path / f"{i}.pt2", sizes[i]), tmp_path / f"{i}.pt2") for i in range(3)]
+    for size, (preprocessing, named) in itertools.product(((90, 61), (33, 47), (40, 40)), packages):
         picture = tmp_path / "picture.ppm"
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)).save(picture)
-        call = [tmp_path / "classify", package, LIBRARY, picture, tmp_path / "logits.bin"]
+        call = [tmp_path / "classify", named, LIBRARY, picture, tmp_path / "logits.bin"]
         told = subprocess.run(call, capture_output=True, text=True, check=True)
         expected = network(load_image(picture, preprocessing))
         assert torch.equal(torch.from_numpy(np.fromfile(tmp_path / "logits.bin", np.float32)).view(1, 10), expected)

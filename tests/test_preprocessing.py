@@ -71,7 +71,7 @@ def test_saying_it_does_not_pack_weights_anew() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": 0}, "`size` must be an integer in 1…8192, got 0"),
+        ({"size": 0}, r"`size` must be an integer in 1…8192, or two of them, \(height, width\), got 0"),
         ({"size": True}, "`size`"),
         ({"size": 224.0}, "`size`"),
         ({"size": 10**400}, "`size`"),

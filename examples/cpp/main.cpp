@@ -33,12 +33,12 @@ torch::Tensor read_ppm(const std::string& path) {
 torch::Tensor prepared(const torch::Tensor& x, const json& p) {
   if (p.at("interpolation") != "bilinear" || p.at("color") != "rgb")
     throw std::runtime_error("the network wants other pictures: " + p.dump());
-  const int64_t size = p.at("size");
-  const double scale = size / p.at("crop").get<double>() / std::min(x.size(2), x.size(3));
-  const auto side = [&](int d) { return std::max<int64_t>(size, std::nearbyint(x.size(d) * scale)); };
+  const std::vector<int64_t> size = p.at("size").is_array() ? p.at("size") : json::array({p.at("size"), p.at("size")});
+  const double crop = p.at("crop"), scale = std::max(size[0] / crop / x.size(2), size[1] / crop / x.size(3));
+  const auto side = [&](int d) { return std::max<int64_t>(size[d - 2], std::nearbyint(x.size(d) * scale)); };
   auto how = F::InterpolateFuncOptions().mode(torch::kBilinear).align_corners(false).antialias(true);
   torch::Tensor y = F::interpolate(x, how.size(std::vector<int64_t>{side(2), side(3)}));
-  for (int d : {2, 3}) y = y.narrow(d, (side(d) - size) / 2, size);
+  for (int d : {2, 3}) y = y.narrow(d, (side(d) - size[d - 2]) / 2, size[d - 2]);
   const torch::Tensor mean = torch::tensor(p.at("mean").get<Numbers>(), torch::kFloat64).view({3, 1, 1});
   const torch::Tensor std = torch::tensor(p.at("std").get<Numbers>(), torch::kFloat64).view({3, 1, 1});
   y = y.to(torch::kFloat32).sub((255 * mean).to(torch::kFloat32)).mul((1 / (255 * std)).to(torch::kFloat32));

@@ -111,7 +111,7 @@ class Classifier:
         return found if _is_many(pictures) else found[0]
 
     def inputs(self, pictures: Any) -> Tensor:
-        """The network's input [N, C, size, size] for pictures, in its dtype, on its device. Errors as of a call."""
+        """The network's input [N, C, height, width] for pictures, in its dtype, on its device. Errors as of a call."""
         one_by_one = pictures if _is_many(pictures) else [pictures]
         p, head = self.preprocessing, self.network.head_weight
         fit = [fitted(self._pixels(picture, i), p, f"picture {i}") for i, picture in enumerate(one_by_one)]
@@ -122,7 +122,7 @@ class Classifier:
         p = self.preprocessing
         with torch.inference_mode():
             head = self.network.head_weight
-            self.network(torch.zeros(batch, p.channels, p.size, p.size, dtype=head.dtype, device=head.device))
+            self.network(torch.zeros(batch, p.channels, p.height, p.width, dtype=head.dtype, device=head.device))
         return self
 
     def _pixels(self, picture: Any, i: int) -> Tensor:

@@ -16,7 +16,7 @@ class Chunk(NamedTuple):
     """Some pictures: those that could be read, their pixels, and why the others could not."""
 
     paths: list[str]
-    pixels: np.ndarray  # uint8 [N, size, size, C]: after cutting, all have one shape
+    pixels: np.ndarray  # uint8 [N, height, width, C]: after cutting, all have one shape
     errors: list[tuple[str, str]]  # (path, reason)
 
 
@@ -33,7 +33,7 @@ class _Chunks(Dataset[Chunk]):
         p = self._preprocessing
         paths: list[str] = []
         errors: list[tuple[str, str]] = []
-        pixels = np.empty((self._batch, p.size, p.size, p.channels), dtype=np.uint8)
+        pixels = np.empty((self._batch, p.height, p.width, p.channels), dtype=np.uint8)
         for name in self._paths[i * self._batch : (i + 1) * self._batch]:
             path = name.decode("utf-8", "surrogateescape")
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ import typer
 
 from parnet_kernels import export as targets
 from parnet_kernels.app.console import shown
-from parnet_kernels.app.options import Activation, ActivationOption, CheckpointArgument, EmaOption
+from parnet_kernels.app.options import Activation, ActivationOption, CheckpointArgument, EmaOption, pixels
 from parnet_kernels.checkpoint import load_network
 from parnet_kernels.deployed import DeployedParNet
 from parnet_kernels.export import onnx_file
@@ -59,15 +58,13 @@ def export(
                 raise typer.BadParameter(
                     "--device cuda needs a GPU, for which launches are planned, that PyTorch can use"
                 )
-        pixels = None if size is None else _pixels(size)
+        sides = None if size is None else pixels(size)
         check_target(output, "export")
         network = _loaded(checkpoint, dtype, ema, activation)
         if isinstance(network, QuantizedParNet):
             raise typer.BadParameter("a .pt2 holds no int8 network; export it as .onnx, or the float network")
-        targets.package(network.to(device.value), output, size=pixels)
-        images = (
-            "any number of images of any size" if pixels is None else f"one image of {pixels[0]} x {pixels[1]} pixels"
-        )
+        targets.package(network.to(device.value), output, size=sides)
+        images = "any number of images of any size" if sides is None else f"one image of {sides[0]} x {sides[1]} pixels"
         typer.echo(f"{shown(output)}: AOTInductor package, {device.value}, {dtype.value}, {images}")
         return
     if device is not Device.cpu:
@@ -76,12 +73,12 @@ def export(
         onnx_file.needed()
     except ImportError as error:
         raise typer.BadParameter(str(error)) from error
-    pixels = None if size is None else _pixels(size)
+    sides = None if size is None else pixels(size)
     network = _loaded(checkpoint, dtype, ema, activation)
-    dynamic = [name for name, free in (("batch", not one_image), ("size", pixels is None)) if free]
-    targets.onnx(network, output, pixels, dynamic, opset)
+    dynamic = [name for name, free in (("batch", not one_image), ("size", sides is None)) if free]
+    targets.onnx(network, output, sides, dynamic, opset)
     images = "one image" if one_image else "any number of images"
-    where = "of any size" if pixels is None else f"of {pixels[0]} x {pixels[1]} pixels"
+    where = "of any size" if sides is None else f"of {sides[0]} x {sides[1]} pixels"
     form = "int8 (QDQ)" if isinstance(network, QuantizedParNet) else dtype.value
     typer.echo(f"{shown(output)}: ONNX, opset {opset}, {form}, {images} {where}")
 
@@ -95,11 +92,3 @@ def _loaded(
     if dtype is not Dtype.float32:
         raise typer.BadParameter(f"--dtype must be float32 for an int8 network, got {dtype.value}")
     return network
-
-
-def _pixels(text: str) -> tuple[int, int]:
-    """Such as "224" or "224x320" → (height, width)."""
-    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text, re.ASCII)
-    if match is None:
-        raise typer.BadParameter(f"--size must be pixels such as 224, or height x width such as 224x320, got {text!r}")
-    return int(match[1]), int(match[2] or match[1])

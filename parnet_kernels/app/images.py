@@ -68,22 +68,33 @@ def pixels_of(image: Image.Image, p: Preprocessing) -> Tensor:
     return pixels.flip(2) if p.color == "bgr" else pixels
 
 
+def _geometry(sides: tuple[int, int], p: Preprocessing, name: object) -> tuple[tuple[int, int], slice, slice]:
+    """Of a picture with `sides` pixels, height before width: (its sides when it is resized, the rows and the columns
+    that are cut out).
+
+    Raises:
+        ValueError: a picture without pixels, or too elongated to be resized.
+    """
+    if min(sides) == 0:
+        raise ValueError(f"{name} has no pixels: {sides[1]}×{sides[0]}")
+    scale = max(p.height / p.crop / sides[0], p.width / p.crop / sides[1])  # of the side of which least is lost
+    height, width = max(p.height, round(sides[0] * scale)), max(p.width, round(sides[1] * scale))
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name} is too elongated: its {sides[1]}×{sides[0]} pixels become {width}×{height}")
+    top, left = (height - p.height) // 2, (width - p.width) // 2
+    return (height, width), slice(top, top + p.height), slice(left, left + p.width)
+
+
 def fitted(pixels: Tensor, p: Preprocessing, name: object) -> Tensor:
-    """uint8 [H, W, C] → uint8 [size, size, C], resized and cut. Bilinear and bicubic pixels may differ from Pillow's
+    """uint8 [H, W, C] → uint8 [height, width, C], resized and cut. Bilinear and bicubic pixels may differ from Pillow's
     by one level of 255: PyTorch's filters are three times as fast.
 
     Raises:
         ValueError: a picture without pixels, or too elongated to be resized.
     """
-    sides = pixels.shape[:2]
-    if min(sides) == 0:
-        raise ValueError(f"{name} has no pixels: {sides[1]}×{sides[0]}")
-    scale = p.size / p.crop / min(sides)
-    height, width = (max(p.size, round(side * scale)) for side in sides)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{name} is too elongated: its {sides[1]}×{sides[0]} pixels become {width}×{height}")
-    top, left = (height - p.size) // 2, (width - p.size) // 2
-    if (height, width) != tuple(sides):
+    sides = pixels.shape[0], pixels.shape[1]
+    (height, width), rows, columns = _geometry(sides, p, name)
+    if (height, width) != sides:
         if p.interpolation in ("bilinear", "bicubic"):
             planes = pixels.permute(2, 0, 1)[None]
             planes = F.interpolate(planes, (height, width), mode=p.interpolation, antialias=True)
@@ -93,12 +104,12 @@ def fitted(pixels: Tensor, p: Preprocessing, name: object) -> Tensor:
             image = Image.fromarray(array[:, :, 0] if p.channels == 1 else array)
             resized = np.array(image.resize((width, height), Image.Resampling[p.interpolation.upper()]))
             pixels = torch.from_numpy(resized.reshape(height, width, p.channels))
-    return pixels[top : top + p.size, left : left + p.size]
+    return pixels[rows, columns]
 
 
 def normalised(pictures: Sequence[Tensor], p: Preprocessing) -> Tensor:
-    """uint8 [size, size, C] each → the network's input [N, C, size, size], float32."""
-    x = torch.empty(len(pictures), p.channels, p.size, p.size)
+    """uint8 [height, width, C] each → the network's input [N, C, height, width], float32."""
+    x = torch.empty(len(pictures), p.channels, p.height, p.width)
     for i, pixels in enumerate(pictures):
         x[i].copy_(pixels.permute(2, 0, 1))
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (p.mean, p.std))
@@ -106,7 +117,7 @@ def normalised(pictures: Sequence[Tensor], p: Preprocessing) -> Tensor:
 
 
 def load_image(path: str | Path, preprocessing: Preprocessing) -> Tensor:
-    """The input for a picture file, [1, C, size, size], float32, as `preprocessing` says.
+    """The input for a picture file, [1, C, height, width], float32, as `preprocessing` says.
 
     Raises:
         OSError: no such file, not an image, a damaged one, or one whose pixels have no known range.

@@ -53,7 +53,6 @@ def latency(
     network.preprocessing, told = preprocessing_of(network, checkpoint, size=size)
     typer.echo(f"parnet: {told}", err=True)
     classifier = Classifier(network)
-    side, channels = network.preprocessing.size, network.config.in_chans
     generator = np.random.default_rng(0)
     pictures = [generator.integers(0, 256, (int(match[2]), int(match[1]), 3), dtype=np.uint8) for _ in range(batch)]
     x = classifier.inputs(pictures)
@@ -69,7 +68,7 @@ def latency(
     p50 = {name: float(np.percentile(values, 50)) for name, values in times.items()}
     share = p50["preprocessing"] / p50["frame to result"]
     facts = {
-        "input": [batch, channels, side, side],
+        "input": [*x.shape],
         "frame": [int(match[1]), int(match[2])],
         "dtype": str(x.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

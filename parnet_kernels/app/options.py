@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -37,6 +39,14 @@ def numbers(text: str) -> tuple[float, ...]:
         raise typer.BadParameter(f"expected numbers such as 0.485,0.456,0.406, got {text!r}") from error
 
 
+def pixels(text: str) -> tuple[int, int]:
+    """Of --size: "224" or "224x320" → (height, width)."""
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text, re.ASCII)
+    if match is None:
+        raise typer.BadParameter(f"--size must be pixels such as 224, or height x width such as 224x320, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
 CheckpointArgument = Annotated[Path, typer.Argument(help="Training checkpoint (.pth) or safetensors file.")]
 CheckpointOption = Annotated[Path, typer.Option(help="Training checkpoint (.pth) or safetensors file.")]
 EmaOption = Annotated[bool, typer.Option("--ema", help="Take the EMA weights of a training checkpoint.")]
@@ -54,8 +64,10 @@ LabelsOption = Annotated[
     Path | None, typer.Option(help="Text file with one class name a line; default: those of the checkpoint.")
 ]
 # Default of the following: what the checkpoint says, else what is assumed of every network.
-SizeOption = Annotated[int | None, typer.Option(help="Pixels of the square the network sees.")]
-CropOption = Annotated[float | None, typer.Option(help="That square's share of the resized image.")]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Pixels that the network sees: 224, or height x width such as 480x640.")
+]
+CropOption = Annotated[float | None, typer.Option(help="Their share of the resized image's side.")]
 InterpolationOption = Annotated[Interpolation | None, typer.Option(help="Filter that resizes.")]
 MeanOption = Annotated[str | None, typer.Option(help="Subtracted from values in 0…1: R,G,B (in --color's order).")]
 StdOption = Annotated[str | None, typer.Option(help="Divides values then: R,G,B (in --color's order).")]
@@ -71,8 +83,9 @@ def preprocessing_of(network: Described, path: Path, **asked: Any) -> tuple[Prep
         ValueError: nothing is said or can be assumed.
     """
     found = network.preprocessing or Preprocessing.assumed(network.config.in_chans)
+    of_text: dict[str, Callable[[str], Any]] = {"size": pixels, "mean": numbers, "std": numbers}
     changes = {
-        name: numbers(value) if name in ("mean", "std") else str(value) if isinstance(value, StrEnum) else value
+        name: of_text[name](value) if name in of_text else str(value) if isinstance(value, StrEnum) else value
         for name, value in asked.items()
         if value is not None
     }

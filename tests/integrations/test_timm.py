@@ -49,6 +49,12 @@ def test_configuration_is_the_networks(name: str) -> None:
     assert model.model.preprocessing == Preprocessing(config.input_size[-1], config.crop_pct)
 
 
+def test_configurations_of_rectangular_pictures() -> None:
+    for size, expected in (((3, 24, 40), (24, 40)), ((3, 24, 24), 24)):
+        model = make(pretrained_cfg_overlay={"input_size": size})
+        assert model.model.preprocessing == Preprocessing(expected, 1.0)
+
+
 def test_every_parameter_gets_a_gradient_with_and_without_checkpointing() -> None:
     model, x = make(num_classes=42).train(), torch.randn(2, 3, 32, 32)
     twin = copy.deepcopy(model)
