@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from parnet_kernels.app.frames import grey, prepared
 from parnet_kernels.app.images import fitted, normalised, open_image, pixels_of, upright
 from parnet_kernels.checkpoint import load_network
 from parnet_kernels.deployed import DeployedParNet
@@ -30,7 +31,7 @@ class Guess(NamedTuple):
 
 class Classifier:
     """A network with its preprocessing and class names, for pictures as they come: uint8 frames [H, W, 3] (also [H, W],
-    one channel or four, the last ignored) as NumPy arrays or CPU tensors, Pillow's images, paths, and lists of these.
+    one channel or four, the last ignored) as NumPy arrays or tensors, Pillow's images, paths, and lists of these.
 
     Args:
         network: a file (see `load_network`), a ParNet, a DeployedParNet or a QuantizedParNet.
@@ -40,6 +41,8 @@ class Classifier:
         frame_color: the order of the channels of frames, "rgb" or "bgr" (OpenCV's). Images and files say it themselves.
 
     It may be called from several threads. Frames are read where they are: one pass resizes them, one writes the input.
+    Tensors on a GPU become inputs there, by "bilinear" or "bicubic", on its current stream, without a copy to the host;
+    from another device than the network's they are moved as pixels. A tensor [N, H, W, C] is resized in one go.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load_network`.
@@ -85,7 +88,7 @@ class Classifier:
             OSError: a file cannot be read.
             TypeError: something is no picture.
             ValueError: the network has no classifier, `top` is no positive integer, a picture has no pixels or is too
-                elongated, or the network's outputs for it are not finite.
+                elongated, or on a device that does not have its filter, or the network's outputs for it are not finite.
         """
         if not self.network.num_classes:
             raise ValueError("Classifier: the network has no classifier: `features` gives what it has")
@@ -112,10 +115,23 @@ class Classifier:
 
     def inputs(self, pictures: Any) -> Tensor:
         """The network's input [N, C, height, width] for pictures, in its dtype, on its device. Errors as of a call."""
-        one_by_one = pictures if _is_many(pictures) else [pictures]
         p, head = self.preprocessing, self.network.head_weight
-        fit = [fitted(self._pixels(picture, i), p, f"picture {i}") for i, picture in enumerate(one_by_one)]
-        return normalised(fit, p).to(head.device, head.dtype)
+        if isinstance(pictures, Tensor):
+            pictures = self._placed(pictures, 0)
+        many = _is_many(pictures)
+        together = many and isinstance(pictures, Tensor) and not pictures.is_cpu
+        made: list[Tensor] = []  # uint8 [height, width, C] on the host, float32 [N, C, height, width] on a device
+        for i, picture in enumerate(pictures if many and not together else [pictures]):
+            pixels = self._pixels(picture, i, together)
+            if pixels.is_cpu:
+                made.append(fitted(pixels, p, f"picture {i}"))
+            else:
+                made.append(prepared(pixels if together else pixels[None], p, f"picture {i}"))
+        if all(x.dtype == torch.uint8 for x in made):
+            return normalised(made, p).to(head.device, head.dtype)
+        made = [normalised([x], p) if x.dtype == torch.uint8 else x for x in made]
+        parts = [x.to(head.device, head.dtype) for x in made]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def warmup(self, batch: int = 1) -> Classifier:
         """Does once, for lists of `batch` pictures, what else the first call does: memory and a plan for that size."""
@@ -125,8 +141,14 @@ class Classifier:
             self.network(torch.zeros(batch, p.channels, p.height, p.width, dtype=head.dtype, device=head.device))
         return self
 
-    def _pixels(self, picture: Any, i: int) -> Tensor:
-        """uint8 [H, W, C] in the network's order of channels."""
+    def _placed(self, frame: Tensor, i: int) -> Tensor:
+        """The frame where it becomes an input: on the host, if it is there; else on the network's device."""
+        if frame.device.type == "meta":
+            raise TypeError(f"Classifier: picture {i} must have pixels, a tensor on meta has none")
+        return frame.detach() if frame.is_cpu else frame.detach().to(self.network.head_weight.device)
+
+    def _pixels(self, picture: Any, i: int, many: bool = False) -> Tensor:
+        """uint8 [H, W, C] in the network's order of channels; if `many`, [N, H, W, C] of [N, H, W, …]."""
         p = self.preprocessing
         if isinstance(picture, str | Path):
             return pixels_of(open_image(picture, p.color), p)
@@ -136,27 +158,25 @@ class Classifier:
             raise TypeError(
                 f"Classifier: picture {i} must be an array, an image or a path, got {type(picture).__name__}"
             )
-        shape, kind = tuple(picture.shape), str(picture.dtype).removeprefix("torch.")
+        shape, kind = tuple(picture.shape[int(many) :]), str(picture.dtype).removeprefix("torch.")
         if kind != "uint8" or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
             hint = ": it looks channels-first" if len(shape) == 3 and shape[0] in (1, 3) else ""
             raise TypeError(f"Classifier: picture {i} must be uint8 [H, W, 3], got {kind} {list(shape)}{hint}")
         if isinstance(picture, Tensor):
-            if not picture.is_cpu:
-                raise TypeError(
-                    f"Classifier: picture {i} must be on the CPU, where it is resized, not {picture.device}"
-                )
-            pixels = picture.detach()
+            pixels = self._placed(picture, i)
         else:  # no tensor has negative strides or is read-only
             plain = picture.flags.writeable and min(picture.strides) >= 0
             pixels = torch.from_numpy(picture if plain else picture.copy())
-        pixels = pixels[:, :, None] if pixels.dim() == 2 else pixels[:, :, :3]
-        if pixels.shape[2] == 3 and (p.channels == 1 or self._frame_color != p.color):
+        pixels = pixels[..., None] if len(shape) == 2 else pixels[..., :3]
+        if pixels.shape[-1] == 3 and (p.channels == 1 or self._frame_color != p.color):
             if self._frame_color != "rgb" or p.color == "bgr":
-                pixels = pixels.flip(2)
+                pixels = pixels.flip(-1)
+            if p.channels == 1 and not pixels.is_cpu:
+                return grey(pixels)
             if p.channels == 1:  # Pillow's weights of the colours, as in files
                 return pixels_of(Image.fromarray(pixels.contiguous().numpy()).convert("L"), p)
             return pixels
-        return pixels.expand(-1, -1, p.channels)
+        return pixels.expand(*pixels.shape[:-1], p.channels)
 
 
 def _is_many(pictures: Any) -> bool:

@@ -68,7 +68,7 @@ def pixels_of(image: Image.Image, p: Preprocessing) -> Tensor:
     return pixels.flip(2) if p.color == "bgr" else pixels
 
 
-def _geometry(sides: tuple[int, int], p: Preprocessing, name: object) -> tuple[tuple[int, int], slice, slice]:
+def geometry(sides: tuple[int, int], p: Preprocessing, name: object) -> tuple[tuple[int, int], slice, slice]:
     """Of a picture with `sides` pixels, height before width: (its sides when it is resized, the rows and the columns
     that are cut out).
 
@@ -93,7 +93,7 @@ def fitted(pixels: Tensor, p: Preprocessing, name: object) -> Tensor:
         ValueError: a picture without pixels, or too elongated to be resized.
     """
     sides = pixels.shape[0], pixels.shape[1]
-    (height, width), rows, columns = _geometry(sides, p, name)
+    (height, width), rows, columns = geometry(sides, p, name)
     if (height, width) != sides:
         if p.interpolation in ("bilinear", "bicubic"):
             planes = pixels.permute(2, 0, 1)[None]
