@@ -41,6 +41,8 @@ class Launch(launch.Launch):
                 continue
             if isinstance(value, Tensor):
                 signature[name], aligned = "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
+            elif isinstance(value, float):
+                signature[name], aligned = "fp32", False
             else:
                 signature[name], aligned = "i32" if value < 2**31 else "i64", fixed and value % 16 == 0
             if aligned:

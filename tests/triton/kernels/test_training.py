@@ -11,6 +11,7 @@ import test_training_ops as blocks
 import torch
 from oracle import error
 from torch import Tensor
+from training_error import TOLERANCE, near
 
 from parnet_kernels import training, training_ops, training_sync
 from parnet_kernels.config import ParNetConfig
@@ -18,7 +19,6 @@ from parnet_kernels.model import Block, ParNet
 from parnet_kernels.ops import use_backend
 from parnet_kernels.triton import convolution_table, convolutions, float32_precision, launch, policy
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # n, c, k, height, width, stride, groups, activation; a skip where c = k, at stride 1 in one group
 CASES = [
     (1, 12, 12, 7, 7, 1, 1, "silu"),
@@ -47,17 +47,6 @@ def _on_triton() -> Any:
     # oneDNN's weight gradients in bfloat16 hold what memory held before (torch 2.13; 1 × 1 maps, two groups).
     with use_backend("triton"), torch.backends.mkldnn.flags(enabled=False):
         yield
-
-
-def near(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, relu: bool = False) -> None:
-    bound = TOLERANCE[dtype]
-    if relu and dtype != torch.float32:  # rounding of the maps changes signs, a share of all in proportion to it
-        bound = 2 * bound**0.5
-    scale = max(e.norm().item() for e in expected[2:])
-    for i, (f, e) in enumerate(zip(found, expected, strict=True)):
-        # A gradient that is zero but for rounding is compared with what it is a difference of.
-        off = (f.double().cpu() - e).norm().item()
-        assert off <= bound * e.norm().item() or off <= bound * 1e-2 * scale, f"{i}: {error(f.cpu(), e):.1e}"
 
 
 def moved(block: training.Block, *where: Any) -> training.Block:
