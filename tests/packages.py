@@ -147,7 +147,8 @@ def main() -> None:
     wheels = {}
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(sdist) as archive:
-            archive.extractall(folder, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)  # Python ≥ 3.11.4
+            archive.extractall(folder)
         (source,) = Path(folder).iterdir()
         print("wheel without CUDA", flush=True)
         wheels["cpu"] = wheel(source, out / "without-cuda", False)
