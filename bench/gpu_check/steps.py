@@ -136,7 +136,7 @@ def rehearsed(facts: Facts, folder: Path) -> list[Step]:
     return [
         Step("build", [facts.nvcc or "nvcc", *flags], 140, {}, no_nvcc),
         Step("self-test", [PYTHON, "-c", SELFTEST_CPU], 90),
-        *(Step(name, command(folder), 47, {}, benchmark, accepts=stops) for name, command in make.items()),
+        *(Step(name, command(folder), 35, {}, benchmark, accepts=stops) for name, command in make.items()),
         Step("tests", [*test, "-k", "test_relu_without_options and downsample"], 100, {}, no_nvcc or no_pytest),
         Step("profile", [PYTHON, "-m", "bench.cuda_levels", "--variant", "s", "--gpu", "H100"], 25, {}, benchmark),
         Step("memcheck", checked, 30, {}, no_nvcc or no_pytest),
