@@ -88,7 +88,7 @@ def test_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trained_network_keeps_its_accuracy() -> None:
-    """Handwritten digits, each in nine places: int8 costs at most half a point, bfloat16 a tenth."""
+    """Handwritten digits, each in nine places: int8 costs at most half a point, bfloat16 a tenth, either product."""
     pytest.importorskip("sklearn")
     data, before = load_digits(), torch.get_num_threads()
     torch.set_num_threads(1)  # the same weights everywhere
@@ -106,7 +106,8 @@ def test_trained_network_keeps_its_accuracy() -> None:
 
     with torch.no_grad():
         exact, rounded, narrow = (accuracy(n(i)) for n, i in ((network, x), (quantized, x), (half, x.bfloat16())))
-    print(f"{len(y)} images: float32 {exact:.4f}, int8 {rounded:.4f}, bfloat16 {narrow:.4f}")
+        products = accuracy(half.prepare(products="bfloat16")(x.bfloat16()))
+    print(f"{len(y)} images: float32 {exact:.4f}, int8 {rounded:.4f}, bfloat16 {narrow:.4f} and {products:.4f}")
     assert exact > 0.9
     assert rounded >= exact - 0.005
-    assert narrow >= exact - 0.001
+    assert min(narrow, products) >= exact - 0.001
