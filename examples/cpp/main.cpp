@@ -33,7 +33,8 @@ torch::Tensor read_ppm(const std::string& path) {
 torch::Tensor prepared(const torch::Tensor& x, const json& p) {
   if (p.at("interpolation") != "bilinear" || p.at("color") != "rgb")
     throw std::runtime_error("the network wants other pictures: " + p.dump());
-  const std::vector<int64_t> size = p.at("size").is_array() ? p.at("size") : json::array({p.at("size"), p.at("size")});
+  const json& said = p.at("size");
+  const std::vector<int64_t> size = said.is_array() ? said : json::array({said, said});
   const double crop = p.at("crop"), scale = std::max(size[0] / crop / x.size(2), size[1] / crop / x.size(3));
   const auto side = [&](int d) { return std::max<int64_t>(size[d - 2], std::nearbyint(x.size(d) * scale)); };
   auto how = F::InterpolateFuncOptions().mode(torch::kBilinear).align_corners(false).antialias(true);
@@ -58,7 +59,6 @@ int main(int count, char** arguments) try {
   x = x.to(torch::Device(said["parnet_device"]), c10::getStringToDtypeMap().at(said["parnet_dtype"]));
   const torch::Tensor logits = network.run({x})[0].to(torch::kCPU, torch::kFloat32).contiguous();
   if (count > 4) std::ofstream(arguments[4]).write(static_cast<char*>(logits.data_ptr()), logits.nbytes());
-
   const json names = json::parse(said.count("parnet_class_names") ? said["parnet_class_names"] : "[]");
   const auto [probabilities, classes] = logits[0].softmax(0).topk(std::min<int64_t>(3, logits.size(1)));
   for (int64_t i = 0; i < classes.size(0); i++) {
