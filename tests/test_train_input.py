@@ -336,7 +336,10 @@ def test_interrupted_by_hand(data: Path, tmp_path: Path) -> None:  # noqa: F811
     """Ctrl-C: says how to go on."""
     (tmp_path / "run.yaml").write_text(written(tiny(data, tmp_path / "out", epochs=200)))
     command = [sys.executable, "-m", "parnet_kernels.train", "--config", str(tmp_path / "run.yaml")]
+    # Shells start background jobs, perhaps this very run, with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    signal.signal(signal.SIGINT, before)
     try:
         while not (tmp_path / "out" / "last.safetensors").exists():
             assert process.poll() is None
@@ -357,7 +360,7 @@ def test_interrupt_inside_a_finaliser_is_not_lost() -> None:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)
 
-    before, steps = signal.getsignal(signal.SIGINT), []
+    before, steps = signal.signal(signal.SIGINT, signal.default_int_handler), []
 
     def run() -> None:
         screen = _Screen(Console(), False)
@@ -367,10 +370,13 @@ def test_interrupt_inside_a_finaliser_is_not_lost() -> None:
                 steps.append(step)
                 Finalised()
 
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    assert steps == [0]
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert steps == [0]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_no_room_for_logs(data: Path, tmp_path: Path) -> None:  # noqa: F811
