@@ -46,7 +46,8 @@ def test_info() -> None:
     assert found["backends"]["cpu"] == "available"
     assert found["cpu"]["isa"] in ("portable", "avx2", "avx512", "avx512_intel")
     assert found["cpu_products"]["int8"] in direct.supported() or "no instructions" in found["cpu_products"]["int8"]
-    assert ("AMX" in found["cpu_products"]["float16, bfloat16"]) == ("amx" in direct.supported())
+    in_tiles = "prepare(products='bfloat16')" in found["cpu_products"]["float16, bfloat16"]
+    assert in_tiles == ("bf16_amx" in direct.supported(torch.bfloat16))
     table = parnet("info")
     assert table.returncode == 0
     assert __version__ in table.stdout
