@@ -2,14 +2,11 @@
 
 import contextlib
 import os
-import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -20,17 +17,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 from test_train import ONE, Quiet, data, draw, left, tiny, trained  # noqa: F401
 from typer.testing import CliRunner
 
 from parnet_kernels import load_checkpoint
 from parnet_kernels.app.cli import app
-from parnet_kernels.app.train import _Screen
 from parnet_kernels.archive import CheckpointError
 from parnet_kernels.train import augmentation, state
 from parnet_kernels.train.loop import Run, Stopped
-from parnet_kernels.train.settings import read_yaml, settings, written
+from parnet_kernels.train.settings import read_yaml, settings
 from parnet_kernels.train.sources import pictures
 
 YAML = {
@@ -330,53 +325,6 @@ def test_a_killed_reader(data: Path, tmp_path: Path) -> None:  # noqa: F811
     trained(tiny(data, tmp_path / "out"), resume=True)
     trained(tiny(data, tmp_path / "whole"))
     assert left(tmp_path / "out") == left(tmp_path / "whole")
-
-
-def test_interrupted_by_hand(data: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Ctrl-C: says how to go on."""
-    (tmp_path / "run.yaml").write_text(written(tiny(data, tmp_path / "out", epochs=200)))
-    command = [sys.executable, "-m", "parnet_kernels.train", "--config", str(tmp_path / "run.yaml")]
-    # Shells start background jobs, perhaps this very run, with SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    signal.signal(signal.SIGINT, before)
-    try:
-        while not (tmp_path / "out" / "last.safetensors").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode not in (0, -signal.SIGINT)
-    assert re.search(r"stopped after step \d+ of 600; --resume goes on from the last checkpoint", output), output
-    assert "Traceback" not in output
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_interrupt_inside_a_finaliser_is_not_lost() -> None:
-    class Finalised:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-    before, steps = signal.signal(signal.SIGINT, signal.default_int_handler), []
-
-    def run() -> None:
-        screen = _Screen(Console(), False)
-        with screen.watching():
-            for step in range(3):
-                screen.step(step, 3, 0, 1.0, 1.0)
-                steps.append(step)
-                Finalised()
-
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run()
-        assert steps == [0]
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_no_room_for_logs(data: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -1,16 +1,20 @@
 """`parnet train --resume`: to the bit, whenever and however the run was stopped."""
 
 import csv
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_train import data, left, tiny, trained  # noqa: F401
 from typer.testing import CliRunner
 
 from parnet_kernels.app.cli import app
+from parnet_kernels.app.train import _Screen
 from parnet_kernels.train import state
 from parnet_kernels.train.logs import Logs
 from parnet_kernels.train.settings import written
@@ -125,3 +129,50 @@ def test_killed_in_the_middle_of_writing(data: Path, tmp_path: Path) -> None:  #
     assert result.exit_code == 0, result.output
     assert "goes on from step 3" in result.output
     assert left(cut) == left(tmp_path / "whole")
+
+
+def test_interrupted_by_hand(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Ctrl-C: says how to go on."""
+    (tmp_path / "run.yaml").write_text(written(tiny(data, tmp_path / "out", epochs=200)))
+    command = [sys.executable, "-m", "parnet_kernels.train", "--config", str(tmp_path / "run.yaml")]
+    # Shells start background jobs, perhaps this very run, with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    signal.signal(signal.SIGINT, before)
+    try:
+        while not (tmp_path / "out" / "last.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode not in (0, -signal.SIGINT)
+    assert re.search(r"stopped after step \d+ of 600; --resume goes on from the last checkpoint", output), output
+    assert "Traceback" not in output
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupt_inside_a_finaliser_is_not_lost() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before, steps = signal.signal(signal.SIGINT, signal.default_int_handler), []
+
+    def run() -> None:
+        screen = _Screen(Console(), False)
+        with screen.watching():
+            for step in range(3):
+                screen.step(step, 3, 0, 1.0, 1.0)
+                steps.append(step)
+                Finalised()
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert steps == [0]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
