@@ -208,6 +208,24 @@ def test_without_instructions_float32_stays(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(network.prepare(products="bfloat16")(x), expected)
 
 
+def test_maps_that_are_too_large_fall_back_to_float32(monkeypatch: pytest.MonkeyPatch, in_bfloat16: None) -> None:
+    network = deployed(CONFIGS["even"])
+    x = torch.randn(1, 3, 32, 32).to(BF16)
+    expected = network(x)
+    network.prepare(products="bfloat16")
+    assert not torch.equal(network(x), expected)
+    monkeypatch.setattr(direct, "MAX_PIXELS", 16 * 16 - 1)
+    assert torch.equal(network(x), expected)
+
+
+def test_no_profile_of_other_products(in_bfloat16: None) -> None:
+    network = deployed(CONFIGS["even"]).prepare(products="bfloat16")
+    x = torch.randn(1, 3, 32, 32).to(BF16)
+    with pytest.raises(RuntimeError, match=r"no profile .*: products are bfloat16"):
+        network.profile(x)
+    assert network.prepare(products="float32").profile(x)
+
+
 def test_bad_arguments() -> None:
     network = deployed(CONFIGS["even"])
     with pytest.raises(ValueError, match=r"`products` must be one of .*'int8'"):

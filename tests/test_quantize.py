@@ -362,3 +362,14 @@ def test_repr_names_the_layers() -> None:
     quantized = deployed(CONFIGS["two streams"]).quantize(torch.randn(2, 3, 32, 32))
     assert isinstance(quantized, QuantizedParNet)
     assert "int8" in repr(quantized)
+
+
+def test_maps_whose_sums_would_leave_32_bits_are_refused() -> None:
+    network = deployed(CONFIGS["even"])
+    packed = network.quantize(torch.randn(4, 3, 64, 64)).prepare()._packed()
+    assert isinstance(packed, direct.Packed)
+    given = packed.weights, packed.program, packed.kernels
+    assert torch.ops.parnet._cpu_direct_workspace(1, 16, 2, direct.MAX_PIXELS // 2, *given) > direct.MAX_PIXELS
+    for h, w in ((1, direct.MAX_PIXELS + 1), (1 << 40, 1 << 40), (0, 1)):
+        with pytest.raises(RuntimeError, match=f"1 to {direct.MAX_PIXELS} pixels, got"):
+            torch.ops.parnet._cpu_direct_workspace(1, 16, h, w, *given)

@@ -85,8 +85,12 @@ def _plain(kind: str, stride: int, tensors: dict[str, Tensor], last: bool) -> Di
 
 
 def run(packed: Bfloat16, network: WholeNetwork, x: Tensor, result: str) -> Tensor | None:
-    """As `CpuNetwork.run`. None: the kernels' products with zeros would spread an infinity or NaN of these maps."""
+    """As `CpuNetwork.run`. None: the kernels' products with zeros would spread an infinity or NaN of these maps, or the
+    maps are too large for them.
+    """
     first = torch.ops.parnet._cpu_network.default(x, packed.first, packed.steps, False, True)
+    if first.shape[2] * first.shape[3] > direct.MAX_PIXELS:
+        return None
     features = direct.run(packed.rest, first)
     if not bool(features.isfinite().all()):
         return None

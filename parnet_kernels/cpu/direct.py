@@ -23,6 +23,8 @@ KINDS = ("repvgg_sse", "downsample_se", "fusion_se")
 ACTIVATIONS = ("silu", "relu")
 #: More input channels than this, and sums of products could leave 32 bits.
 MAX_CHANNELS = 3600
+#: More pixels of a map than this, and sums of its bytes could.
+MAX_PIXELS = 1 << 23
 _SPARE_WORKSPACES = 4  # of finished calls, kept for the next ones
 
 

@@ -159,6 +159,8 @@ class CpuNetwork:
             RuntimeError: with the reason, where the native kernels cannot run this network on `x`.
         """
         packed, reason = None, self.why_not(network, x)
+        if reason is None and self._in_bfloat16(network):
+            reason = "products are bfloat16, whose layers are one stage"
         if reason is None and (packed := self.prepare(network)) is None:
             reason = "a weight is not finite"
         if packed is None:

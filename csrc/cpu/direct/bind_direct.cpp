@@ -115,8 +115,8 @@ Network network_of(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& pac
   STD_TORCH_CHECK(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.is_contiguous() &&
                       program.dim() == 2 && program.size(0) > 0 && program.size(1) == kColumns,
                   "`program` must be a contiguous int64 CPU tensor [layers, ", kColumns, "]");
-  STD_TORCH_CHECK(n > 0 && c > 0 && h > 0 && w > 0 && h * w < int64_t{1} << 24,
-                  "`x` must have images and pixels");
+  STD_TORCH_CHECK(n > 0 && c > 0 && h > 0 && w > 0 && h <= kMaxPixels / w, "`x` must have images and 1 to ",
+                  kMaxPixels, " pixels, got [", n, ", ", c, ", ", h, ", ", w, "]");
   const Packed bytes(packed);
   std::vector<Step> steps;
   const auto* row = static_cast<const Row*>(program.const_data_ptr());

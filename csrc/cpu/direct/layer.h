@@ -12,6 +12,7 @@ namespace parnet::cpu::direct {
 
 constexpr int kPanel = 32;    // output channels that one call multiplies
 constexpr int kMaxRows = 14;  // pixels that one call multiplies, side by side in a row of the map
+constexpr int64_t kMaxPixels = int64_t{1} << 23;  // of a map: sums of its bytes stay within 32 bits
 // Bytes behind a pixel that are multiplied with zeros: they must be finite behind a map's last one, too.
 constexpr int64_t kReadBeyond = 64;
 

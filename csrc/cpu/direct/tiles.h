@@ -109,9 +109,8 @@ class Multiplier {
     if (rows_) release();
   }
 
-  // Weights come from L2: with two rows each is loaded half as often. Alone, with 96 to 192 channels,
-  // products in bfloat16 take 7.5 ns instead of 10.9; a network on a machine whose tiles others used as well
-  // took the same.
+  // Weights come from L2, which takes longer than multiplying them once: with two rows each is loaded half as
+  // often.
   static constexpr int kMapRows = 2;
 
   // See dot.h.
