@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
@@ -28,12 +29,12 @@ class Compilation:
         self.kernels: dict[str, Any] = {}
 
     def submit(self, compile: Callable[[], Any]) -> Future[Any]:
-        future = self._pool.submit(compile)
+        future = self._pool.submit(_despite_the_parser, compile)
         self.names[future] = self._current
         return future
 
     def take(self, one: Launch) -> None:
-        """Begins to compile it, unless it is or has been. Keeps no tensor."""
+        """It is to be compiled, unless it is. Keeps no tensor."""
         name = self._current = one.kernel.__name__
         self.kernels[name] = one.kernel
         tensor = next(v for v in one.arguments.values() if isinstance(v, Tensor))
@@ -61,6 +62,28 @@ class Compilation:
                         del cache[key]
 
 
+def _despite_the_parser(compile: Callable[[], Any]) -> Any:
+    """Compiles again where Python 3.11's parser, whose depth counter all threads share, failed for another thread's
+    sake (python/cpython#106905).
+    """
+    for _ in range(9):
+        try:
+            return compile()
+        except Exception as error:
+            if not _parser_failed(error):
+                raise
+    return compile()
+
+
+def _parser_failed(error: BaseException | None) -> bool:
+    """Triton wraps the parser's errors several times."""
+    while error is not None:
+        if isinstance(error, SystemError) and "recursion depth mismatch" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _failure(name: str, error: BaseException) -> RuntimeError:
     return RuntimeError(f"parnet_kernels: {name} cannot be compiled: {type(error).__name__}: {error}")
 
@@ -72,13 +95,16 @@ def cores() -> int:
 
 @contextmanager
 def compiling(told: Told | None = None) -> Iterator[Compilation]:
-    """Within the block this thread's launches begin to be compiled, and nothing runs. At its end all of them are, as
-    they would be by the first launch; whatever interrupts it, no other one begins.
+    """Within the block this thread's launches are taken, and nothing runs. At its end all of them are compiled, as they
+    would be by the first launch; whatever interrupts it, no other one begins.
 
     Raises:
         RuntimeError: a kernel cannot be compiled; names it.
     """
-    pool = ThreadPoolExecutor(cores(), "parnet-compile")
+    # No compilation begins before the last launch is taken: Triton parses a kernel to make its cache key, and where
+    # another thread's parsing makes that fail (see `_despite_the_parser`), a key without its source is left behind.
+    taken = threading.Event()
+    pool = ThreadPoolExecutor(cores(), "parnet-compile", initializer=taken.wait)
     compilation = Compilation(pool)
     if launch.INTERPRETED:
         with launch.given_to(lambda _: None):
@@ -91,11 +117,14 @@ def compiling(told: Told | None = None) -> Iterator[Compilation]:
             try:
                 with launch.given_to(compilation.take):
                     yield compilation
+                taken.set()
                 compilation.wait(told)
             except BaseException:
                 for future in compilation.names:
                     future.cancel()
                 raise
+            finally:
+                taken.set()
     finally:
         _async_compile.active_mode.set(before)  # the mode does not where it was interrupted
         compilation.forget()
