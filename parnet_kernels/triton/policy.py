@@ -18,10 +18,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch.torch_version import TorchVersion
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: Of a product: 16-bit operands; one tf32 product; exact float32 by FMA; nearly exact by three tf32 products.
@@ -173,6 +174,19 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+@functools.cache
+def fenced(arch: str) -> bool:
+    """Whether products may read what `cp.async` has written. Those of sm_90 and sm_100 (wgmma, tcgen05) read shared
+    memory through the async proxy: the PTX ISA requires a `fence.proxy.async` before, which Triton sets since 3.7.1.
+    Older ones set it behind other stores only, which a loop in one stage has.
+    """
+    if arch not in ("sm_90", "sm_100"):
+        return True
+    import triton
+
+    return TorchVersion(triton.__version__) >= "3.7.1"
+
+
 def precisions(device: torch.device) -> tuple[str, ...]:
     """Of float32 products, those that the compiler has for the device. Of AMD's, gfx942 alone multiplies in tf32."""
     if device.type != "cuda" or not torch.version.hip:
@@ -200,12 +214,12 @@ def _first_fit(rules: tuple[Rule, ...], rows: int, columns: int) -> Tile:
 
 def tile_for(device: torch.device, kind: str, mode: str, rows: int, columns: int) -> Tile:
     """The tile for a product of rows × columns: the user's table if it has the shape, else the first rule that fits."""
-    key = shape_key(kind, mode, rows, columns)
+    key, arch, tile = shape_key(kind, mode, rows, columns), architecture(device), None
     if _trial is not None:
         _trial.asked[key] = (kind, mode)
-        if key in _trial.tiles:
-            return _trial.tiles[key]
-    return user_table(model(device)).get(key) or _first_fit(TABLES[architecture(device)][kind, mode], rows, columns)
+        tile = _trial.tiles.get(key)
+    tile = tile or user_table(model(device)).get(key) or _first_fit(TABLES[arch][kind, mode], rows, columns)
+    return tile if fenced(arch) else replace(tile, stages=1)
 
 
 def split(tiles: int, steps: int, sms: int) -> int:

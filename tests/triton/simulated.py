@@ -1,4 +1,4 @@
-"""Runs the backend's host code on CPU tensors, every launch compiled for sm_80 and executed by the PTX simulator."""
+"""Runs the backend's host code on CPU tensors, every launch compiled and executed by the PTX simulator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from parnet_kernels.triton import launch
+from parnet_kernels.triton import launch, policy
 from tests.ptxsim import PtxModule, Result
 from tests.triton.offline import Launch
 
@@ -21,9 +21,9 @@ def _module(ptx: str) -> PtxModule:
     return PtxModule(ptx)
 
 
-def run_in_simulator(one: Launch, **options: Any) -> Result:
+def run_in_simulator(one: Launch, target: str = "sm_80", **options: Any) -> Result:
     """One launch; raises on any report of the simulator's checks."""
-    compiled = one.compile("sm_80")
+    compiled = one.compile(target)
     names = one.source()[1]
     module = _module(compiled.asm["ptx"])
     kernel = compiled.metadata.name
@@ -39,13 +39,13 @@ def run_in_simulator(one: Launch, **options: Any) -> Result:
     )
 
 
-def simulate(host: Callable[[], T], **options: Any) -> tuple[T, dict[str, Result]]:
-    """(what `host` returns, the counters of each kernel's last launch by name)."""
+def simulate(host: Callable[[], T], target: str = "sm_80", **options: Any) -> tuple[T, dict[str, Result]]:
+    """(what `host` returns, the counters of each kernel's last launch by name). target: what tiles are for, too."""
     results: dict[str, Result] = {}
 
     def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compile_options: dict[str, int]) -> None:
-        result = run_in_simulator(Launch(kernel, grid, arguments, compile_options), **options)
+        result = run_in_simulator(Launch(kernel, grid, arguments, compile_options), target, **options)
         results[f"{kernel.__name__}:{arguments['STAGE']}" if "STAGE" in arguments else kernel.__name__] = result
 
-    with mock.patch.object(launch, "run", run):
+    with mock.patch.object(launch, "run", run), mock.patch.object(policy, "architecture", return_value=target):
         return host(), results

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from parnet_kernels import ops
 from parnet_kernels.triton import current_precision, float32_precision, policy
 from parnet_kernels.triton.pack import Slices, padded
+
+CPU = torch.device("cpu")
 
 
 def test_every_table_answers_for_every_shape() -> None:
@@ -39,6 +43,29 @@ def test_each_device_has_a_table(capability: tuple[int, int], monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     expected = {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
     assert policy.architecture(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1", "3.8.0+git1234"])
+def test_one_stage_where_triton_sets_no_proxy_fence(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tables, of a user's table and of tiles that are tried."""
+    monkeypatch.setattr(triton, "__version__", version)
+    policy.fenced.cache_clear()
+    asked, other = ("conv", "half", 4096, 128), policy.Tile(64, 64, 32, 4, 3)
+    for arch in policy.TABLES:
+        monkeypatch.setattr(policy, "architecture", lambda _, arch=arch: arch)
+        unfenced = version in ("3.6.0", "3.7.0") and arch in ("sm_90", "sm_100")
+        listed = policy._first_fit(policy.TABLES[arch]["conv", "half"], 4096, 128)
+        monkeypatch.setattr(policy, "user_table", lambda _: {})
+        found = [(policy.tile_for(CPU, *asked), listed)]
+        monkeypatch.setattr(policy, "user_table", lambda _: {policy.shape_key(*asked): other})
+        found.append((policy.tile_for(CPU, *asked), other))
+        with policy.trial() as trial:
+            trial.tiles[policy.shape_key(*asked)] = listed
+            found.append((policy.tile_for(CPU, *asked), listed))
+        for tile, expected in found:
+            assert tile == (replace(expected, stages=1) if unfenced else expected), arch
+            assert expected.stages > 1 or not unfenced
+    policy.fenced.cache_clear()
 
 
 def test_split_only_where_processors_idle() -> None:

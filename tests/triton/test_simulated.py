@@ -1,4 +1,6 @@
-"""The compiled sm_80 PTX of every kernel, executed by the simulator: numbers, no reports, memory traffic."""
+"""The compiled PTX of every kernel, executed by the simulator: numbers, no reports, memory traffic. For sm_80, and for
+sm_90, whose products are wgmma's.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +58,23 @@ def forward_and_backward(
 
 
 def case(index: Any) -> str:
+    if isinstance(index, str):
+        return index
     op, c, k, size, n, stride, dtype, precision = index
     return f"{op}-{n}x{c}x{size[0]}x{size[1]}-{k}-s{stride}-{str(dtype)[6:]}-{precision}"
 
 
 @pytest.mark.parametrize(
-    "values", [*CASES, *(pytest.param(v, marks=pytest.mark.slow) for v in MORE)], ids=lambda v: case(v)
+    ("target", "values"),
+    [
+        *(("sm_80", v) for v in CASES),
+        ("sm_90", CASES[1]),
+        *(pytest.param("sm_80", v, marks=pytest.mark.slow) for v in MORE),
+        *(pytest.param("sm_90", v, marks=pytest.mark.slow) for v in [CASES[0], *CASES[2:], *MORE]),
+    ],
+    ids=case,
 )
-def test_against_float64(values: Any) -> None:
+def test_against_float64(target: str, values: Any) -> None:
     op, c, k, size, n, stride, dtype, precision = values
     positional, options = arguments(op, n, c, k, size, dtype=dtype, stride=stride)
     positional[0] = positional[0].contiguous(memory_format=torch.channels_last)
@@ -71,7 +82,7 @@ def test_against_float64(values: Any) -> None:
     leaves = [t.requires_grad_() for t in (*wide, wide_options["out_scale"], wide_options["out_shift"])]
     expected = getattr(reference, op)(*wide, **wide_options)
     with float32_precision(precision):
-        y, *found = forward_and_backward(op, positional, options)
+        y, *found = forward_and_backward(op, positional, options, target=target)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
     tolerance = TOLERANCE.get(dtype) or FLOAT32[precision]
     assert relative(y, expected.detach()) <= tolerance

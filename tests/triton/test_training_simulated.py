@@ -1,4 +1,5 @@
-"""The compiled sm_80 PTX of the training kernels, executed by the simulator: numbers against float64, no reports.
+"""The compiled PTX of the training kernels, for sm_80 and sm_90, executed by the simulator: numbers against float64, no
+reports.
 
 The library's convolutions are PyTorch's on the CPU. Memory that nobody wrote is NaN.
 """
@@ -81,18 +82,27 @@ def ran(host: Callable[[], list[Tensor]], kernels: int, **simulator: Any) -> lis
     return found
 
 
-@pytest.mark.parametrize(("case", "dtype"), [*BLOCKS, *slow(MORE_BLOCKS)], ids=str)
-def test_a_block(case: tuple[Any, ...], dtype: torch.dtype) -> None:
-    found, expected = of_a_block(case, dtype)
+def targets(cases: list[Any], more: list[Any]) -> list[Any]:
+    """All of `more`, and what is for sm_90, is slow."""
+    return [
+        *(("sm_80", *case) for case in cases),
+        *slow([("sm_80", *case) for case in more]),
+        *slow([("sm_90", *case) for case in cases + more]),
+    ]
+
+
+@pytest.mark.parametrize(("target", "case", "dtype"), targets(BLOCKS, MORE_BLOCKS), ids=str)
+def test_a_block(target: str, case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    found, expected = of_a_block(case, dtype, target=target)
     near(found, expected, dtype, case[-1] == "relu")
 
 
-@pytest.mark.parametrize(("case", "dtype"), [*FUSIONS, *slow(MORE_FUSIONS)], ids=str)
-def test_a_fusion(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("target", "case", "dtype"), targets(FUSIONS, MORE_FUSIONS), ids=str)
+def test_a_fusion(target: str, case: tuple[Any, ...], dtype: torch.dtype) -> None:
     tensors = fusions.make(case, dtype)
     g = fusions.gradient(case)
     expected = fusions.differentiated(fusions.plain, [t.double() for t in tensors], case, g)
-    found = ran(lambda: fusions.differentiated(fusions.operator, tensors, case, g), 10)
+    found = ran(lambda: fusions.differentiated(fusions.operator, tensors, case, g), 10, target=target)
     near(found, expected, dtype, case[-1] == "relu")
 
 
@@ -108,10 +118,11 @@ def test_order_interleaving_and_offset_width_change_no_bit(width: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [(2, 12, 12, 3, 5, 1, 1, "silu"), (1, 92, 36, 5, 3, 2, 1, "silu")], ids=str)
-def test_with_our_convolutions(case: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize(("target", "dtype"), [("sm_80", F32), ("sm_90", F32), ("sm_90", F16)], ids=str)
+def test_with_our_convolutions(target: str, case: tuple[Any, ...], dtype: torch.dtype) -> None:
     with forced(OWN), float32_precision("ieee"):
-        found, expected = of_a_block(case, F32)
-    near(found, expected, F32)
+        found, expected = of_a_block(case, dtype, target=target)
+    near(found, expected, dtype)
 
 
 @pytest.mark.slow

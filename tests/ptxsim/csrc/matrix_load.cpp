@@ -70,6 +70,13 @@ void movmatrix(Context& c, const Instruction& in) {
 
 }  // namespace
 
+u8 stmatrix_byte(const Context& c, const Instruction& in, int lane, int offset) {
+  const u32* values = slots<u32>(c, source_code(c, in, 1 + lane / 8));
+  const int row = lane % 8, column = offset / 2, byte = offset % 2;
+  return in.has(mod::Transposed) ? u8(values[4 * column + row / 2] >> (16 * (row % 2) + 8 * byte))
+                                 : u8(values[4 * row + column / 2] >> (16 * (column % 2) + 8 * byte));
+}
+
 Handler matrix_load_handler(const Instruction& in) {
   switch (in.op) {
     case Op::Ldmatrix:

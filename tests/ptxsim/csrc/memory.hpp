@@ -93,6 +93,8 @@ u64 apply_atomic(Atomic op, Type type, u64 old, u64 operand, u64 other, bool flu
 // True if the store that is being executed leaves this byte as it is. `offset` is the byte's place in the
 // access.
 bool stores_same_byte(const Context& c, int lane, int offset, u8 current);
+// What `stmatrix` stores at byte `offset` of the row that `lane` has given the address of.
+u8 stmatrix_byte(const Context& c, const Instruction& in, int lane, int offset);
 
 inline VectorClock view_of(const Context& c) {  // what the warp has seen, itself included
   VectorClock v = c.warp->sync.seen;

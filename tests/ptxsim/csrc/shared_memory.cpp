@@ -155,7 +155,9 @@ inline bool quick_check_any(Block& b, u32 address, int size, int flags, u32 olde
 
 bool stores_same_byte(const Context& c, int lane, int offset, u8 current) {
   const Instruction& in = c.machine->program[c.pc];
-  if (in.op != Op::St || c.machine->strict) return false;
+  if (c.machine->strict) return false;
+  if (in.op == Op::Stmatrix) return stmatrix_byte(c, in, lane, offset) == current;
+  if (in.op != Op::St) return false;
   int size = type_size(in.type), within = offset % size;
   s32 code = source_code(c, in, 1 + offset / size) + (within >= 8 ? 256 : 0);
   return u8(lane_value(c, code, lane) >> 8 * (within % 8)) == current;

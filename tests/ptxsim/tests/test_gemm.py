@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from ptxsim import PtxFault, PtxModule, PtxSanitizerError, Uninit
 
-from .helpers import aligned_pointers, cuda, triton_kernel
+from .helpers import WGMMA, aligned_pointers, cuda, triton_kernel
 
 SIZES = [(128, 128, 32), (128, 128, 128), (256, 256, 512), (200, 136, 80), (72, 264, 16), (129, 8, 40)]
 TOLERANCE = {"fp16": 6e-4, "bf16": 5e-3, "fp32": 2e-3}
@@ -63,7 +63,7 @@ def run_matmul(kernel, M, N, K, dtype, ptx=None, **options):
 
 @pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, WGMMA])
 def test_triton(dtype, arch, warps):
     kernels = {aligned: compile_matmul(dtype, arch, aligned, num_warps=warps) for aligned in (True, False)}
     assert "cp.async" in kernels[True].ptx

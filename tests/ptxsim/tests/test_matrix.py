@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from ptxsim import PtxModule, PtxSanitizerError
 
 from .helpers import LANES, RNG, run_ptx, u32
 
@@ -159,6 +160,34 @@ def test_stmatrix_undoes_ldmatrix(count, transposed):
     setp.lt.u32 %q1, %t, {8 * count}; mov.u32 %o, 0; @%q1 ld.shared.u32 %o, [%x20+8];"""
     expected = np.where(8 * count > LANES, 4 * LANES + 2, 0)
     assert np.array_equal(run_ptx(body, [], "u4", shared=1024), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_two_warps_store_the_same_matrices(count, transposed):
+    """Triton lets warps that hold the same values all store them."""
+    registers = ",".join(f"%x{i}" for i in range(count))
+    form = f"m8n8.x{count}{'.trans' if transposed else ''}.shared.b16"
+    module = PtxModule(f"""
+.version 8.7
+.target sm_90
+.address_size 64
+.visible .entry k(.param .u32 other) {{
+.reg .b32 %x<9>; .reg .b32 %t; .reg .b32 %w; .reg .b32 %o;
+.shared .align 16 .b8 smem[512];
+mov.u32 %t, %tid.x; shr.u32 %w, %t, 5; and.b32 %t, %t, 31;
+ld.param.u32 %o, [other]; mul.lo.u32 %w, %w, %o;
+mad.lo.u32 %x0, %t, 0x01010203, %w; add.u32 %x1, %x0, 7; add.u32 %x2, %x0, 77; add.u32 %x3, %x0, 777;
+mov.u32 %x8, smem; mad.lo.u32 %x8, %t, 16, %x8;
+stmatrix.sync.aligned.{form} [%x8], {{{registers}}};
+ret; }}""")
+    module.launch("k", 1, 64, [0])
+    text = "race on shared byte .*: write by warp 1, written by warp 0"
+    with pytest.raises(PtxSanitizerError, match=text):
+        module.launch("k", 1, 64, [0], races="strict")
+    for other in (1, 1 << 24):  # the lowest byte of each word differs, or the highest
+        with pytest.raises(PtxSanitizerError, match=text):
+            module.launch("k", 1, 64, [other])
 
 
 def test_movmatrix_transposes():

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from ptxsim import Uninit
 
-from .helpers import launch_triton
+from .helpers import WGMMA, launch_triton
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def attn_k(q, k, v, o, n, scale, D: tl.constexpr, BM: tl.constexpr, BN: tl.const
     )
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, WGMMA])
 @pytest.mark.parametrize("dt", ["fp16", "bf16"])
 @pytest.mark.parametrize(("n", "causal", "seed"), [(128, False, 0), (200, True, 0), (200, True, 3)])
 def test_attention(arch, dt, n, causal, seed):
