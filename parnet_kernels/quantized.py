@@ -279,11 +279,12 @@ class QuantizedParNet(Described, nn.Module):
 
     def _defined(self, y: Tensor) -> list[Tensor]:
         """The int8 layers' outputs: bytes, of the last one floats."""
-        graph = self._quantized()
-        made = {"first": to_bytes(y, *self._entry(graph[0][1]))}
-        for layer, m in graph:
-            made[layer.name] = m(*(made[name] for name in layer.inputs))
-        return [made[layer.name] for layer, _ in graph]
+        # Strings and modules: torch.compile, which divides this function, cannot keep a `Layer` in torch 2.11.
+        graph = [(layer.name, layer.inputs, m) for layer, m in self._quantized()]
+        made = {"first": to_bytes(y, *self._entry(graph[0][2]))}
+        for name, inputs, m in graph:
+            made[name] = m(*(made[of] for of in inputs))
+        return [made[name] for name, _, _ in graph]
 
     @staticmethod
     def _entry(m: nn.Module) -> tuple[float, int]:

@@ -38,7 +38,9 @@ run = torch._inductor.aoti_load_package(sys.argv[2])
 assert "parnet_kernels" not in sys.modules
 saved = torch.load(sys.argv[3])
 with torch.inference_mode():
-    torch.save([run(x) for x in saved], sys.argv[4])
+    found = [run(x) for x in saved]
+assert None not in found  # torch 2.11 prints an operator's error and goes on
+torch.save(found, sys.argv[4])
 """
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from parnet_kernels import ParNet, ParNetConfig, Preprocessing, save
 from parnet_kernels.app import decoding

@@ -11,6 +11,7 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import fsum
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -322,7 +323,7 @@ def _pairings(s: Shape, t: Tiling, shape: TileShape, wgmma: Wgmma) -> Iterator[T
 def option(s: Shape, t: Tiling, gpu: Gpu) -> Option:
     p, c = policy(gpu.image), constants(gpu.architecture)
     costs = block_costs(s, t, p, c)
-    total, blocks = sum(cost * b for cost, b in costs), sum(b for _, b in costs)
+    total, blocks = fsum(cost * b for cost, b in costs), sum(b for _, b in costs)
     return Option(t, costs, total, blocks, asked_bytes(s, t, p), exchanged_bytes(s, t, p), waits(t, p, c))
 
 
@@ -352,8 +353,8 @@ def traffic(choice: Sequence[Option], gpu: Gpu) -> float:
     c = constants(gpu.architecture)
     # Multiprocessors without a block leave their share of L2's rate to others.
     asking = min(gpu.multiprocessors, c.l2_shares * sum(o.blocks for o in choice))
-    found = sum(o.asked for o in choice) / (c.l2_reached * c.l2_bytes * asking)
-    return max(found, sum(o.exchanged for o in choice) / (c.pair_bytes * gpu.multiprocessors))
+    found = fsum(o.asked for o in choice) / (c.l2_reached * c.l2_bytes * asking)
+    return max(found, fsum(o.exchanged for o in choice) / (c.pair_bytes * gpu.multiprocessors))
 
 
 def level_time(choice: Sequence[Option], gpu: Gpu) -> float:
@@ -375,7 +376,7 @@ def plan_level(shapes: tuple[Shape, ...], gpu: Gpu, math: str) -> tuple[Tiling, 
     for choice in itertools.product(*(options(s, gpu, math) for s in shapes)):
         per_sm = blocks_per_sm(gpu, max(o.tiling.shared for o in choice))
         longest = max(o.costs[0][0] for o in choice)
-        busy = sum(o.total for o in choice) / gpu.multiprocessors * (1.0 if per_sm == 2 else alone)
+        busy = fsum(o.total for o in choice) / gpu.multiprocessors * (1.0 if per_sm == 2 else alone)
         bound = max(busy, longest * alone, traffic(choice, gpu)) + longest / 4 + max(o.waits for o in choice)
         ranked.append((bound * _idle(sum(o.blocks for o in choice), gpu), choice))
     candidates = heapq.nsmallest(CANDIDATES, ranked, key=lambda r: r[0])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import fsum, prod
 
 from parnet_kernels.config import Layer, ParNetConfig
 from parnet_kernels.distributed.cut import Cut, cut, sizes
@@ -81,13 +81,13 @@ class Model:
     def layers_time(self, layers: Iterable[Layer], device: Device) -> float:
         """Of layers on one device, level by level."""
         if device.eager:
-            return sum(
+            return fsum(
                 max(EAGER_LAUNCHES[layer.kind] * device.launch, self._busy_time([layer], device)) for layer in layers
             )
         levels: dict[int, list[Layer]] = {}
         for layer in layers:
             levels.setdefault(self._depth[layer.name], []).append(layer)
-        return sum(device.launch + self._busy_time(level, device) for level in levels.values())
+        return fsum(device.launch + self._busy_time(level, device) for level in levels.values())
 
     def _busy_time(self, level: Sequence[Layer], device: Device) -> float:
         """Of layers that run together, without the launch."""
@@ -155,14 +155,14 @@ class Model:
         trunk: str = "auto",
         image_sent: bool = False,
     ) -> Placement:
-        """The fastest placement; of equal ones the first, so that every rank finds the same.
+        """The fastest placement; of equal ones, to nine digits, the first, so that every rank finds the same.
 
         Args:
             streams: of each rank, if they are prescribed.
             trunk: "recompute": every rank from the image; "send": none but rank 0 from it; "auto": whichever is faster.
         """
         placements = self.placements(ranks, streams, trunk)
-        return min(placements, key=lambda p: self.time(p, device, link, image_sent))
+        return min(placements, key=lambda p: float(f"{self.time(p, device, link, image_sent):.9g}"))
 
     def placements(
         self, ranks: int, streams: Sequence[Sequence[int]] | None = None, trunk: str = "auto"

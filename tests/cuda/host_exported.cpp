@@ -18,9 +18,13 @@ extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return 0;
 }
 
+#include <dlfcn.h>
+
+#define dlopen(...) nullptr  // a CUDA build of torch has the function, too, which needs a driver
 #define is_cuda is_cpu
 #define DeviceGuard NoGuard
 #include "../../csrc/cuda/bind.cpp"
+#undef dlopen
 #undef is_cuda
 #undef DeviceGuard
 
