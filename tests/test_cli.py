@@ -10,8 +10,18 @@ import pytest
 import torch
 from oracle import randomize
 from PIL import Image
+from typer.testing import CliRunner
 
-from parnet_kernels import ParNetConfig, __version__, load_checkpoint, load_deployed, parnet_cifar, save
+from parnet_kernels import (
+    CheckpointError,
+    ParNetConfig,
+    __version__,
+    load_checkpoint,
+    load_deployed,
+    parnet_cifar,
+    save,
+)
+from parnet_kernels.app.cli import app
 from parnet_kernels.cpu import direct
 from parnet_kernels.model import ParNet
 
@@ -20,6 +30,17 @@ PARNET = Path(sys.executable).with_name("parnet")
 
 def parnet(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([PARNET, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def refused(*arguments: object) -> str:
+    """In this process: what it says on standard error, in one line, and nothing else happens."""
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    if not isinstance(result.exception, SystemExit):  # `main` prints these
+        assert isinstance(result.exception, (CheckpointError, OSError, ValueError)), result.exception
+        return str(result.exception)
+    assert result.exit_code != 0
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.replace("│", " ").split())
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +143,7 @@ def test_convert(folder: Path) -> None:
 def test_errors_are_one_line(folder: Path, arguments: tuple[str, ...], message: str) -> None:
     (folder / "photo_labels.txt").write_text("only one\n")
     names = {"none.png", "photo.png", "model.pth", "none.pth", "out.safetensors", "out.pth", "photo_labels.txt"}
-    result = parnet(*(folder / a if a in names else a for a in arguments))
-    assert result.returncode != 0
-    assert message in " ".join(result.stderr.replace("│", " ").split())
-    assert "Traceback" not in result.stderr
+    assert message in refused(*(folder / a if a in names else a for a in arguments))
 
 
 @pytest.mark.parametrize(
@@ -152,10 +170,17 @@ def test_more_errors_are_one_line(folder: Path, arguments: tuple[str, ...], mess
     whole = (folder / "photo.png").read_bytes()
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
     Image.new("L", (20000, 2)).save(folder / "line.png")
-    result = parnet(*(folder / a if a.endswith((".png", ".pth", ".safetensors")) else a for a in arguments))
-    assert result.returncode != 0
-    assert message in " ".join(result.stderr.replace("│", " ").split())
-    assert "Traceback" not in result.stderr
+    files = (folder / a if a.endswith((".png", ".pth", ".safetensors")) else a for a in arguments)
+    assert message in refused(*files)
+
+
+def test_an_error_is_one_line(folder: Path) -> None:
+    """Through the entry point; the others are tried without."""
+    result = parnet("convert", folder / "none.pth", folder / "out.safetensors")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("parnet: ")
+    assert "no checkpoint file" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_bad_instruction_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

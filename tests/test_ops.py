@@ -200,7 +200,7 @@ def test_autocast(op: str) -> None:
     assert args[1].grad.dtype == torch.float32
 
 
-@each_operator
+@pytest.mark.parametrize("op", [pytest.param("downsample_se", marks=pytest.mark.slow), "repvgg_sse", "fusion_se"])
 @pytest.mark.usefixtures("inductor")
 def test_compile(op: str) -> None:
     """fullgraph, with dynamic sizes, forward and backward."""

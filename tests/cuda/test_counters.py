@@ -153,7 +153,10 @@ def packed_of(tensors, call):
 
 @pytest.mark.parametrize(
     ("name", "gpu"),
-    [("s", "A100"), ("s", "H100"), *(pytest.param("m", g, marks=pytest.mark.slow) for g in ("A100", "H100"))],
+    [
+        ("s", "A100"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("s", "H100"), ("m", "A100"), ("m", "H100"))),
+    ],
 )
 def test_round_trips_in_a_row(device, name, gpu):
     """What the model of bench/cuda_levels.py takes for the latencies of every launch."""

@@ -79,6 +79,12 @@ def check(launch: Launch, target: str) -> None:
     assert used.registers <= (512 if target == "gfx942" else 255), where
 
 
+OFTEN = [
+    pytest.param(target, marks=[] if target in ("sm_80", "sm_90", "gfx942") else pytest.mark.slow)
+    for target in SHARED_LIMIT
+]
+
+
 def used(arch: str, tile: policy.Tile) -> policy.Tile:
     return tile if policy.fenced(arch) else replace(tile, stages=1)
 
@@ -120,7 +126,7 @@ def test_every_tile(target: str, kind: str, mode: str, precision: str, tile: pol
         check(launch, target)
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", OFTEN)
 def test_small_kernels(target: str) -> None:
     """Packing, gates, sums and the kernel that adds the parts of a split."""
     with mock.patch.object(policy, "split", return_value=2):

@@ -159,7 +159,7 @@ def test_bytes_of_a_block(kind: str) -> None:
     assert found[0] <= found[1] * (0.52 if kind == "fusion" else 0.5)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_kernels_compile(target: str) -> None:
     """Those of a step in float16: little is spilled, and that by the products of vectors alone."""
     ours, _ = step_of_s(32, 2, torch.float16)

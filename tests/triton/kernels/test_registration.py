@@ -40,7 +40,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@each_operator
+@pytest.mark.parametrize("op", [OPERATORS[0], *(pytest.param(op, marks=pytest.mark.slow) for op in OPERATORS[1:])])
 @pytest.mark.usefixtures("inductor")
 def test_compiled_forward_and_backward_call_the_backend(op: str, where: torch.device) -> None:
     positional, options = call(op, where)
@@ -98,8 +98,14 @@ def test_the_backward_operator_matches_its_fake(op: str, where: torch.device) ->
         )
 
 
-@each_operator
-@pytest.mark.parametrize("way", ["grad", "vmap of maps", "vmap of grad", "jvp", "is_grads_batched"])
+@pytest.mark.parametrize(
+    ("op", "way"),
+    [
+        pytest.param(op, way, marks=[pytest.mark.slow] * ((i + j) % len(OPERATORS) > 0))  # one operator each way
+        for i, way in enumerate(["grad", "vmap of maps", "vmap of grad", "jvp", "is_grads_batched"])
+        for j, op in enumerate(OPERATORS)
+    ],
+)
 def test_transforms(op: str, way: str, where: torch.device) -> None:
     with mock.patch.object(backend, "_layer", side_effect=backend._layer) as counted:
         Case(op, torch.float32, where).check(WAYS[way], 1e-4)

@@ -53,8 +53,16 @@ def moved(block: training.Block, *where: Any) -> training.Block:
     return training.Block(*(t.to(*where) if isinstance(t, Tensor) else t for t in block))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def one_dtype_each(cases: list[Any]) -> list[Any]:
+    """Every case with every dtype; all but one dtype of a case are slow."""
+    return [
+        pytest.param(case, dtype, marks=[pytest.mark.slow] * ((i + j) % len(TOLERANCE) > 0))
+        for i, case in enumerate(cases)
+        for j, dtype in enumerate(TOLERANCE)
+    ]
+
+
+@pytest.mark.parametrize(("case", "dtype"), one_dtype_each(CASES), ids=str)
 def test_a_block(case: tuple[Any, ...], dtype: torch.dtype, where: torch.device) -> None:
     x, block = blocks.make(case)
     x, block = x.to(dtype), moved(block, dtype)
@@ -65,8 +73,7 @@ def test_a_block(case: tuple[Any, ...], dtype: torch.dtype, where: torch.device)
     assert [f.dtype for f in found[2:]] == [dtype] * (len(found) - 2)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", FUSIONS, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), one_dtype_each(FUSIONS), ids=str)
 def test_a_fusion(case: tuple[Any, ...], dtype: torch.dtype, where: torch.device) -> None:
     tensors = fusions.make(case, dtype)
     g = fusions.gradient(case)
