@@ -65,6 +65,13 @@ struct MaxOp {
     return a > b ? a : b;
   }
 };
+template <class F>
+struct ReluOp {  // F with .relu
+  template <class T>
+  static T apply(T a, T b) {
+    return std::max(F::apply(a, b), T(0));
+  }
+};
 struct AbsOp {
   template <class T>
   static T apply(T a) {
@@ -248,12 +255,13 @@ void dp2a(Context& c, const Instruction& in) {
 // add, min, max of packed 16-bit integers; aux: the Atomic of that name
 void packed_int(Context& c, const Instruction& in) {
   auto a = source<u32>(c, in, 0), b = source<u32>(c, in, 1);
-  bool sign = in.type == Type::S16X2;
+  bool sign = in.type == Type::S16X2, relu = in.has(mod::Relu);
   auto kind = static_cast<Atomic>(in.aux);
   auto apply = [&](u16 x, u16 y) -> u16 {
     if (kind == Atomic::Add) return x + y;
     bool less = sign ? s16(x) < s16(y) : x < y;
-    return (kind == Atomic::Min) == less ? x : y;
+    u16 found = (kind == Atomic::Min) == less ? x : y;
+    return relu && s16(found) < 0 ? 0 : found;
   };
   write<u32>(c, in, 0, [&](int l) {
     return u32(apply(u16(a[l]), u16(b[l]))) | u32(apply(a[l] >> 16, b[l] >> 16)) << 16;
@@ -288,9 +296,9 @@ Handler integer_handler(const Instruction& in) {
     case Op::Rem:
       return pick_integer<Binary<RemOp>>(t);
     case Op::Min:
-      return pick_integer<Binary<MinOp>>(t);
+      return in.has(mod::Relu) ? Binary<ReluOp<MinOp>>::run<s32> : pick_integer<Binary<MinOp>>(t);
     case Op::Max:
-      return pick_integer<Binary<MaxOp>>(t);
+      return in.has(mod::Relu) ? Binary<ReluOp<MaxOp>>::run<s32> : pick_integer<Binary<MaxOp>>(t);
     case Op::Min3:
       return pick_integer<Ternary<MinOp>>(t);
     case Op::Max3:

@@ -62,8 +62,9 @@ def simple(program: Program, opcode: Opcode) -> None:
 def packed_integer(program: Program, opcode: Opcode) -> bool:
     if opcode.type not in PACKED_INTEGERS:
         return False
+    flags = ["Relu"] if opcode.type == "s16x2" and opcode.name != "add" and opcode.has("relu") else []
     dst, *src = (program.operand(arg) for arg in opcode.args)
-    program.emit("PackedInt", [dst], src, opcode.type, aux=isa.ATOMICS[opcode.name])
+    program.emit("PackedInt", [dst], src, opcode.type, aux=isa.ATOMICS[opcode.name], flags=flags)
     return True
 
 
@@ -124,6 +125,9 @@ def min_max(program: Program, opcode: Opcode) -> None:
     if packed_integer(program, opcode):
         return
     name = opcode.name.capitalize()
+    if opcode.type == "s32" and len(opcode.args) == 3 and opcode.has("relu"):
+        emit_plain(program, opcode, name, flags=["Relu"])
+        return
     emit_plain(program, opcode, name + "3" if len(opcode.args) == 4 else name)
 
 

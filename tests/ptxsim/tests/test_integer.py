@@ -29,6 +29,12 @@ BINARY = {
     "xor.b32": lambda a, b: a ^ b,
     "min.s32": lambda a, b: min(signed(a), signed(b)),
     "max.u32": max,
+    "min.relu.s32": lambda a, b: max(min(signed(a), signed(b)), 0),
+    "max.relu.s32": lambda a, b: max(signed(a), signed(b), 0),
+    "min.relu.s16x2": lambda a, b: (
+        max(min(signed(a & 0xFFFF, 16), signed(b & 0xFFFF, 16)), 0)
+        | max(min(signed(a >> 16, 16), signed(b >> 16, 16)), 0) << 16
+    ),
     "div.u32": lambda a, b: a // b,
     "rem.u32": lambda a, b: a % b,
     "div.s32": lambda a, b: truncated_quotient(signed(a), signed(b)),
