@@ -27,7 +27,7 @@ from parnet_kernels.model import ParNet, parnet_cifar, parnet_s
 from parnet_kernels.preprocessing import Preprocessing
 
 ACCURACY = 0.97  # the demo fails below
-EPOCHS = 8
+EPOCHS = 6
 BATCH = 32
 LOGIT_TOLERANCE = 1e-3  # of the largest logit difference between the two forms, float32
 
