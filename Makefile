@@ -48,7 +48,7 @@ build/ready: build/cpu $(NATIVE)
 demo: .venv/ready ## train on handwritten digits, deploy, compare, time; writes out/demo (4 minutes; later 2)
 	$(BIN)/parnet demo
 
-test: setup ## the test suite (10 to 15 minutes)
+test: setup ## the test suite (20 minutes)
 	$(BIN)/python $(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-all: setup ## the test suite with the long sweeps

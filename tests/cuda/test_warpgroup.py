@@ -192,7 +192,7 @@ def ptx(math):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("math", HALVES)
+@pytest.mark.parametrize("math", ["f16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_resources(math):
     """No spills, registers for two blocks on a multiprocessor, and no product that waits where none was asked to."""
     told = ptxas_info(ptx(math))
