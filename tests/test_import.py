@@ -138,7 +138,13 @@ def test_without_optional_packages(tmp_path: Path) -> None:
 
 
 def test_import_is_fast(tmp_path: Path) -> None:
-    """Less than 100 ms of processor time on top of `import torch`: the best of several runs, of compiled modules."""
-    code = "import torch, time; t = time.process_time(); import parnet_kernels; print(time.process_time() - t)"
+    """Less than 100 ms of processor time on top of `import torch`: the best of several runs, of compiled modules.
+
+    Without a collection of torch's objects, which takes as long and falls into our import with Python 3.13.
+    """
+    code = (
+        "import torch, gc, time; gc.disable(); "
+        "t = time.process_time(); import parnet_kernels; print(time.process_time() - t)"
+    )
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
     assert min(float(run(code, tmp_path, **compiled)) for _ in range(6)) < 0.1
