@@ -147,7 +147,7 @@ def test_small_kernels(target: str) -> None:
 @pytest.mark.parametrize("mode", ["half", "tf32"])
 def test_main_loop_is_in_matrix_instructions(target: str, kind: str, mode: str) -> None:
     """wgmma on sm_90, tcgen05 on sm_100: in every tile of the table, and no older mma beside them."""
-    for tile in dict.fromkeys(rule.tile for rule in policy.TABLES[target][kind, mode]):
+    for tile in dict.fromkeys(used(target, rule.tile) for rule in policy.TABLES[target][kind, mode]):
         launches = launches_with(tile, kind, mode, PRECISIONS[mode], ("repvgg_sse",))
         ptx = launches[0].compile(target).asm["ptx"]
         assert MATRIX[target] in ptx, tile

@@ -7,19 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import triton
-from ptxsim import PtxModule, PtxSanitizerError, Unavailable, compile_cuda, compile_triton
+from ptxsim import PtxModule, Unavailable, compile_cuda, compile_triton
 
-#: sm_90, where products are wgmma's.
-WGMMA = pytest.param(
-    90,
-    marks=pytest.mark.xfail(
-        triton.__version__.startswith("3.6."),
-        reason="Triton 3.6 sets no fence.proxy.async between cp.async and wgmma, as the PTX ISA requires; 3.7 does",
-        raises=PtxSanitizerError,
-        strict=True,
-    ),
-)
 KERNELS = Path(__file__).parent / "kernels"
 RNG = np.random.default_rng(3)
 LANES = np.arange(32)

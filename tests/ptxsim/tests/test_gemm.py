@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from ptxsim import PtxFault, PtxModule, PtxSanitizerError, Uninit
 
-from .helpers import WGMMA, aligned_pointers, cuda, triton_kernel
+from .helpers import aligned_pointers, cuda, triton_kernel
+from .hopper import WGMMA
 
 SIZES = [(128, 128, 32), (128, 128, 128), (256, 256, 512), (200, 136, 80), (72, 264, 16), (129, 8, 40)]
 TOLERANCE = {"fp16": 6e-4, "bf16": 5e-3, "fp32": 2e-3}

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from ptxsim import Uninit
 
-from .helpers import WGMMA, launch_triton
+from .helpers import launch_triton
+from .hopper import WGMMA
 
 
 @triton.jit
