@@ -33,7 +33,7 @@ def parnet(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def refused(*arguments: object) -> str:
-    """In this process: what it says on standard error, in one line, and nothing else happens."""
+    """In this process: the error that the command gives; `main` prints it where it is no usage error of Typer's."""
     result = CliRunner().invoke(app, [*map(str, arguments)])
     if not isinstance(result.exception, SystemExit):  # `main` prints these
         assert isinstance(result.exception, (CheckpointError, OSError, ValueError)), result.exception
